@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Errors by cause: the user, the peer, or the peer's absence. Anything else is a bug and ends the process."""
+
+__all__ = ["IohubError", "PeerGone", "ProtocolError", "UsageError"]
+
+
+class IohubError(Exception):
+    """Base of every expected failure; ``str()`` is one clear line."""
+
+
+class UsageError(IohubError):
+    """An option, a file, a field or the environment is wrong: main() prints the line and exits with 2."""
+
+
+class ProtocolError(IohubError):
+    """A peer broke the protocol: it loses its session, nobody else notices."""
+
+
+class PeerGone(IohubError):
+    """The peer closed the link, reset it, or missed a deadline."""

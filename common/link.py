@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One connected mpqemu socket: frames and their fds in, frames and fds out.
+
+Link is the end that answers (the remote device): it never blocks. Client is the end that asks (the proxy):
+every round trip has a deadline.
+
+Which frame do fds belong to? recvmsg never reads past bytes that carried fds, so within one read they belong
+to its last bytes, but the kernel doesn't say where these begin. A read asks for 40 bytes at most, the size of
+the longest request that is answered, so it can reach into the next header. Of the frames in it the first one
+that may carry fds is the only one that can claim them without being wrong anyway: one that must have fds and
+came without ends its own session.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from common import mpqemu
+from common.errors import PeerGone, ProtocolError
+from common.mpqemu import HEADER, Command
+
+__all__ = ["Client", "Link", "PeerCredentials", "peer_credentials"]
+
+_ANCILLARY = socket.CMSG_SPACE(mpqemu.MAX_FDS * 4)
+_FLAGS = socket.MSG_CMSG_CLOEXEC
+_HEADER_SIZE = HEADER.size
+_READ_AHEAD = HEADER.size + mpqemu.BAR.size
+_RET_SIZE = HEADER.size + mpqemu.RET.size
+
+
+class PeerCredentials(NamedTuple):
+    """Who connected (SO_PEERCRED, unix(7)), as of the moment of connect()."""
+
+    pid: int
+    uid: int
+    gid: int
+
+    def __str__(self) -> str:
+        try:
+            with open(f"/proc/{self.pid}/comm", encoding="utf-8", errors="replace") as comm:
+                return f"{comm.read().strip()}[{self.pid}]"
+        except OSError:
+            return f"pid {self.pid}"
+
+
+def peer_credentials(sock: socket.socket) -> PeerCredentials:
+    """The credentials of a connected UNIX socket's other end. Raises OSError."""
+    return PeerCredentials(*struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+class Link:
+    """The answering end of one link.
+
+    ``payload`` is a view of the buffer that holds the last received frame's payload, valid until the next
+    receive(); ``fds`` are its file descriptors: a handler takes them with take_fds(), what is left is closed.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Takes ownership of a connected UNIX stream socket."""
+        sock.setblocking(False)
+        self._sock = sock
+        self._send = sock.send
+        self._recvmsg_into = sock.recvmsg_into
+        self._buffer = bytearray(_HEADER_SIZE + mpqemu.MAX_PAYLOAD)
+        self._view = memoryview(self._buffer)
+        self._whole = [self._view[:_READ_AHEAD]]
+        self.payload = self._view[_HEADER_SIZE:]
+        self._have = 0  # bytes in the buffer
+        self._frame = 0  # length of the frame last handed out, still in the buffer
+        self._reply = bytearray(mpqemu.reply_frame(0))
+        self.fds: list[int] = []
+        self.closed = False
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a frame has begun but not ended: the peer owes its rest."""
+        return self._have > self._frame
+
+    def receive(self) -> int:
+        """The command of the next whole frame, or -1 when it isn't here yet. Never blocks.
+
+        Raises ProtocolError (after which the stream is out of step) and PeerGone.
+        """
+        if self._frame:
+            if self._have == self._frame:
+                self._have = 0
+            else:
+                self._consume()
+            self._frame = 0
+            if self.fds and not self._have:
+                self._close_fds()
+        if not self._have:
+            buffers = self._whole
+        else:
+            command, missing = self._parse()
+            if not missing:
+                return command
+            buffers = [self._view[self._have : self._have + missing]]
+        try:
+            count, ancillary, flags, _ = self._recvmsg_into(buffers, _ANCILLARY, _FLAGS)
+        except BlockingIOError:
+            return -1
+        except OSError as error:
+            raise PeerGone(f"reading the link: {error.strerror}") from error
+        if ancillary:
+            self._take_ancillary(ancillary)
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
+        if not count:
+            raise PeerGone("the peer closed the link" + (" within a frame" if self._have else ""))
+        self._have += count
+        command, missing = self._parse()
+        return -1 if missing else command
+
+    def reply(self, value: int) -> None:
+        """Sends a RET with a u64.
+
+        Raises PeerGone; ProtocolError when the peer floods without reading its replies.
+        """
+        mpqemu.RET.pack_into(self._reply, _HEADER_SIZE, value)
+        try:
+            self._send(self._reply)
+        except BlockingIOError:
+            raise ProtocolError("the peer doesn't read its replies") from None
+        except OSError as error:
+            raise PeerGone(f"writing the link: {error.strerror}") from error
+
+    def take_fds(self) -> list[int]:
+        """The fds of the last received frame, now the caller's."""
+        fds, self.fds = self.fds, []
+        return fds
+
+    def close(self) -> None:
+        """Closes the socket and every fd that nobody took; a second call does nothing."""
+        self.closed = True
+        self._close_fds()
+        self._sock.close()
+
+    def _parse(self) -> tuple[int, int]:
+        """The command of the frame at the buffer's start (-1 without a header) and how many bytes it lacks."""
+        have = self._have
+        if have < _HEADER_SIZE:
+            return -1, _READ_AHEAD - have
+        command, size = HEADER.unpack_from(self._buffer)
+        rule = mpqemu.check_request(command, size)
+        length = _HEADER_SIZE + size
+        if have < length:
+            return command, length - have
+        if self.fds and not rule.max_fds and have == length:
+            # Nothing of the next frame is here that could be theirs.
+            self._close_fds()
+        self._frame = length
+        return command, 0
+
+    def _consume(self) -> None:
+        rest = self._have - self._frame
+        self._buffer[:rest] = self._buffer[self._frame : self._have]
+        self._have = rest
+
+    def _take_ancillary(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+        received = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                received.frombytes(data[: len(data) - len(data) % received.itemsize])
+        self.fds.extend(received)
+        if len(self.fds) > mpqemu.MAX_FDS:
+            raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
+
+    def _close_fds(self) -> None:
+        for fd in self.take_fds():
+            os.close(fd)
+
+
+class Client:
+    """The asking end of one link. One request at a time; not to be used by two threads at once.
+
+    After any exception the link is out of step and only close() makes sense.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip."""
+        self._sock = sock
+        self._deadline = deadline
+        self._buffer = bytearray(_RET_SIZE + 1)
+        self._view = memoryview(self._buffer)
+
+    @classmethod
+    def connect(cls, path: str, deadline: float) -> Client:
+        """Connects to a device's socket. Raises PeerGone when nobody listens there."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(deadline)
+            sock.connect(path)
+        except OSError as error:
+            sock.close()
+            raise PeerGone(f"{path}: {error.strerror or error}") from error
+        return cls(sock, deadline)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def send(self, command: Command, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """Sends a message that has no reply. Raises PeerGone and ProtocolError."""
+        self._refuse_unsolicited()
+        self._sock.settimeout(self._deadline)
+        self._send_frame(command, payload, fds)
+
+    def request(self, command: Command, payload: bytes = b"") -> int:
+        """Sends a request and returns the u64 of its RET (mpqemu.ERROR when the peer reports one; 0 for an
+        empty one).
+
+        Raises PeerGone, also when the deadline passes, and ProtocolError for any answer but one clean RET.
+        """
+        self._refuse_unsolicited()
+        expires = time.monotonic() + self._deadline
+        self._sock.settimeout(self._deadline)
+        self._send_frame(command, payload, ())
+        have, wanted = 0, _RET_SIZE
+        while have < wanted:
+            have += self._receive(have, expires, command)
+            if have >= _HEADER_SIZE:
+                reply, size = HEADER.unpack_from(self._buffer)
+                mpqemu.check_reply(command, reply, size)
+                wanted = _HEADER_SIZE + size
+        if have > wanted:
+            raise ProtocolError(f"more than one RET to {command.name}")
+        return 0 if wanted == _HEADER_SIZE else int(mpqemu.RET.unpack_from(self._buffer, _HEADER_SIZE)[0])
+
+    def close(self) -> None:
+        """Closes the socket; a second call does nothing."""
+        self._sock.close()
+
+    def _send_frame(self, command: Command, payload: bytes, fds: Sequence[int]) -> None:
+        frame = mpqemu.request_frame(command, payload)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            sent = self._sock.sendmsg([frame], rights)
+        except OSError as error:
+            raise PeerGone(f"{command.name}: {error.strerror or error}") from error
+        if sent != len(frame):
+            raise PeerGone(f"{command.name}: the peer doesn't read its link")
+
+    def _receive(self, have: int, expires: float, command: Command) -> int:
+        remaining = expires - time.monotonic()
+        if remaining <= 0:
+            raise PeerGone(f"no answer to {command.name} within {self._deadline:g} s")
+        if have:
+            self._sock.settimeout(remaining)
+        try:
+            count, ancillary, flags, _ = self._sock.recvmsg_into([self._view[have:]], _ANCILLARY, _FLAGS)
+        except TimeoutError:
+            raise PeerGone(f"no answer to {command.name} within {self._deadline:g} s") from None
+        except OSError as error:
+            raise PeerGone(f"{command.name}: {error.strerror}") from error
+        self._refuse_fds(ancillary, flags)
+        if not count:
+            raise PeerGone(f"the peer closed the link instead of answering {command.name}")
+        return count
+
+    def _refuse_unsolicited(self) -> None:
+        """There are no message ids: bytes that wait before a request would be taken for its answer."""
+        try:
+            count, ancillary, flags, _ = self._sock.recvmsg_into(
+                [self._view], _ANCILLARY, _FLAGS | socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return
+        except TimeoutError:
+            return
+        except OSError as error:
+            raise PeerGone(f"the link: {error.strerror}") from error
+        self._refuse_fds(ancillary, flags)
+        if not count:
+            raise PeerGone("the peer closed the link")
+        raise ProtocolError("the peer sent a message that nobody asked for")
+
+    @staticmethod
+    def _refuse_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
+        if not ancillary and not flags & socket.MSG_CTRUNC:
+            return
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                for fd in array.array("i", data[: len(data) - len(data) % 4]):
+                    os.close(fd)
+        raise ProtocolError("the peer sent file descriptors with a reply")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""EventNotifier: owns one eventfd, as QEMU's type of that name does, and never blocks on it.
+
+The other end of an eventfd is a peer that may clear O_NONBLOCK (QEMU does so to every fd it receives, and the
+flag belongs to the shared open file), read it first, or fill its counter. So O_NONBLOCK is never trusted: a
+read goes through preadv2 with RWF_NOWAIT, a write happens only when poll says that the counter has room.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Self
+
+from common.errors import ProtocolError
+
+__all__ = ["EventNotifier", "adopt_pair"]
+
+
+class EventNotifier:
+    """Owner of an eventfd; ``fd`` is -1 once closed."""
+
+    __slots__ = ("_buffers", "_fd", "_writable")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._buffers = [bytearray(8)]
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        self._writable = poll.poll
+
+    @classmethod
+    def create(cls) -> Self:
+        """A new eventfd with a zero counter, close-on-exec and non-blocking. Raises OSError."""
+        return cls(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+
+    @classmethod
+    def adopt(cls, fd: int) -> Self:
+        """Takes ownership of a received fd.
+
+        Raises ProtocolError, with the fd closed, unless it is an eventfd without EFD_SEMAPHORE: of a semaphore
+        KVM would consume one of n events and find the rest at the next assign (virt/kvm/eventfd.c).
+        """
+        try:
+            kind = os.readlink(f"/proc/self/fd/{fd}")
+            if kind != "anon_inode:[eventfd]":
+                raise ProtocolError(f"expected an eventfd, got {kind!r}")
+            if _fdinfo(fd).get("eventfd-semaphore", "0") != "0":
+                raise ProtocolError("an eventfd with EFD_SEMAPHORE can't carry interrupts")
+        except BaseException:
+            os.close(fd)
+            raise
+        os.set_blocking(fd, False)
+        return cls(fd)
+
+    @property
+    def fd(self) -> int:
+        return self._fd
+
+    def set(self) -> bool:
+        """Adds one event. False, and nothing happens, when the counter is full: an event is pending anyway."""
+        ready = self._writable(0)
+        if not ready or not ready[0][1] & select.POLLOUT:
+            return False
+        os.eventfd_write(self._fd, 1)
+        return True
+
+    def test_and_clear(self) -> bool:
+        """Whether events were pending, any number of them; none is afterwards."""
+        try:
+            os.preadv(self._fd, self._buffers, -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Closes the eventfd; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd != -1:
+            os.close(fd)
+
+
+def adopt_pair(irqfd: int, resamplefd: int) -> tuple[EventNotifier, EventNotifier]:
+    """Takes ownership of a received irqfd and resamplefd.
+
+    Raises ProtocolError, with both closed, when either is unfit or both are the same eventfd: KVM accepts that
+    and then re-asserts the line after every EOI, for ever.
+    """
+    try:
+        first = EventNotifier.adopt(irqfd)
+    except BaseException:
+        os.close(resamplefd)
+        raise
+    try:
+        second = EventNotifier.adopt(resamplefd)
+    except BaseException:
+        first.close()
+        raise
+    if _fdinfo(irqfd).get("eventfd-id", "irqfd") == _fdinfo(resamplefd).get("eventfd-id", "resamplefd"):
+        first.close()
+        second.close()
+        raise ProtocolError("irqfd and resamplefd are the same eventfd")
+    return first, second
+
+
+def _fdinfo(fd: int) -> dict[str, str]:
+    """The fields of /proc/self/fdinfo/FD (proc_pid_fdinfo(5)); kernels before 6.5 lack eventfd-semaphore."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}

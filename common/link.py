@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from common import mpqemu
@@ -26,6 +27,8 @@ from common.errors import PeerGone, ProtocolError
 from common.mpqemu import HEADER, Command
 
 __all__ = ["Client", "Link", "PeerCredentials", "peer_credentials"]
+
+_Ancillary = list[tuple[int, int, bytes]]
 
 _ANCILLARY = socket.CMSG_SPACE(mpqemu.MAX_FDS * 4)
 _FLAGS = socket.MSG_CMSG_CLOEXEC
@@ -112,7 +115,7 @@ class Link:
         except OSError as error:
             raise PeerGone(f"reading the link: {error.strerror}") from error
         if ancillary:
-            self._take_ancillary(ancillary)
+            self._take_ancillary(ancillary, wanted=self._have < _HEADER_SIZE)
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
         if not count:
@@ -166,18 +169,17 @@ class Link:
         self._buffer[:rest] = self._buffer[self._frame : self._have]
         self._have = rest
 
-    def _take_ancillary(self, ancillary: list[tuple[int, int, bytes]]) -> None:
-        received = array.array("i")
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received.frombytes(data[: len(data) - len(data) % received.itemsize])
+    def _take_ancillary(self, ancillary: _Ancillary, *, wanted: bool) -> None:
+        received = _received_fds(ancillary)
+        if not wanted:  # they came with a payload's bytes
+            _close_all(received)
+            return
         self.fds.extend(received)
         if len(self.fds) > mpqemu.MAX_FDS:
             raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
 
     def _close_fds(self) -> None:
-        for fd in self.take_fds():
-            os.close(fd)
+        _close_all(self.take_fds())
 
 
 class Client:
@@ -188,8 +190,11 @@ class Client:
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip."""
+        sock.setblocking(False)
         self._sock = sock
         self._deadline = deadline
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self._buffer = bytearray(_RET_SIZE + 1)
         self._view = memoryview(self._buffer)
 
@@ -211,8 +216,17 @@ class Client:
     def send(self, command: Command, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Sends a message that has no reply. Raises PeerGone and ProtocolError."""
         self._refuse_unsolicited()
-        self._sock.settimeout(self._deadline)
-        self._send_frame(command, payload, fds)
+        frame = mpqemu.request_frame(command, payload)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            sent = self._sock.sendmsg([frame], rights)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise PeerGone(f"{command.name}: {error.strerror}") from error
+        if sent != len(frame):
+            # With one request outstanding at most, a full socket means a peer that has stopped reading.
+            raise PeerGone(f"{command.name}: the peer doesn't read its link")
 
     def request(self, command: Command, payload: bytes = b"") -> int:
         """Sends a request and returns the u64 of its RET (mpqemu.ERROR when the peer reports one; 0 for an
@@ -220,10 +234,8 @@ class Client:
 
         Raises PeerGone, also when the deadline passes, and ProtocolError for any answer but one clean RET.
         """
-        self._refuse_unsolicited()
         expires = time.monotonic() + self._deadline
-        self._sock.settimeout(self._deadline)
-        self._send_frame(command, payload, ())
+        self.send(command, payload)
         have, wanted = 0, _RET_SIZE
         while have < wanted:
             have += self._receive(have, expires, command)
@@ -239,56 +251,45 @@ class Client:
         """Closes the socket; a second call does nothing."""
         self._sock.close()
 
-    def _send_frame(self, command: Command, payload: bytes, fds: Sequence[int]) -> None:
-        frame = mpqemu.request_frame(command, payload)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        try:
-            sent = self._sock.sendmsg([frame], rights)
-        except OSError as error:
-            raise PeerGone(f"{command.name}: {error.strerror or error}") from error
-        if sent != len(frame):
-            raise PeerGone(f"{command.name}: the peer doesn't read its link")
-
     def _receive(self, have: int, expires: float, command: Command) -> int:
         remaining = expires - time.monotonic()
-        if remaining <= 0:
+        if remaining <= 0 or not self._poll.poll(remaining * 1000):
             raise PeerGone(f"no answer to {command.name} within {self._deadline:g} s")
-        if have:
-            self._sock.settimeout(remaining)
-        try:
-            count, ancillary, flags, _ = self._sock.recvmsg_into([self._view[have:]], _ANCILLARY, _FLAGS)
-        except TimeoutError:
-            raise PeerGone(f"no answer to {command.name} within {self._deadline:g} s") from None
-        except OSError as error:
-            raise PeerGone(f"{command.name}: {error.strerror}") from error
-        self._refuse_fds(ancillary, flags)
-        if not count:
+        count = self._read(self._view[have:])
+        if count == 0:
             raise PeerGone(f"the peer closed the link instead of answering {command.name}")
-        return count
+        return max(count, 0)
 
     def _refuse_unsolicited(self) -> None:
         """There are no message ids: bytes that wait before a request would be taken for its answer."""
-        try:
-            count, ancillary, flags, _ = self._sock.recvmsg_into(
-                [self._view], _ANCILLARY, _FLAGS | socket.MSG_DONTWAIT
-            )
-        except BlockingIOError:
-            return
-        except TimeoutError:
-            return
-        except OSError as error:
-            raise PeerGone(f"the link: {error.strerror}") from error
-        self._refuse_fds(ancillary, flags)
-        if not count:
+        count = self._read(self._view)
+        if count == 0:
             raise PeerGone("the peer closed the link")
-        raise ProtocolError("the peer sent a message that nobody asked for")
+        if count > 0:
+            raise ProtocolError("the peer sent a message that nobody asked for")
 
-    @staticmethod
-    def _refuse_fds(ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
-        if not ancillary and not flags & socket.MSG_CTRUNC:
-            return
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                for fd in array.array("i", data[: len(data) - len(data) % 4]):
-                    os.close(fd)
-        raise ProtocolError("the peer sent file descriptors with a reply")
+    def _read(self, view: memoryview) -> int:
+        """How many bytes arrived, 0 at the end of the stream, -1 when none are here."""
+        try:
+            count, ancillary, flags, _ = self._sock.recvmsg_into([view], _ANCILLARY, _FLAGS)
+        except BlockingIOError:
+            return -1
+        except OSError as error:
+            raise PeerGone(f"reading the link: {error.strerror}") from error
+        if ancillary or flags & socket.MSG_CTRUNC:
+            _close_all(_received_fds(ancillary))
+            raise ProtocolError("the peer sent file descriptors with a reply")
+        return count
+
+
+def _received_fds(ancillary: _Ancillary) -> array.array[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

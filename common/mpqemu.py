@@ -76,7 +76,7 @@ class Rule(NamedTuple):
     has_reply: bool
 
 
-_RULES = {
+_RULES: dict[int, Rule] = {
     Command.SYNC_SYSMEM: Rule(SYSMEM.size, 0, MAX_FDS, has_reply=False),
     Command.PCI_CFGWRITE: Rule(CONFIG.size, 0, 0, has_reply=True),
     Command.PCI_CFGREAD: Rule(CONFIG.size, 0, 0, has_reply=True),
@@ -101,12 +101,11 @@ def check_request(command: int, size: int) -> Rule:
     Raises ProtocolError for a command that is no request and for a size that is not exactly the command's:
     after either the stream can't be trusted to be in step.
     """
-    rule = _RULES.get(command)  # type: ignore[call-overload]
+    rule = _RULES.get(command)
     if rule is None:
         raise ProtocolError(f"{command_name(command)} is no request")
     if size != rule.size:
         raise ProtocolError(f"{command_name(command)} with {size} bytes of payload instead of {rule.size}")
-    assert isinstance(rule, Rule)
     return rule
 
 

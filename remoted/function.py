@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The PCI function: config space, BARs, INTx. What device authors subclass.
+
+A subclass declares its identity and BARs as class attributes, and overrides reset(), bar_read() and
+bar_write(); it drives its line by set_intx(). Everything else is here: write masks and reset values of the
+config space as QEMU's hw/pci/pci.c has them, the decoding of BAR addresses, the interrupt status bit, and
+INTX_DISABLE. The line that reaches the IOHub is a boolean, ``level and not INTX_DISABLE``: QEMU's remote
+counts calls instead, and a line that counts wrong storms or loses interrupts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common import pci
+from common.loop import Loop
+from common.pci import Bar, BarKind
+
+__all__ = ["Bar", "BarKind", "Host", "PciFunction"]
+
+ALL_ONES = 0xFFFFFFFFFFFFFFFF
+_ACCESS_SIZES = frozenset((1, 2, 4, 8))
+_BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the daemon gives to a device."""
+
+    name: str
+    """the device's id"""
+    loop: Loop
+    log: logging.Logger | logging.LoggerAdapter[logging.Logger]
+    set_irq: Callable[[bool], None]
+    """drives the function's pirq; devices use set_intx()"""
+
+
+@dataclass(slots=True)
+class _Window:
+    """Where a BAR is decoded at present."""
+
+    memory: bool
+    start: int
+    end: int
+    bar: int
+
+
+class PciFunction:
+    """One PCI function of header type 0.
+
+    A subclass may raise from any of the methods it overrides: the request is then answered with all ones.
+    """
+
+    VENDOR_ID: ClassVar[int]
+    DEVICE_ID: ClassVar[int]
+    REVISION: ClassVar[int] = 0
+    CLASS_CODE: ClassVar[int] = 0xFF0000
+    """class, subclass and programming interface, 24 bits"""
+    SUBSYSTEM_VENDOR_ID: ClassVar[int] = 0x1AF4
+    SUBSYSTEM_ID: ClassVar[int] = 0x1100
+    INTERRUPT_PIN: ClassVar[int] = 1
+    """0: none, 1 to 4: INTA to INTD"""
+    BARS: ClassVar[Mapping[int, Bar]] = {}
+    """by BAR number, 0 to 5; one of kind MEM64 occupies the next number too"""
+    PROPERTIES: ClassVar[frozenset[str]] = frozenset()
+    """names of the options that the model takes besides those of every device"""
+
+    def __init__(self, host: Host, properties: Mapping[str, str]) -> None:
+        """``properties`` holds a text for those of PROPERTIES that were given. Raises UsageError."""
+        self.host = host
+        self.properties = properties
+        self._level = False
+        self._asserted = False
+        self._windows: list[_Window] = []
+        self._config = bytearray(pci.PCI_CONFIG_SIZE)
+        self._wmask = bytearray(pci.PCI_CONFIG_SIZE)
+        self._w1cmask = bytearray(pci.PCI_CONFIG_SIZE)
+        self._init_config()
+
+    def reset(self) -> None:
+        """Sets the device's registers to their power-on values. The line is low already."""
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        """The little-endian value of ``size`` (1, 2, 4 or 8) bytes at an offset that lies within the BAR."""
+        raise LookupError(f"no register at offset {offset:#x} of BAR {bar}")
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        """Writes ``size`` (1, 2, 4 or 8) bytes at an offset that lies within the BAR."""
+        raise LookupError(f"no register at offset {offset:#x} of BAR {bar}")
+
+    def close(self) -> None:
+        """Releases what the device opened. Called once, at the end of the daemon."""
+
+    def set_intx(self, level: bool) -> None:
+        """Drives the INTx line; setting the level that it has does nothing."""
+        if level is not self._level:
+            self._level = level
+            if level:
+                self._config[pci.PCI_STATUS] |= pci.PCI_STATUS_INTERRUPT
+            else:
+                self._config[pci.PCI_STATUS] &= ~pci.PCI_STATUS_INTERRUPT
+            self._update_line()
+
+    @property
+    def intx_level(self) -> bool:
+        """The level that the device drives, whatever INTX_DISABLE says; status bit 3."""
+        return self._level
+
+    def full_reset(self) -> None:
+        """What a conventional reset does: lowers the line, config space to power-on values, then reset().
+
+        The order is that of pci_do_device_reset() in QEMU's hw/pci/pci.c; device-specific config space (0x40
+        and up) is left alone there too.
+        """
+        self.set_intx(False)
+        for start, length in (
+            (pci.PCI_COMMAND, 4),
+            (pci.PCI_CACHE_LINE_SIZE, 1),
+            (pci.PCI_BASE_ADDRESS_0, 4 * pci.PCI_NUM_BARS),
+            (pci.PCI_INTERRUPT_LINE, 1),
+        ):
+            for offset in range(start, start + length):
+                self._config[offset] &= ~(self._wmask[offset] | self._w1cmask[offset])
+        self._config_changed()
+        self.reset()
+
+    def config_read(self, addr: int, size: int) -> int:
+        """``size`` (1, 2 or 4) bytes of config space; all ones when they don't lie within its 256 bytes."""
+        if size not in (1, 2, 4) or addr + size > pci.PCI_CONFIG_SIZE:
+            return ALL_ONES
+        return int.from_bytes(self._config[addr : addr + size], "little")
+
+    def config_write(self, addr: int, size: int, value: int) -> bool:
+        """Writes ``size`` (1, 2 or 4) bytes of config space through its write masks; False out of range."""
+        if size not in (1, 2, 4) or addr + size > pci.PCI_CONFIG_SIZE:
+            return False
+        config, wmask, w1cmask = self._config, self._wmask, self._w1cmask
+        for offset in range(addr, addr + size):
+            byte = value & 0xFF
+            mask = wmask[offset]
+            config[offset] = (config[offset] & ~mask | byte & mask) & ~(byte & w1cmask[offset])
+            value >>= 8
+        if addr < _BARS_END and addr + size > pci.PCI_COMMAND:
+            self._config_changed()
+        return True
+
+    def bus_read(self, memory: bool, addr: int, size: int) -> int:
+        """Reads at a bus address; all ones where the function decodes nothing."""
+        for window in self._windows:
+            if window.start <= addr < window.end and window.memory is memory:
+                if size in _ACCESS_SIZES and addr + size <= window.end:
+                    return self.bar_read(window.bar, addr - window.start, size) & ((1 << 8 * size) - 1)
+                break
+        return ALL_ONES
+
+    def bus_write(self, memory: bool, addr: int, size: int, value: int) -> bool:
+        """Writes at a bus address; False where the function decodes nothing."""
+        for window in self._windows:
+            if window.start <= addr < window.end and window.memory is memory:
+                if size in _ACCESS_SIZES and addr + size <= window.end:
+                    self.bar_write(window.bar, addr - window.start, size, value & ((1 << 8 * size) - 1))
+                    return True
+                break
+        return False
+
+    def _init_config(self) -> None:
+        config, wmask = self._config, self._wmask
+        _put(config, pci.PCI_VENDOR_ID, 2, self.VENDOR_ID)
+        _put(config, pci.PCI_DEVICE_ID, 2, self.DEVICE_ID)
+        _put(config, pci.PCI_REVISION_ID, 4, self.CLASS_CODE << 8 | self.REVISION)
+        _put(config, pci.PCI_SUBSYSTEM_VENDOR_ID, 2, self.SUBSYSTEM_VENDOR_ID)
+        _put(config, pci.PCI_SUBSYSTEM_ID, 2, self.SUBSYSTEM_ID)
+        config[pci.PCI_INTERRUPT_PIN] = self.INTERRUPT_PIN
+        _put(
+            wmask,
+            pci.PCI_COMMAND,
+            2,
+            pci.PCI_COMMAND_IO
+            | pci.PCI_COMMAND_MEMORY
+            | pci.PCI_COMMAND_MASTER
+            | pci.PCI_COMMAND_SERR
+            | pci.PCI_COMMAND_INTX_DISABLE,
+        )
+        _put(self._w1cmask, pci.PCI_STATUS, 2, pci.PCI_STATUS_ERRORS)
+        wmask[pci.PCI_CACHE_LINE_SIZE] = 0xFF
+        wmask[pci.PCI_INTERRUPT_LINE] = 0xFF
+        for offset in range(pci.PCI_STD_HEADER_SIZE, pci.PCI_CONFIG_SIZE):
+            wmask[offset] = 0xFF
+        for number, bar in self.BARS.items():
+            offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
+            config[offset] = pci.bar_flags(bar)
+            _put(wmask, offset, 8 if bar.kind is BarKind.MEM64 else 4, ~(bar.size - 1))
+
+    def _config_changed(self) -> None:
+        """Command or a BAR was written: decode anew, and let INTX_DISABLE take effect."""
+        command = self._config[pci.PCI_COMMAND]
+        self._windows = []
+        for number, bar in self.BARS.items():
+            memory = bar.kind is not BarKind.IO
+            if not command & (pci.PCI_COMMAND_MEMORY if memory else pci.PCI_COMMAND_IO):
+                continue
+            width = 8 if bar.kind is BarKind.MEM64 else 4
+            offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
+            start = int.from_bytes(self._config[offset : offset + width], "little") & ~(bar.size - 1)
+            end = start + bar.size
+            # pci_bar_address() in QEMU's hw/pci/pci.c: at 0, and where sizing has left all ones, is nothing.
+            if start and end <= (ALL_ONES if width == 8 else 0xFFFFFFFF):
+                self._windows.append(_Window(memory, start, end, number))
+        self._update_line()
+
+    def _update_line(self) -> None:
+        """Hands the effective level to the IOHub when it changed."""
+        disabled = self._config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
+        asserted = self._level and not disabled and self.INTERRUPT_PIN != 0
+        if asserted is not self._asserted:
+            self._asserted = asserted
+            self.host.set_irq(asserted)
+
+
+def _put(buffer: bytearray, offset: int, size: int, value: int) -> None:
+    buffer[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")

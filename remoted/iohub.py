@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The IOHub: levels, irqfds and resamplefds of 256 pirqs; what QEMU's hw/remote/iohub.c does, kept exact.
+
+A pirq is a function's devfn. Writing its irqfd asserts the INTx line in the guest; there is no lowering from
+here: KVM lowers the line when the guest acknowledges it (EOI) and says so by the resamplefd, upon which a
+line that is still high is asserted again. So the irqfd is written
+
+- when the level rises,
+- on a resample while the level is high,
+- when an irqfd arrives while the level is high: the rise went to the one before, or to none.
+
+A resample while the level is low does nothing: it may come from another function on the same GSI, or from an
+EOI for a line that nobody asserted.
+"""
+
+from __future__ import annotations
+
+from common.loop import Loop
+from common.notifier import EventNotifier
+from common.pci import PCI_DEVFN_MAX
+
+__all__ = ["NB_PIRQS", "IoHub", "Pirq"]
+
+NB_PIRQS = PCI_DEVFN_MAX
+
+
+class Pirq:
+    """One interrupt line: its level, its eventfds, and what happened on it."""
+
+    __slots__ = ("_irqfd", "_loop", "_resamplefd", "level", "raised", "reasserts", "resamples")
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._irqfd: EventNotifier | None = None
+        self._resamplefd: EventNotifier | None = None
+        self.level = 0
+        """how many sources assert the line"""
+        self.raised = 0
+        """effective rises"""
+        self.resamples = 0
+        """EOIs that KVM reported"""
+        self.reasserts = 0
+        """times that the irqfd was written for a level that was high already"""
+
+    @property
+    def has_irqfd(self) -> bool:
+        return self._irqfd is not None
+
+    def set_irq(self, asserted: bool) -> None:
+        """One source asserts the line, or stops to."""
+        if asserted:
+            self.level += 1
+            if self.level == 1:
+                self.raised += 1
+                if self._irqfd is not None:
+                    self._irqfd.set()
+        elif self.level:
+            self.level -= 1
+
+    def set_irqfd(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
+        """Replaces the eventfds, and takes ownership of the new ones."""
+        self.drop_irqfd()
+        self._irqfd, self._resamplefd = irqfd, resamplefd
+        self._loop.add(resamplefd.fd, self._on_resample)
+        if self.level:
+            self._reassert()
+
+    def drop_irqfd(self) -> None:
+        """Closes the eventfds at once: the last close is what takes a careless VMM's irqfd out of KVM."""
+        if self._irqfd is not None and self._resamplefd is not None:
+            self._loop.remove(self._resamplefd.fd)
+            self._irqfd.close()
+            self._resamplefd.close()
+        self._irqfd = self._resamplefd = None
+
+    def _on_resample(self, _events: int) -> None:
+        resamplefd = self._resamplefd
+        if resamplefd is not None and resamplefd.test_and_clear():
+            self.resamples += 1
+            if self.level:
+                self._reassert()
+
+    def _reassert(self) -> None:
+        if self._irqfd is not None:
+            self.reasserts += 1
+            self._irqfd.set()
+
+
+class IoHub:
+    """The 256 pirqs of one daemon."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.pirqs = tuple(Pirq(loop) for _ in range(NB_PIRQS))
+
+    @staticmethod
+    def map_irq(devfn: int, _pin: int) -> int:
+        """The pirq of a function's interrupt pin: all four pins of a devfn share one."""
+        return devfn
+
+    def set_irq(self, pirq: int, asserted: bool) -> None:
+        """One source of the pirq asserts it, or stops to."""
+        self.pirqs[pirq].set_irq(asserted)
+
+    def set_irqfd(self, pirq: int, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
+        """Replaces the pirq's eventfds; a level that is high is signalled to the new irqfd at once."""
+        self.pirqs[pirq].set_irqfd(irqfd, resamplefd)
+
+    def finalize(self) -> None:
+        """Closes every eventfd."""
+        for pirq in self.pirqs:
+            pirq.drop_irqfd()

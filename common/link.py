@@ -215,7 +215,7 @@ class Client:
 
     def send(self, command: Command, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Sends a message that has no reply. Raises PeerGone and ProtocolError."""
-        self._refuse_unsolicited()
+        self.check_quiet()
         frame = mpqemu.request_frame(command, payload)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
@@ -260,8 +260,9 @@ class Client:
             raise PeerGone(f"the peer closed the link instead of answering {command.name}")
         return max(count, 0)
 
-    def _refuse_unsolicited(self) -> None:
-        """There are no message ids: bytes that wait before a request would be taken for its answer."""
+    def check_quiet(self) -> None:
+        """Raises PeerGone when the link has ended, and ProtocolError when the peer has sent what nobody asked for:
+        without message ids it would be taken for the next answer."""
         count = self._read(self._view)
         if count == 0:
             raise PeerGone("the peer closed the link")

@@ -23,6 +23,8 @@ __all__ = ["Bar", "BarKind", "Host", "PciFunction"]
 
 ALL_ONES = 0xFFFFFFFFFFFFFFFF
 _ACCESS_SIZES = frozenset((1, 2, 4, 8))
+_MAX_FAILURES = 64
+"""how many different failures of a device's code are logged"""
 _BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
 
 
@@ -51,7 +53,8 @@ class _Window:
 class PciFunction:
     """One PCI function of header type 0.
 
-    A subclass may raise from any of the methods it overrides: the request is then answered with all ones.
+    A subclass may raise from any of the methods it overrides: the request is answered with all ones, the error
+    is logged, and the daemon goes on.
     """
 
     VENDOR_ID: ClassVar[int]
@@ -75,6 +78,7 @@ class PciFunction:
         self._level = False
         self._asserted = False
         self._windows: list[_Window] = []
+        self._failures: set[str] = set()
         self._config = bytearray(pci.PCI_CONFIG_SIZE)
         self._wmask = bytearray(pci.PCI_CONFIG_SIZE)
         self._w1cmask = bytearray(pci.PCI_CONFIG_SIZE)
@@ -96,6 +100,7 @@ class PciFunction:
 
     def set_intx(self, level: bool) -> None:
         """Drives the INTx line; setting the level that it has does nothing."""
+        level = bool(level)
         if level is not self._level:
             self._level = level
             if level:
@@ -125,7 +130,10 @@ class PciFunction:
             for offset in range(start, start + length):
                 self._config[offset] &= ~(self._wmask[offset] | self._w1cmask[offset])
         self._config_changed()
-        self.reset()
+        try:
+            self.reset()
+        except Exception:
+            self._device_failed("reset")
 
     def config_read(self, addr: int, size: int) -> int:
         """``size`` (1, 2 or 4) bytes of config space; all ones when they don't lie within its 256 bytes."""
@@ -152,7 +160,11 @@ class PciFunction:
         for window in self._windows:
             if window.start <= addr < window.end and window.memory is memory:
                 if size in _ACCESS_SIZES and addr + size <= window.end:
-                    return self.bar_read(window.bar, addr - window.start, size) & ((1 << 8 * size) - 1)
+                    offset = addr - window.start
+                    try:
+                        return self.bar_read(window.bar, offset, size) & ((1 << 8 * size) - 1)
+                    except Exception:
+                        self._device_failed(f"reading {size} bytes at BAR {window.bar} + {offset:#x}")
                 break
         return ALL_ONES
 
@@ -161,10 +173,21 @@ class PciFunction:
         for window in self._windows:
             if window.start <= addr < window.end and window.memory is memory:
                 if size in _ACCESS_SIZES and addr + size <= window.end:
-                    self.bar_write(window.bar, addr - window.start, size, value & ((1 << 8 * size) - 1))
+                    offset = addr - window.start
+                    try:
+                        self.bar_write(window.bar, offset, size, value & ((1 << 8 * size) - 1))
+                    except Exception:
+                        self._device_failed(f"writing {size} bytes at BAR {window.bar} + {offset:#x}")
+                        return False
                     return True
                 break
         return False
+
+    def _device_failed(self, doing: str) -> None:
+        """Logs an error in the device's own code, with its traceback, once for each thing it was doing."""
+        if doing not in self._failures and len(self._failures) < _MAX_FAILURES:
+            self._failures.add(doing)
+            self.host.log.exception("the device's code failed: %s", doing)
 
     def _init_config(self) -> None:
         config, wmask = self._config, self._wmask

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A 16550A UART as a plain object: registers and characters in, interrupt line and characters out.
+
+Registers, bits and their names are those of linux/serial_reg.h and of the PC16550D data sheet (National
+Semiconductor, 1995, section 8). Where the chip's timing can't be had or the sheet is silent, this answers as
+QEMU 7.2's hw/char/serial.c: characters leave at once, the interrupt line isn't gated by OUT2, loopback doesn't
+set delta bits, and no read changes what QEMU's doesn't. Different on purpose:
+
+- a reset also disables the FIFOs, as the chip's does;
+- in loopback the receiver is off the line: can_receive() is 0 until it ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+__all__ = ["Timer", "Uart16550"]
+
+UART_RX = UART_TX = UART_DLL = 0
+UART_IER = UART_DLM = 1
+UART_IIR = UART_FCR = 2
+UART_LCR = 3
+UART_MCR = 4
+UART_LSR = 5
+UART_MSR = 6
+UART_SCR = 7
+
+UART_IER_RDI = 0x01
+UART_IER_THRI = 0x02
+UART_IER_RLSI = 0x04
+UART_IER_MSI = 0x08
+
+UART_IIR_MSI = 0x00
+UART_IIR_NO_INT = 0x01
+UART_IIR_THRI = 0x02
+UART_IIR_RDI = 0x04
+UART_IIR_RLSI = 0x06
+UART_IIR_RX_TIMEOUT = 0x0C
+UART_IIR_FIFO_ENABLED = 0xC0
+
+UART_FCR_ENABLE_FIFO = 0x01
+UART_FCR_CLEAR_RCVR = 0x02
+UART_FCR_CLEAR_XMIT = 0x04
+UART_FCR_DMA_SELECT = 0x08
+UART_FCR_TRIGGER_MASK = 0xC0
+
+UART_LCR_STOP = 0x04
+UART_LCR_PARITY = 0x08
+UART_LCR_DLAB = 0x80
+
+UART_MCR_DTR = 0x01
+UART_MCR_RTS = 0x02
+UART_MCR_OUT1 = 0x04
+UART_MCR_OUT2 = 0x08
+UART_MCR_LOOP = 0x10
+
+UART_LSR_DR = 0x01
+UART_LSR_OE = 0x02
+UART_LSR_PE = 0x04
+UART_LSR_FE = 0x08
+UART_LSR_BI = 0x10
+UART_LSR_BRK_ERROR_BITS = 0x1E
+UART_LSR_THRE = 0x20
+UART_LSR_TEMT = 0x40
+
+UART_MSR_ANY_DELTA = 0x0F
+UART_MSR_TERI = 0x04
+UART_MSR_CTS = 0x10
+UART_MSR_DSR = 0x20
+UART_MSR_RI = 0x40
+UART_MSR_DCD = 0x80
+
+FIFO_SIZE = 16
+BASE_BAUD = 115200
+"""bits a second at divisor 1: 1.8432 MHz / 16"""
+
+_TRIGGER_LEVELS = (1, 4, 8, 14)
+_TIMEOUT_CHARACTERS = 4
+_RESET_DIVISOR = 12
+_RESET_CHARACTER_BITS = 10
+_BAUD_OF_DIVISOR_ZERO = 3500
+
+
+class Timer(Protocol):
+    """A call that is due."""
+
+    def cancel(self) -> None:
+        """Prevents the call, if it wasn't made yet."""
+
+
+class Uart16550:
+    """The chip. Every register access is one byte at offset 0 to 7."""
+
+    def __init__(
+        self,
+        set_irq: Callable[[bool], None],
+        transmit: Callable[[int], bool],
+        call_later: Callable[[float, Callable[[], None]], Timer],
+        input_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Powers the chip on.
+
+        ``set_irq(level)`` is called whenever INTR changes. ``transmit(byte)`` takes a character, or answers
+        False: the character stays in the shift register until transmit_ready(), which transmit must not call
+        itself. ``call_later(seconds, callback)`` is the clock of the character timeout. ``input_ready()`` is
+        called when can_receive() may have grown.
+        """
+        self._set_irq = set_irq
+        self._transmit = transmit
+        self._call_later = call_later
+        self._input_ready = input_ready
+        self._timeout: Timer | None = None
+        self._rx_fifo: deque[int] = deque()
+        self._tx_fifo: deque[int] = deque()
+        self.irq = False
+        """the level of INTR"""
+        self.reset()
+
+    def reset(self) -> None:
+        """Master reset: power-on values, FIFOs off and empty, INTR low, modem inputs CTS, DSR and DCD on."""
+        self._rbr = 0
+        self._thr = 0
+        self._tsr = 0
+        self._ier = 0
+        self._iir = UART_IIR_NO_INT
+        self._lcr = 0
+        self._mcr = UART_MCR_OUT2
+        self._lsr = UART_LSR_THRE | UART_LSR_TEMT
+        self._msr = UART_MSR_DCD | UART_MSR_DSR | UART_MSR_CTS
+        self._scr = 0
+        self._fcr = 0
+        self._divisor = _RESET_DIVISOR
+        self._character_seconds = _RESET_CHARACTER_BITS * _RESET_DIVISOR / BASE_BAUD
+        self._trigger = 1
+        self._thre_pending = False
+        self._timeout_pending = False
+        self._tsr_held = False
+        self._rx_fifo.clear()
+        self._tx_fifo.clear()
+        self._stop_timeout()
+        self._update_irq()
+
+    def read(self, offset: int) -> int:
+        """The register's value, with the side effects of a read."""
+        if offset == UART_RX:
+            return self._divisor & 0xFF if self._lcr & UART_LCR_DLAB else self._read_rbr()
+        if offset == UART_LSR:
+            value = self._lsr
+            if value & UART_LSR_BRK_ERROR_BITS:
+                self._lsr &= ~UART_LSR_BRK_ERROR_BITS
+                self._update_irq()
+            return value
+        if offset == UART_IIR:
+            value = self._iir
+            if value & ~UART_IIR_FIFO_ENABLED == UART_IIR_THRI:
+                self._thre_pending = False
+                self._update_irq()
+            return value
+        if offset == UART_IER:
+            return self._divisor >> 8 if self._lcr & UART_LCR_DLAB else self._ier
+        if offset == UART_MSR:
+            return self._read_msr()
+        if offset == UART_LCR:
+            return self._lcr
+        return self._mcr if offset == UART_MCR else self._scr
+
+    def write(self, offset: int, value: int) -> None:
+        """Writes the low byte of ``value``. LSR and MSR can't be written."""
+        value &= 0xFF
+        if offset == UART_TX:
+            if self._lcr & UART_LCR_DLAB:
+                self._divisor = self._divisor & 0xFF00 | value
+                self._line_changed()
+            else:
+                self._write_thr(value)
+        elif offset == UART_IER:
+            if self._lcr & UART_LCR_DLAB:
+                self._divisor = self._divisor & 0xFF | value << 8
+                self._line_changed()
+            else:
+                self._write_ier(value)
+        elif offset == UART_FCR:
+            self._write_fcr(value)
+        elif offset == UART_LCR:
+            self._lcr = value
+            self._line_changed()
+        elif offset == UART_MCR:
+            self._mcr = value & 0x1F
+            self._input_ready()
+        elif offset == UART_SCR:
+            self._scr = value
+
+    def can_receive(self) -> int:
+        """How many characters the line may deliver now.
+
+        With FIFOs that is what is missing to the trigger level: filling them up at once would override the
+        level that the guest has set (serial_can_receive() in QEMU).
+        """
+        if self._mcr & UART_MCR_LOOP:
+            return 0
+        if not self._fcr & UART_FCR_ENABLE_FIFO:
+            return 0 if self._lsr & UART_LSR_DR else 1
+        count = len(self._rx_fifo)
+        if count <= self._trigger:
+            return self._trigger - count
+        return 1 if count < FIFO_SIZE else 0
+
+    def receive(self, data: bytes, errors: int = 0) -> None:
+        """Characters arrive; those for which there is no room are lost and set the overrun error.
+
+        ``errors``: UART_LSR_PE and UART_LSR_FE, if the line delivered them so. They show at once, not when the
+        character reaches the top of the FIFO.
+        """
+        if self._fcr & UART_FCR_ENABLE_FIFO:
+            for byte in data:
+                self._push(byte)
+            self._start_timeout()
+        else:
+            for byte in data:
+                if self._lsr & UART_LSR_DR:
+                    self._lsr |= UART_LSR_OE
+                self._rbr = byte
+                self._lsr |= UART_LSR_DR
+        self._lsr |= UART_LSR_DR | errors
+        self._update_irq()
+
+    def receive_break(self) -> None:
+        """The line was held at 0 for a character time: one null character and the break indicator."""
+        self._rbr = 0
+        if self._fcr & UART_FCR_ENABLE_FIFO:
+            self._push(0)
+        self._lsr |= UART_LSR_BI | UART_LSR_DR
+        self._update_irq()
+
+    def set_modem_lines(self, lines: int) -> None:
+        """Sets the modem inputs: those of UART_MSR_CTS, _DSR, _RI and _DCD that are on.
+
+        Each that changes sets its delta bit; RI only when it goes off (trailing edge).
+        """
+        changed = (self._msr ^ lines) & 0xF0
+        deltas = changed >> 4
+        if lines & UART_MSR_RI:
+            deltas &= ~UART_MSR_TERI
+        self._msr = self._msr & UART_MSR_ANY_DELTA | lines | deltas
+        self._update_irq()
+
+    def transmit_ready(self) -> None:
+        """The line takes characters again after transmit() had answered False."""
+        if self._tsr_held:
+            self._shift_out()
+
+    def _read_rbr(self) -> int:
+        if self._fcr & UART_FCR_ENABLE_FIFO:
+            value = self._rx_fifo.popleft() if self._rx_fifo else 0
+            if self._rx_fifo:
+                self._start_timeout()
+            else:
+                self._lsr &= ~(UART_LSR_DR | UART_LSR_BI)
+                self._stop_timeout()
+            self._timeout_pending = False
+        else:
+            value = self._rbr
+            self._lsr &= ~(UART_LSR_DR | UART_LSR_BI)
+        self._update_irq()
+        self._input_ready()
+        return value
+
+    def _read_msr(self) -> int:
+        mcr = self._mcr
+        if mcr & UART_MCR_LOOP:
+            # OUT2, OUT1, DTR and RTS are wired to DCD, RI, DSR and CTS.
+            return (mcr & 0x0C) << 4 | (mcr & UART_MCR_DTR) << 5 | (mcr & UART_MCR_RTS) << 3
+        value = self._msr
+        if value & UART_MSR_ANY_DELTA:
+            self._msr &= ~UART_MSR_ANY_DELTA
+            self._update_irq()
+        return value
+
+    def _write_thr(self, value: int) -> None:
+        self._thr = value
+        if self._fcr & UART_FCR_ENABLE_FIFO:
+            if len(self._tx_fifo) == FIFO_SIZE:
+                self._tx_fifo.popleft()
+            self._tx_fifo.append(value)
+        self._thre_pending = False
+        self._lsr &= ~(UART_LSR_THRE | UART_LSR_TEMT)
+        self._update_irq()
+        if not self._tsr_held:
+            self._shift_out()
+
+    def _write_ier(self, value: int) -> None:
+        changed = (self._ier ^ value) & 0x0F
+        self._ier = value & 0x0F
+        if changed & UART_IER_THRI:
+            # Enabling the interrupt raises it anew although an IIR read had cleared it: Windows counts on that.
+            self._thre_pending = bool(value & UART_IER_THRI and self._lsr & UART_LSR_THRE)
+        self._update_irq()
+
+    def _write_fcr(self, value: int) -> None:
+        if (value ^ self._fcr) & UART_FCR_ENABLE_FIFO:
+            value |= UART_FCR_CLEAR_RCVR | UART_FCR_CLEAR_XMIT
+        if value & UART_FCR_CLEAR_RCVR:
+            self._lsr &= ~(UART_LSR_DR | UART_LSR_BI)
+            self._stop_timeout()
+            self._timeout_pending = False
+            self._rx_fifo.clear()
+        if value & UART_FCR_CLEAR_XMIT:
+            self._lsr |= UART_LSR_THRE
+            self._thre_pending = True
+            self._tx_fifo.clear()
+        self._fcr = value & (UART_FCR_ENABLE_FIFO | UART_FCR_DMA_SELECT | UART_FCR_TRIGGER_MASK)
+        if value & UART_FCR_ENABLE_FIFO:
+            self._iir |= UART_IIR_FIFO_ENABLED
+            self._trigger = _TRIGGER_LEVELS[value >> 6]
+        else:
+            self._iir &= ~UART_IIR_FIFO_ENABLED
+        self._update_irq()
+        self._input_ready()
+
+    def _line_changed(self) -> None:
+        """Divisor or line control was written: a character takes another time."""
+        lcr = self._lcr
+        bits = 1 + 5 + (lcr & 3) + bool(lcr & UART_LCR_PARITY) + (2 if lcr & UART_LCR_STOP else 1)
+        baud = BASE_BAUD / self._divisor if self._divisor else _BAUD_OF_DIVISOR_ZERO
+        self._character_seconds = bits / baud
+
+    def _shift_out(self) -> None:
+        """Sends what the transmitter holds, until the line refuses a character."""
+        while True:
+            if not self._tsr_held:
+                if self._fcr & UART_FCR_ENABLE_FIFO:
+                    self._tsr = self._tx_fifo.popleft()
+                else:
+                    self._tsr = self._thr
+                if not self._tx_fifo:
+                    self._lsr |= UART_LSR_THRE
+                    self._thre_pending = True
+                    self._update_irq()
+            if self._mcr & UART_MCR_LOOP:
+                self.receive(bytes((self._tsr,)))
+            elif not self._transmit(self._tsr):
+                self._tsr_held = True
+                return
+            self._tsr_held = False
+            if self._lsr & UART_LSR_THRE:
+                break
+        self._lsr |= UART_LSR_TEMT
+
+    def _push(self, byte: int) -> None:
+        if len(self._rx_fifo) < FIFO_SIZE:
+            self._rx_fifo.append(byte)
+        else:
+            self._lsr |= UART_LSR_OE
+
+    def _start_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+        self._timeout = self._call_later(_TIMEOUT_CHARACTERS * self._character_seconds, self._on_timeout)
+
+    def _stop_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
+
+    def _on_timeout(self) -> None:
+        self._timeout = None
+        self._timeout_pending = True
+        self._update_irq()
+
+    def _update_irq(self) -> None:
+        """Works out the pending interrupt of the highest priority, and INTR."""
+        ier = self._ier
+        if ier & UART_IER_RLSI and self._lsr & UART_LSR_BRK_ERROR_BITS:
+            source = UART_IIR_RLSI
+        elif ier & UART_IER_RDI and self._timeout_pending:
+            source = UART_IIR_RX_TIMEOUT
+        elif ier & UART_IER_RDI and self._lsr & UART_LSR_DR and self._at_trigger():
+            source = UART_IIR_RDI
+        elif ier & UART_IER_THRI and self._thre_pending:
+            source = UART_IIR_THRI
+        elif ier & UART_IER_MSI and self._msr & UART_MSR_ANY_DELTA:
+            source = UART_IIR_MSI
+        else:
+            source = UART_IIR_NO_INT
+        self._iir = self._iir & UART_IIR_FIFO_ENABLED | source
+        level = source != UART_IIR_NO_INT
+        if level is not self.irq:
+            self.irq = level
+            self._set_irq(level)
+
+    def _at_trigger(self) -> bool:
+        return not self._fcr & UART_FCR_ENABLE_FIFO or len(self._rx_fifo) >= self._trigger

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The PCI proxy of one function: what QEMU's hw/remote/proxy.c does, kept exact.
+
+It forwards config and BAR accesses over the link, owns the irqfd/resamplefd pair, and follows the route of
+the function's interrupt pin. Where QEMU drops a level on the way this proxy kicks: writing the resamplefd
+makes the remote look at its level again and re-assert what is still high, and does nothing to a low line. A
+kick follows every assign.
+
+While the remote is gone reads give all ones, writes are lost, and nothing is asserted. A new connection gets
+back what the guest had programmed (BARs, command, interrupt line) and a fresh pair of eventfds.
+
+Two threads use it: the vCPU's (accesses, routes) and the control thread's (connecting, teardown). One lock
+guards the link and the pair; it is never held for longer than one round trip's deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from common import mpqemu, pci
+from common.errors import PeerGone, ProtocolError
+from common.link import Client
+from common.mpqemu import Command
+from common.notifier import EventNotifier
+from common.pci import BarKind
+from proxyd.bars import ROM, DecodedBar, size_bars
+from proxyd.irqchip import Irqchip
+
+__all__ = ["Identity", "PciProxy"]
+
+_ALL_ONES = 0xFFFFFFFFFFFFFFFF
+_RESTORED = (
+    (pci.PCI_CACHE_LINE_SIZE, 1),
+    (pci.PCI_INTERRUPT_LINE, 1),
+    *((offset, 4) for offset in range(pci.PCI_BASE_ADDRESS_0, pci.PCI_BASE_ADDRESS_5 + 4, 4)),
+    (pci.PCI_ROM_ADDRESS, 4),
+    (pci.PCI_COMMAND, 2),
+)
+"""what a guest programs and a restarted remote has lost; command last, since it enables decoding"""
+
+
+class Identity(NamedTuple):
+    """What makes a function the same one after a reconnect."""
+
+    vendor: int
+    device: int
+    class_code: int
+    pin: int
+    bars: tuple[DecodedBar, ...]
+
+
+class _Window(NamedTuple):
+    memory: bool
+    start: int
+    end: int
+
+
+class PciProxy:
+    """One function of the guest's bus whose device is behind an mpqemu link."""
+
+    def __init__(
+        self,
+        name: str,
+        devfn: int,
+        connect: Callable[[], Client],
+        irqchip: Irqchip,
+        log: logging.Logger | logging.LoggerAdapter[logging.Logger],
+        on_lost: Callable[[PciProxy], None],
+    ) -> None:
+        """``connect()`` gives a connected link or raises PeerGone.
+
+        ``on_lost`` is called, by whichever thread notices, when an established link is lost. The link's fd
+        stays open, and its number taken, until the control thread has forgotten it and calls reap().
+        """
+        self.name = name
+        self.devfn = devfn
+        self.identity: Identity | None = None
+        self.windows: tuple[_Window, ...] = ()
+        """where the function's BARs are decoded at present"""
+        self.reconnects = 0
+        self._connect = connect
+        self._irqchip = irqchip
+        self._log = log
+        self._on_lost = on_lost
+        self._lock = threading.RLock()
+        self._client: Client | None = None
+        self._lost: Client | None = None
+        self._irqfd: EventNotifier | None = None
+        self._resamplefd: EventNotifier | None = None
+        self._route: int | None = None
+        self._assigned: int | None = None
+        self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
+
+    @property
+    def is_connected(self) -> bool:
+        return self._client is not None
+
+    @property
+    def pin(self) -> int:
+        """The remote's interrupt pin register, 0 without an interrupt or before the first connection."""
+        return self.identity.pin if self.identity is not None else 0
+
+    @property
+    def gsi(self) -> int | None:
+        """The GSI that the irqfd is assigned to."""
+        return self._assigned
+
+    def fileno(self) -> int:
+        """The link's fd; readable without a request under way it means that the link has ended, or should."""
+        return -1 if self._client is None else self._client.fileno()
+
+    def attach(self) -> None:
+        """Connects, identifies the function, gives it its registers back, and sends it a fresh irqfd pair.
+
+        Raises PeerGone when nobody is there, ProtocolError when what is there is not the function that was.
+        """
+        client = self._connect()
+        try:
+            identity = self._identify(client)
+            if self.identity is None:
+                self.identity = identity
+                for offset, size in _RESTORED:
+                    value = _config_read(client, offset, size)
+                    self._shadow[offset : offset + size] = value.to_bytes(size, "little")
+            elif identity != self.identity:
+                raise ProtocolError("another function than before the connection was lost")
+            else:
+                self.reconnects += 1
+                self._restore(client)
+            with self._lock:
+                self._create_pair(client)
+                self._client = client
+                self._assign()
+                self._update_windows()
+        except BaseException:
+            client.close()
+            with self._lock:
+                self._client = None
+                self._drop_pair()
+            raise
+
+    def close(self) -> None:
+        """Takes the irqfd out of KVM, then closes the pair, then the link. A second call does nothing."""
+        with self._lock:
+            self._drop_pair()
+            self._lost, self._client = self._client or self._lost, None
+            self.reap()
+
+    def reap(self) -> None:
+        """Closes a lost link."""
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            lost.close()
+
+    def config_read(self, offset: int, size: int) -> int:
+        """``size`` (1, 2 or 4) bytes of the function's config space."""
+        value = self._request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(offset, 0, size))
+        return value & ((1 << 8 * size) - 1)
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """Writes ``size`` (1, 2 or 4) bytes of the function's config space."""
+        value &= (1 << 8 * size) - 1
+        with self._lock:
+            self._request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(offset, value, size))
+            if self._client is None or offset >= pci.PCI_STD_HEADER_SIZE:
+                return
+            was_disabled = self._is_intx_disabled()
+            self._shadow[offset : offset + size] = value.to_bytes(size, "little")
+            self._update_windows()
+            if self._is_intx_disabled() and not was_disabled:
+                # The remote has stopped to assert; what it had asserted is still in KVM.
+                self._reassign()
+
+    def bar_read(self, memory: bool, addr: int, size: int) -> int:
+        """``size`` bytes at a bus address that one of ``windows`` covers."""
+        value = self._request(Command.BAR_READ, mpqemu.BAR.pack(addr, 0, size, memory))
+        return value & ((1 << 8 * size) - 1)
+
+    def bar_write(self, memory: bool, addr: int, size: int, value: int) -> None:
+        """Writes ``size`` bytes at a bus address that one of ``windows`` covers."""
+        self._request(Command.BAR_WRITE, mpqemu.BAR.pack(addr, value, size, memory))
+
+    def set_route(self, gsi: int | None) -> None:
+        """The GSI that the function's pin is routed to from now on; None while the router has it disabled.
+
+        A level that is high at this moment arrives on the new GSI.
+        """
+        with self._lock:
+            if gsi != self._route:
+                self._route = gsi
+                self._reassign()
+
+    def kick(self) -> None:
+        """Lets the remote look at its level again: needed after everything that may have lost an assertion."""
+        with self._lock:
+            if self._assigned is not None and self._resamplefd is not None:
+                self._resamplefd.set()
+
+    def quiesce(self) -> None:
+        """Takes the irqfd out of the irqchip, lowering the line: first step of a reset, and before a save."""
+        with self._lock:
+            self._deassign()
+
+    def reset(self) -> None:
+        """Resets the remote function and forgets what the guest had programmed; to be called while quiesced."""
+        with self._lock:
+            self._route = None
+            self._request(Command.DEVICE_RESET, b"")
+            if self._client is not None:
+                for offset, size in _RESTORED:
+                    value = self.config_read(offset, size)
+                    self._shadow[offset : offset + size] = value.to_bytes(size, "little")
+            else:
+                self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
+            self._update_windows()
+
+    def check_link(self) -> None:
+        """To be called when fileno() is readable: drops a link that has ended or that speaks unasked."""
+        with self._lock:
+            if self._client is not None:
+                try:
+                    self._client.check_quiet()
+                except (PeerGone, ProtocolError) as error:
+                    self._lose(error)
+
+    def _request(self, command: Command, payload: bytes) -> int:
+        with self._lock:
+            if self._client is None:
+                return _ALL_ONES
+            try:
+                return self._client.request(command, payload)
+            except (PeerGone, ProtocolError) as error:
+                self._lose(error)
+                return _ALL_ONES
+
+    def _lose(self, error: Exception) -> None:
+        self._log.warning("link lost: %s", error)
+        self._drop_pair()
+        self._lost, self._client = self._client, None
+        self._on_lost(self)
+
+    def _identify(self, client: Client) -> Identity:
+        vendor_device = _config_read(client, pci.PCI_VENDOR_ID, 4)
+        if vendor_device & 0xFFFF in (0xFFFF, 0):
+            raise ProtocolError(f"no PCI function: vendor and device id {vendor_device:#x}")
+        pin = _config_read(client, pci.PCI_INTERRUPT_PIN, 1)
+        if pin > 4:
+            raise ProtocolError(f"impossible interrupt pin {pin}")
+        bars = (
+            size_bars(
+                lambda offset, size: _config_read(client, offset, size),
+                lambda offset, size, value: _config_write(client, offset, size, value),
+            )
+            if self.identity is None
+            else self.identity.bars
+        )
+        class_code = _config_read(client, pci.PCI_REVISION_ID, 4) >> 8
+        return Identity(vendor_device & 0xFFFF, vendor_device >> 16, class_code, pin, tuple(bars))
+
+    def _restore(self, client: Client) -> None:
+        for offset, size in _RESTORED:
+            _config_write(client, offset, size, int.from_bytes(self._shadow[offset : offset + size], "little"))
+
+    def _create_pair(self, client: Client) -> None:
+        if not self.pin:
+            return
+        self._irqfd = EventNotifier.create()
+        self._resamplefd = EventNotifier.create()
+        client.send(Command.SET_IRQFD, fds=(self._irqfd.fd, self._resamplefd.fd))
+
+    def _drop_pair(self) -> None:
+        self._deassign()
+        for notifier in (self._irqfd, self._resamplefd):
+            if notifier is not None:
+                notifier.close()
+        self._irqfd = self._resamplefd = None
+
+    def _reassign(self) -> None:
+        """Deassign, drain, assign, kick: an assign before the deassign would be EBUSY."""
+        self._deassign()
+        self._assign()
+
+    def _deassign(self) -> None:
+        if self._assigned is not None and self._irqfd is not None:
+            self._irqchip.deassign(self._assigned, self._irqfd)
+            # An event left in the counter would assert whichever GSI comes next.
+            self._irqfd.test_and_clear()
+        self._assigned = None
+
+    def _assign(self) -> None:
+        if self._route is None or self._irqfd is None or self._resamplefd is None:
+            return
+        self._irqchip.assign(self._route, self._irqfd, self._resamplefd)
+        self._assigned = self._route
+        self._resamplefd.set()
+
+    def _is_intx_disabled(self) -> bool:
+        return bool(self._shadow[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE)
+
+    def _update_windows(self) -> None:
+        command = self._shadow[pci.PCI_COMMAND]
+        windows = []
+        for decoded in self.identity.bars if self.identity is not None else ():
+            raw = int.from_bytes(self._shadow[decoded.offset : decoded.offset + decoded.width], "little")
+            memory = decoded.bar.kind is not BarKind.IO
+            start = raw & ~(decoded.bar.size - 1) & ((1 << 8 * decoded.width) - 1)
+            enabled = command & (pci.PCI_COMMAND_MEMORY if memory else pci.PCI_COMMAND_IO)
+            if decoded.number == ROM:
+                enabled = enabled and raw & pci.PCI_ROM_ADDRESS_ENABLE
+            if enabled and start:
+                windows.append(_Window(memory, start, start + decoded.bar.size))
+        self.windows = tuple(windows)
+
+
+def _config_read(client: Client, offset: int, size: int) -> int:
+    value = client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(offset, 0, size))
+    return value & ((1 << 8 * size) - 1)
+
+
+def _config_write(client: Client, offset: int, size: int, value: int) -> None:
+    client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(offset, value, size))

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One mpqemu link served: message -> function -> reply.
+
+A client's mistake costs it its session at most. Out-of-range accesses are answered with all ones, as an error
+is on this wire. Requests without a reply (SYNC_SYSMEM, SET_IRQFD) that are unfit are dropped whole. Only what
+puts the stream out of step ends the session: a wrong size, an unknown command, more fds than fit, a flood
+whose replies nobody reads, a frame that doesn't end.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+from common import mpqemu
+from common.errors import PeerGone, ProtocolError
+from common.journal import RateLimited
+from common.link import Link, peer_credentials
+from common.loop import Loop, Timer
+from common.mpqemu import BAR, CONFIG, ERROR, Command
+from common.notifier import adopt_pair
+from remoted.function import PciFunction
+from remoted.iohub import Pirq
+
+__all__ = ["Session"]
+
+_HALF_FRAME_SECONDS = 5.0
+"""how long the rest of a frame may take"""
+
+
+class Session:
+    """Serves one client of one function until either end has enough."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        function: PciFunction,
+        pirq: Pirq,
+        on_end: Callable[[Session], None],
+    ) -> None:
+        """Takes ownership of the connected socket; ``on_end`` is called once, whoever ends the session."""
+        self.peer = peer_credentials(sock)
+        self.client = str(self.peer)
+        self.rejected = 0
+        """messages that broke the protocol"""
+        self._loop = loop
+        self._function = function
+        self._pirq = pirq
+        self._on_end = on_end
+        self._log = RateLimited(function.host.log)
+        self._link = Link(sock)
+        self._receive = self._link.receive
+        self._partial: Timer | None = None
+        self._handlers: dict[int, Callable[[], None]] = {
+            Command.SYNC_SYSMEM: self._sync_sysmem,
+            Command.PCI_CFGWRITE: self._config_write,
+            Command.PCI_CFGREAD: self._config_read,
+            Command.BAR_WRITE: self._bar_write,
+            Command.BAR_READ: self._bar_read,
+            Command.SET_IRQFD: self._set_irqfd,
+            Command.DEVICE_RESET: self._device_reset,
+        }
+        loop.add(self._link.fileno(), self._on_readable, first=True)
+
+    def close(self) -> None:
+        """Ends the session: link and eventfds are closed. A second call does nothing."""
+        if self._link.closed:
+            return
+        if self._partial is not None:
+            self._partial.cancel()
+        self._loop.remove(self._link.fileno())
+        self._link.close()
+        self._pirq.drop_irqfd()
+        self._on_end(self)
+
+    def _on_readable(self, _events: int) -> None:
+        link = self._link
+        try:
+            command = self._receive()
+            while command >= 0:
+                self._handlers[command]()
+                if not link.is_partial:
+                    if self._partial is not None:
+                        self._partial.cancel()
+                        self._partial = None
+                    return
+                command = self._receive()  # more than that frame has been read already
+        except PeerGone as error:
+            self._function.host.log.info("client %s: %s", self.client, error)
+            self.close()
+        except ProtocolError as error:
+            self._reject(error)
+            self.close()
+        else:
+            if link.is_partial and self._partial is None:
+                self._partial = self._loop.call_later(_HALF_FRAME_SECONDS, self._half_frame_expired)
+
+    def _half_frame_expired(self) -> None:
+        self._reject(ProtocolError(f"half a message and then silence for {_HALF_FRAME_SECONDS:g} s"))
+        self.close()
+
+    def _reject(self, error: ProtocolError) -> None:
+        self.rejected += 1
+        self._log.warning("client %s: %s", self.client, error)
+
+    def _config_read(self) -> None:
+        addr, _, length = CONFIG.unpack_from(self._link.payload)
+        self._link.reply(self._function.config_read(addr, length))
+
+    def _config_write(self) -> None:
+        addr, value, length = CONFIG.unpack_from(self._link.payload)
+        self._link.reply(0 if self._function.config_write(addr, length, value) else ERROR)
+
+    def _bar_read(self) -> None:
+        addr, _, size, memory = BAR.unpack_from(self._link.payload)
+        self._link.reply(self._function.bus_read(memory, addr, size))
+
+    def _bar_write(self) -> None:
+        addr, value, size, memory = BAR.unpack_from(self._link.payload)
+        self._link.reply(0 if self._function.bus_write(memory, addr, size, value) else ERROR)
+
+    def _device_reset(self) -> None:
+        self._function.full_reset()
+        self._link.reply(0)
+
+    def _set_irqfd(self) -> None:
+        fds = self._link.take_fds()
+        if len(fds) != 2:
+            self._drop(fds)
+            self._reject(ProtocolError(f"SET_IRQFD with {len(fds)} file descriptors instead of 2"))
+            return
+        try:
+            irqfd, resamplefd = adopt_pair(*fds)
+        except ProtocolError as error:
+            self._reject(ProtocolError(f"SET_IRQFD: {error}"))
+            return
+        self._pirq.set_irqfd(irqfd, resamplefd)
+
+    def _sync_sysmem(self) -> None:
+        self._drop(self._link.take_fds())
+
+    @staticmethod
+    def _drop(fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A guest that raises and serves level-triggered PCI interrupts, driven by a
+ * line protocol on COM1.  It needs a PC's 8259 pair, 8254, COM1 on IRQ 4, PCI
+ * configuration mechanism 1 and a PIIX3 at 00:01.0; no firmware and no paging.
+ *
+ * The protocol
+ *
+ * At each start the guest prints "iohub-guest 1 ready".  Then it takes one
+ * command a line (at most 127 characters, words divided by blanks) and answers
+ * it before it looks at the next:
+ *
+ *	* KIND KEY=VALUE ...	any number of records
+ *	ok [KEY=VALUE ...]	or
+ *	err REASON		exactly one of these, last
+ *
+ * Numbers are decimal or 0x hexadecimal, both ways; WIDTH is 8, 16 or 32; ADDR is
+ * a function on bus 0, "05.0".  A line "panic ..." is an exception: the guest stopped.
+ *
+ *	version				ok guest= version=
+ *	in WIDTH PORT			ok value=
+ *	out WIDTH PORT VALUE
+ *	read WIDTH ADDRESS		ok value=	(memory-mapped I/O)
+ *	write WIDTH ADDRESS VALUE
+ *	config read WIDTH ADDR OFFSET	ok value=
+ *	config write WIDTH ADDR OFFSET VALUE
+ *	lspci				* pci addr= id= class= revision= pin= line=
+ *					ok count=
+ *	setup				* function addr= id= model= gsi=
+ *					ok functions=
+ *		Gives BARs and IRQs to all functions with a driver (edu, pci-serial),
+ *		starts them, and zeroes all counters.  PIRQ A to D go to IRQ 10, 11, 5, 9.
+ *	run ROUNDS [held EVERY]		* progress done= total=
+ *					* back addr= after_ticks= config=kept|rewritten
+ *					* gone addr=
+ *					ok ticks=
+ *		In each round, each function raises its line and waits up to a second
+ *		for the handler.  In every EVERYth round the handler's first entry does
+ *		not acknowledge at the device: the line is still high at the EOI, and
+ *		must bring a second entry, which does.  A device that vanishes or loses
+ *		its registers is waited for (20 seconds), initialised and reported by
+ *		"back", and its round is redone; such rounds are not lost.  Without the
+ *		return it is "gone" and the run ends with err, as it does after 10 lost
+ *		rounds in a row.  Ticks are hundredths of a second.
+ *	samples ADDR			* raise_to_handler tsc=HEX,HEX,...
+ *					* eoi_to_reassert tsc=HEX,HEX,...
+ *		Of the last run, in cycles of the TSC, without 0x, at most 16384 of
+ *		each (the last ones, in no order): from just before the access that
+ *		raises to the handler's entry, and in held rounds from just before
+ *		the EOI to the next entry.
+ *	stats				* function addr= id= model= gsi= raised= served= lost=
+ *						redone= eois= held= reasserts=
+ *					* irq irq= entries= eois= spurious= orphaned= stuck=
+ *					* vectors spurious7= spurious15=
+ *		Since setup.  raised = served + lost.  eois counts those of the
+ *		function's IRQ.  spurious: entries without an asserting function;
+ *		orphaned: the same while one was gone or just reset.  An IRQ that is
+ *		spurious 200 times in a row is masked and stuck until setup.
+ *	reroute ADDR			* step name= addr= irq= entries= elsewhere= served=
+ *						vector7= vector15= result=good|bad
+ *		Moves the function's PIRQ while the line is high: before INTA to IRQ 12
+ *		(before_inta), between INTA and EOI back again (before_eoi), off and on
+ *		(disabled, enabled).  Each must bring exactly one interrupt where it is
+ *		routed; on both IRQs all functions of the PIRQ must work (on_new_irq,
+ *		restored).
+ *	intx ADDR			* step ... (disabled, enabled)
+ *		Sets INTX_DISABLE while the line is high: no interrupt, status bit 3
+ *		stays; clears it: one.
+ *	hold ADDR			ok status=
+ *		Raises the line with its IRQ masked, and leaves it so.
+ *	release ADDR			* step ... (released)
+ *	reboot
+ *		Answers, then resets the machine by port 0xcf9.
+ */
+#include "commands.h"
+#include "console.h"
+#include "irq.h"
+
+void __attribute__((noreturn)) guest_main(void);
+
+void guest_main(void)
+{
+	char line[CONSOLE_LINE_MAX];
+
+	pic_init();
+	idt_init();
+	console_init();
+	pic_unmask(IRQ_COM1);
+	put_string("iohub-guest 1 ready\n");
+	for (;;) {
+		if (console_read_line(line) == CONSOLE_LINE)
+			execute(line);
+		else
+			put_string("err line too long\n");
+	}
+}

@@ -116,10 +116,15 @@ class Uart16550:
         self._tx_fifo: deque[int] = deque()
         self.irq = False
         """the level of INTR"""
-        self.reset()
+        self._power_on()
 
     def reset(self) -> None:
         """Master reset: power-on values, FIFOs off and empty, INTR low, modem inputs CTS, DSR and DCD on."""
+        self._power_on()
+        self._update_irq()
+        self._input_ready()
+
+    def _power_on(self) -> None:
         self._rbr = 0
         self._thr = 0
         self._tsr = 0
@@ -140,7 +145,6 @@ class Uart16550:
         self._rx_fifo.clear()
         self._tx_fifo.clear()
         self._stop_timeout()
-        self._update_irq()
 
     def read(self, offset: int) -> int:
         """The register's value, with the side effects of a read."""
@@ -223,7 +227,7 @@ class Uart16550:
                     self._lsr |= UART_LSR_OE
                 self._rbr = byte
                 self._lsr |= UART_LSR_DR
-        self._lsr |= UART_LSR_DR | errors
+        self._lsr |= errors
         self._update_irq()
 
     def receive_break(self) -> None:
@@ -243,7 +247,7 @@ class Uart16550:
         deltas = changed >> 4
         if lines & UART_MSR_RI:
             deltas &= ~UART_MSR_TERI
-        self._msr = self._msr & UART_MSR_ANY_DELTA | lines | deltas
+        self._msr = self._msr & UART_MSR_ANY_DELTA | lines & 0xF0 | deltas
         self._update_irq()
 
     def transmit_ready(self) -> None:
@@ -351,6 +355,7 @@ class Uart16550:
     def _push(self, byte: int) -> None:
         if len(self._rx_fifo) < FIFO_SIZE:
             self._rx_fifo.append(byte)
+            self._lsr |= UART_LSR_DR
         else:
             self._lsr |= UART_LSR_OE
 

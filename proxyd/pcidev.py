@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from common import mpqemu, pci
 from common.errors import PeerGone, ProtocolError
+from common.journal import RateLimited
 from common.link import Client
 from common.mpqemu import Command
 from common.notifier import EventNotifier
@@ -83,7 +84,7 @@ class PciProxy:
         self.reconnects = 0
         self._connect = connect
         self._irqchip = irqchip
-        self._log = log
+        self.log = RateLimited(log)
         self._on_lost = on_lost
         self._lock = threading.RLock()
         self._client: Client | None = None
@@ -93,6 +94,7 @@ class PciProxy:
         self._route: int | None = None
         self._assigned: int | None = None
         self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
+        self._generation = 0  # of resets
 
     @property
     def is_connected(self) -> bool:
@@ -117,6 +119,7 @@ class PciProxy:
 
         Raises PeerGone when nobody is there, ProtocolError when what is there is not the function that was.
         """
+        generation = self._generation
         client = self._connect()
         try:
             identity = self._identify(client)
@@ -131,10 +134,18 @@ class PciProxy:
                 self.reconnects += 1
                 self._restore(client)
             with self._lock:
+                if generation != self._generation:
+                    raise PeerGone("the machine was reset while connecting")
                 self._create_pair(client)
                 self._client = client
                 self._assign()
                 self._update_windows()
+            self.log.info(
+                "linked to %04x:%04x at %s",
+                identity.vendor,
+                identity.device,
+                pci.format_devfn(self.devfn),
+            )
         except BaseException:
             client.close()
             with self._lock:
@@ -193,6 +204,12 @@ class PciProxy:
                 self._route = gsi
                 self._reassign()
 
+    def abort(self) -> None:
+        """Ends a round trip that another thread is waiting in; the link is lost. Takes no lock."""
+        client = self._client
+        if client is not None:
+            client.shutdown()
+
     def kick(self) -> None:
         """Lets the remote look at its level again: needed after everything that may have lost an assertion."""
         with self._lock:
@@ -207,6 +224,8 @@ class PciProxy:
     def reset(self) -> None:
         """Resets the remote function and forgets what the guest had programmed; to be called while quiesced."""
         with self._lock:
+            self._generation += 1
+            self._deassign()
             self._route = None
             self._request(Command.DEVICE_RESET, b"")
             if self._client is not None:
@@ -237,7 +256,7 @@ class PciProxy:
                 return _ALL_ONES
 
     def _lose(self, error: Exception) -> None:
-        self._log.warning("link lost: %s", error)
+        self.log.warning("link lost: %s", error)
         self._drop_pair()
         self._lost, self._client = self._client, None
         self._on_lost(self)

@@ -9,6 +9,7 @@ PIRQs as in QEMU's hw/i386/pc_piix.c.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -84,6 +85,7 @@ class PciHost:
             **self._proxies,
         }
         self._address = 0
+        self._routing = threading.Lock()
 
     def pio_read(self, port: int, size: int) -> int:
         """An I/O port read of 1, 2 or 4 bytes; all ones where nothing decodes it."""
@@ -104,7 +106,7 @@ class PciHost:
             if function is not None and offset + size <= pci.PCI_CONFIG_SIZE:
                 function.config_write(offset, size, value)
                 if function is self._isa_bridge:
-                    self.route_all()
+                    self._router_written()
         else:
             self._bar_write(False, port, size, value)
 
@@ -116,19 +118,11 @@ class PciHost:
         """A memory write of 1, 2, 4 or 8 bytes."""
         self._bar_write(True, addr, size, value)
 
-    def route_all(self) -> None:
-        """Lets every function's irqfd follow the router, whose INTx inputs are all level-triggered.
-
-        Setting ELCR rewrites the PIC's state, and an assertion that falls into that moment is lost: kicked
-        functions assert again.
-        """
-        routes = {proxy: self._route(proxy) for proxy in self._proxies.values()}
-        changed = [irq for irq in set(routes.values()) if irq is not None and self._irqchip.set_level_triggered(irq)]
-        for proxy, irq in routes.items():
-            proxy.set_route(irq)
-        if changed:
-            for proxy in routes:
-                proxy.kick()
+    def route(self) -> None:
+        """Lets every function's irqfd follow the router. Any thread may call it."""
+        with self._routing:
+            for proxy in self._proxies.values():
+                proxy.set_route(self._route(proxy))
 
     def reset(self) -> None:
         """The machine's reset: lines are taken away first, and come back when the guest routes them.
@@ -136,13 +130,27 @@ class PciHost:
         A SET_IRQCHIP does not clear what an irqfd asserts (virt/kvm irq_states), so it comes after every
         deassign, and the remotes are reset before anything can be assigned again.
         """
-        for proxy in self._proxies.values():
-            proxy.quiesce()
-        for proxy in self._proxies.values():
-            proxy.reset()
-        self._irqchip.reset()
-        self._isa_bridge.reset()
-        self._address = 0
+        with self._routing:
+            for proxy in self._proxies.values():
+                proxy.quiesce()
+            for proxy in self._proxies.values():
+                proxy.reset()
+            self._irqchip.reset()
+            self._isa_bridge.reset()
+            self._address = 0
+
+    def _router_written(self) -> None:
+        """The guest has programmed the router, whose outputs are all level-triggered.
+
+        Setting ELCR rewrites the PIC's state, and an assertion that falls into that moment may be lost: kicked
+        functions assert again.
+        """
+        irqs = {self._isa_bridge.irq(pirq) for pirq in range(len(PIRQ_REGISTERS))} - {None}
+        changed = [irq for irq in irqs if irq is not None and self._irqchip.set_level_triggered(irq)]
+        self.route()
+        if changed:
+            for proxy in self._proxies.values():
+                proxy.kick()
 
     def _route(self, proxy: PciProxy) -> int | None:
         if not proxy.pin:

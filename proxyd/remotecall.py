@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""System calls made by another process's main thread, under ptrace, and the thread put back exactly.
+
+The thread is stopped by PTRACE_INTERRUPT, which leaves no trace in its signals. If that interrupts a system call,
+its registers hold one of the kernel's private restart codes. They are put back, code and all, while the thread is
+stopped inside the kernel's signal handling again, so that the kernel restarts the call, or doesn't, as it would
+have done: the time that is left of a sleep lives in a restart_block that none of the calls made here touches.
+
+Signals are blocked meanwhile and stay queued. A job control stop is let through at once: the kernel allows a
+traced thread to run within it and stops the thread again after the detach.
+
+While the thread is ours, its stack pointer points at a signal frame with its own state (proxyd.sigframe), placed
+where the kernel would put one, and every call is made by an instruction pair ``syscall; ret``. So if this process is
+killed in the midst of it, the kernel detaches the thread and it returns through that frame by itself: one call that
+was begun completes, registers and signal mask come back, an interrupted call is restarted. What differs then: a
+sleep with its rest in the restart_block fails with EINTR, as after any handled signal. For the same reason a call
+that hangs can be left behind at any time: ptrace belongs to a thread, so the work is done in one of its own, and its
+end releases the traced thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from common.errors import IohubError, PeerGone
+from proxyd import ptrace, sigframe
+from proxyd.kvm_h import Request
+from proxyd.ptrace import user_regs_struct
+
+__all__ = ["Gadgets", "StoppedThread", "find_gadgets", "match_gadgets", "run_stopped"]
+
+STOP_DEADLINE = 1.0
+"""Seconds that a thread gets to come to each stop; in uninterruptible sleep it can't."""
+
+SCRATCH_SIZE = 1024
+"""Bytes for the arguments of the calls of one stop."""
+
+_RED_ZONE = 128  # System V ABI, AMD64 supplement, 3.2.2: below the stack pointer, yet in use
+_SPIN_SECONDS = 0.001  # a stop takes some 10 us, longer only if the call blocks
+_MINUS_1 = (1 << 64) - 1
+_NO_SYSCALL = _MINUS_1
+_SYSCALL_RET = b"\x0f\x05\xc3"
+_RESTORE_RT = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
+_CHUNK = 1 << 20
+_WALL = 0x40000000  # __WALL of wait(2)
+
+# <linux/errno.h>, never seen outside of the kernel except by a tracer.
+ERESTARTSYS = 512
+ERESTARTNOINTR = 513
+ERESTARTNOHAND = 514
+ERESTART_RESTARTBLOCK = 516
+
+# <asm/unistd_64.h>
+_NR_ioctl = 16
+_NR_rt_sigtimedwait = 128
+_NR_epoll_wait = 232
+_NR_epoll_pwait = 281
+_NR_epoll_pwait2 = 441
+
+_T = TypeVar("_T")
+
+
+class Gadgets(NamedTuple):
+    """Addresses of two pieces of code that every C library has."""
+
+    syscall_ret: int
+    """``syscall; ret``"""
+    restore_rt: int
+    """``mov $15, %rax; syscall``, where signal handlers return to"""
+
+
+def match_gadgets(code: bytes) -> tuple[int, int]:
+    """Offsets of the first of each kind in ``code``, -1 where there is none."""
+    found = [offset for offset in map(code.find, _RESTORE_RT) if offset >= 0]
+    return code.find(_SYSCALL_RET), min(found, default=-1)
+
+
+def find_gadgets(pid: int) -> Gadgets:
+    """Looks through the executable mappings of a process, the dynamic linker and the libraries first.
+
+    Raises OSError if they can't be read, IohubError if there is no such code.
+    """
+    syscall_ret = restore_rt = -1
+    for address, code in _executable_code(pid):
+        first, second = match_gadgets(code)
+        syscall_ret = address + first if syscall_ret < 0 <= first else syscall_ret
+        restore_rt = address + second if restore_rt < 0 <= second else restore_rt
+        if syscall_ret >= 0 and restore_rt >= 0:
+            return Gadgets(syscall_ret, restore_rt)
+    raise IohubError("found no code in it that makes a system call and none that returns from a signal")
+
+
+def _executable_code(pid: int) -> Iterator[tuple[int, bytes]]:
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+        mappings = [line.split(maxsplit=5) for line in file]
+    for fields in reversed(mappings):
+        if fields[1] != "r-xp" or len(fields) < 6:
+            continue
+        start, end = (int(bound, 16) for bound in fields[0].split("-"))
+        for address in range(start, end, _CHUNK):
+            # The chunks overlap by what a pattern may be longer than one byte.
+            yield address, ptrace.read_memory(pid, address, min(end - address, _CHUNK + len(_RESTORE_RT[0]) - 1))
+
+
+class StoppedThread:
+    """The main thread of a process, stopped, ready to make calls; see run_stopped()."""
+
+    def __init__(self, pid: int, gadgets: Gadgets) -> None:
+        self.pid = pid
+        self._gadgets = gadgets
+        self._seized = False
+        self._in_syscall_stop = False
+        self._regs: user_regs_struct | None = None  # set while the thread's registers aren't its own
+        self._mask: int | None = None  # set while its signal mask isn't its own
+        self._saved: tuple[int, bytes] | None = None  # set while its memory isn't its own
+        self._frame = 0
+        self._scratch = self._scratch_end = 0
+
+    def stop(self) -> None:
+        """Seizes and stops the thread, and makes it ready.
+
+        Raises OSError (EPERM: no right to, or traced by another; ESRCH: gone), PeerGone if it exits, IohubError if
+        it can't serve. release() must follow in any case.
+        """
+        ptrace.seize(self.pid, ptrace.PTRACE_O_TRACESYSGOOD)
+        self._seized = True
+        ptrace.interrupt(self.pid)
+        self._wait(ptrace.cont, _is_event_stop)
+        regs = ptrace.getregs(self.pid)
+        if regs is None:
+            raise IohubError(f"process {self.pid} runs 32-bit code, which can't be served")
+        self._check_gadgets()
+        _leave_critical_section(self.pid, regs)
+        _make_restartable(regs)
+        mask = ptrace.get_signal_mask(self.pid)
+        xstate = ptrace.get_xstate(self.pid)
+        frame_size = sigframe.size(xstate)
+        top = regs.rsp - _RED_ZONE - SCRATCH_SIZE
+        self._frame = (top - frame_size) // sigframe.FP_ALIGNMENT * sigframe.FP_ALIGNMENT
+        self._scratch = self._frame + frame_size
+        self._scratch_end = self._scratch + SCRATCH_SIZE
+        saved = ptrace.read_memory(self.pid, self._frame, self._scratch_end - self._frame)
+        self._saved = self._frame, saved
+        home = _restarted(regs)
+        frame = sigframe.build(self._frame, self._gadgets.restore_rt, home, mask, xstate)
+        ptrace.write_memory(self.pid, self._frame, frame)
+        self._regs = regs
+        # From here on the thread gets home through the frame. The mask comes second: it would stay if the
+        # registers didn't follow it.
+        ptrace.setregs(self.pid, self._borrowed(self._gadgets.syscall_ret + len(_SYSCALL_RET) - 1))
+        self._mask = mask
+        ptrace.set_signal_mask(self.pid, ptrace.NSIG_MASK)
+
+    def put(self, data: bytes) -> int:
+        """Copies an argument into the thread's memory, there until release(). Returns its address, 8-aligned."""
+        address = self._scratch
+        end = address + -(-len(data) // 8) * 8
+        if end > self._scratch_end:
+            raise ValueError(f"no room for {len(data)} bytes of arguments")
+        ptrace.write_memory(self.pid, address, data)
+        self._scratch = end
+        return address
+
+    def get(self, address: int, size: int) -> bytes:
+        """What is at an address that put() returned."""
+        return ptrace.read_memory(self.pid, address, size)
+
+    def call(self, number: int, *arguments: int) -> int:
+        """Makes one system call in the thread and returns its result.
+
+        Raises OSError with the call's own errno and filename None; with a filename if it is ptrace that failed.
+        PeerGone if the process exits, IohubError if the call doesn't end in time: release() then leaves the thread
+        to get home by itself.
+        """
+        regs = self._borrowed(self._gadgets.syscall_ret)
+        regs.rax = number
+        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
+            setattr(regs, name, value & _MINUS_1)
+        ptrace.setregs(self.pid, regs)
+        ptrace.cont_to_syscall(self.pid)
+        self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
+        self._in_syscall_stop = True
+        ptrace.cont_to_syscall(self.pid)
+        self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
+        after = ptrace.getregs(self.pid)
+        if after is None:
+            raise IohubError(f"process {self.pid} left 64-bit code")
+        result = int.from_bytes(after.rax.to_bytes(8, "little"), "little", signed=True)
+        if -4096 < result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result
+
+    def release(self) -> None:
+        """Puts back registers, signal mask and memory, and lets the thread go. Raises as call() does."""
+        if not self._seized:
+            return
+        if self._in_syscall_stop:
+            # The kernel looks for restart codes only in its signal handling: let the thread stop there.
+            ptrace.interrupt(self.pid)
+            ptrace.cont(self.pid)
+            self._wait(ptrace.cont, _is_event_stop)
+        if self._mask is not None:
+            ptrace.set_signal_mask(self.pid, self._mask)
+        if self._regs is not None:
+            ptrace.setregs(self.pid, self._regs)
+        if self._saved is not None:
+            # Last, because until now it is the way home; and without it nothing of the thread's own is amiss.
+            with contextlib.suppress(OSError):
+                ptrace.write_memory(self.pid, *self._saved)
+        ptrace.detach(self.pid)
+
+    def _borrowed(self, rip: int) -> user_regs_struct:
+        regs = user_regs_struct.from_buffer_copy(self._regs or user_regs_struct())
+        regs.rip = rip
+        regs.rsp = self._frame
+        regs.orig_rax = _NO_SYSCALL
+        return regs
+
+    def _check_gadgets(self) -> None:
+        # The process may have executed another program since they were found.
+        code = ptrace.read_memory(self.pid, self._gadgets.syscall_ret, len(_SYSCALL_RET))
+        back = ptrace.read_memory(self.pid, self._gadgets.restore_rt, len(_RESTORE_RT[0]))
+        if code != _SYSCALL_RET or not back.startswith(_RESTORE_RT):
+            raise IohubError(f"process {self.pid} has replaced its code")
+
+    def _wait(self, resume: Callable[[int, int], None], wanted: Callable[[int], bool]) -> None:
+        """Waits for a stop of the kind; resumes the thread from any other."""
+        deadline = time.monotonic() + STOP_DEADLINE
+        while True:
+            status = _wait_status(self.pid, deadline)
+            if not os.WIFSTOPPED(status):
+                self._seized = False
+                raise PeerGone(f"process {self.pid} exited")
+            if wanted(status):
+                return
+            # A signal on its way goes on its way: only a stop signal, once the others are blocked.
+            resume(self.pid, 0 if _is_event_stop(status) or _is_syscall_stop(status) else os.WSTOPSIG(status))
+
+
+def _is_event_stop(status: int) -> bool:
+    return status >> 16 == ptrace.PTRACE_EVENT_STOP
+
+
+def _is_syscall_stop(status: int) -> bool:
+    return os.WSTOPSIG(status) == signal.SIGTRAP | 0x80  # PTRACE_O_TRACESYSGOOD
+
+
+def _wait_status(pid: int, deadline: float) -> int:
+    spin_until = time.monotonic() + _SPIN_SECONDS
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG | _WALL)
+        if found:
+            return status
+        now = time.monotonic()
+        if now < spin_until:
+            os.sched_yield()
+        elif now < deadline:
+            time.sleep(_SPIN_SECONDS)
+        else:
+            raise IohubError(f"process {pid} didn't stop within {STOP_DEADLINE:g} s")
+
+
+def _leave_critical_section(pid: int, regs: user_regs_struct) -> None:
+    """Takes the abort path if the thread was stopped in a restartable sequence, as any preemption would.
+
+    The kernel can't do it: it judges by the instruction pointer when the thread next leaves the kernel, which is
+    at our call, and forgets the sequence then (kernel/rseq.c).
+    """
+    if regs.orig_rax != _NO_SYSCALL:
+        return  # a system call isn't allowed in one
+    try:
+        area = ptrace.get_rseq(pid)
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return
+        raise
+    # <linux/rseq.h>: struct rseq.rseq_cs at 8; struct rseq_cs start_ip at 8, post_commit_offset at 16, abort_ip at 24.
+    section = _u64s(pid, area + 8, 1)[0] if area else 0
+    if section:
+        start, length, abort = _u64s(pid, section + 8, 3)
+        if regs.rip - start in range(length):
+            regs.rip = abort
+
+
+def _u64s(pid: int, address: int, count: int) -> list[int]:
+    data = ptrace.read_memory(pid, address, 8 * count)
+    return [int.from_bytes(data[offset : offset + 8], "little") for offset in range(0, len(data), 8)]
+
+
+def _interrupted(regs: user_regs_struct) -> int:
+    """The errno or restart code that an interrupted system call is about to return, 0 if there is none."""
+    return 0 if regs.orig_rax == _NO_SYSCALL else -regs.rax & _MINUS_1
+
+
+def _make_restartable(regs: user_regs_struct) -> None:
+    """Lets the kernel restart the calls that fail with EINTR on any stop, handler or not (signal(7)).
+
+    They only wait, so nothing is lost by a second go, and with the code for "unless a handler runs" a signal that
+    did come still ends them with EINTR. A timeout begins anew.
+    """
+    waits = (_NR_epoll_wait, _NR_epoll_pwait, _NR_epoll_pwait2, _NR_rt_sigtimedwait)
+    pure_wait = regs.orig_rax in waits or (regs.orig_rax == _NR_ioctl and regs.rsi == Request.KVM_RUN)
+    if pure_wait and _interrupted(regs) == errno.EINTR:
+        regs.rax = -ERESTARTNOHAND & _MINUS_1
+
+
+def _restarted(regs: user_regs_struct) -> user_regs_struct:
+    """``regs`` as the kernel's signal handling would leave them where no handler runs.
+
+    Without the restart_block, which rt_sigreturn(2) gives up: a call that needs it is told to fail with EINTR.
+    """
+    home = user_regs_struct.from_buffer_copy(regs)
+    code = _interrupted(regs)
+    if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
+        home.rax = regs.orig_rax
+        home.rip -= len(b"\x0f\x05")
+    elif code == ERESTART_RESTARTBLOCK:
+        home.rax = -errno.EINTR & _MINUS_1
+    return home
+
+
+class _Tracer(threading.Thread, Generic[_T]):
+    """Does its work and ends, and the kernel releases what it still traces."""
+
+    def __init__(self, pid: int, gadgets: Gadgets, body: Callable[[StoppedThread], _T]) -> None:
+        super().__init__(name=f"tracer-{pid}")
+        self.thread = StoppedThread(pid, gadgets)
+        self.body = body
+        self.result: list[_T] = []
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        began = time.monotonic()
+        try:
+            self.thread.stop()
+            self.result.append(self.body(self.thread))
+        except BaseException as error:
+            self.error = error
+        try:
+            self.thread.release()
+        except BaseException as error:
+            self.error = self.error or error
+        self.seconds = time.monotonic() - began
+
+
+def run_stopped(pid: int, gadgets: Gadgets, body: Callable[[StoppedThread], _T]) -> tuple[_T, float]:
+    """Stops the main thread of a process, lets ``body`` make calls in it, and lets it go.
+
+    Returns what ``body`` returned and the seconds for which the thread was stopped, at most. Raises what
+    ``body`` and StoppedThread's methods raise; the process runs on in any case.
+    """
+    tracer = _Tracer(pid, gadgets, body)
+    tracer.start()
+    tracer.join()
+    if tracer.error is not None:
+        raise tracer.error
+    return tracer.result[0], tracer.seconds

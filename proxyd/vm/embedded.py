@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""--vm embedded: proxyd is the VMM of a small guest on /dev/kvm.
+
+One vCPU in a thread of its own, KVM's PICs, IOAPIC and PIT, 16 MiB of RAM, a console at COM1, reset control at
+port 0xcf9, and the PCI bus of proxyd.pcihost. The PICs' registers, ELCR among them, are served inside KVM.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import signal
+import threading
+from collections.abc import Callable
+
+from common.errors import UsageError
+from proxyd.console import COM1_PORTS, Console
+from proxyd.kvm import Kvm, Vm
+from proxyd.kvm_h import ExitReason
+from proxyd.pcihost import PciHost
+from proxyd.vm.multiboot import Image
+
+__all__ = ["KICK_SIGNAL", "RESET_PORT", "Machine", "VcpuThread"]
+
+RAM_SIZE = 16 << 20
+RESET_PORT = 0xCF9
+"""reset control register (Intel 290550, 2.5.3.1): a write with bit 2 set resets the machine"""
+_RESET_CPU = 0x04
+
+KICK_SIGNAL = signal.SIGUSR1
+"""ends a KVM_RUN; the main thread must have a handler for it, which does nothing"""
+
+
+class Machine:
+    """RAM, vCPU and the devices of the board. Stepped by one thread."""
+
+    def __init__(self, vm: Vm, image: Image, host: PciHost, console: Console | None) -> None:
+        """Loads the image and puts the vCPU at its entry. Raises UsageError, OSError."""
+        if image.memory_end > RAM_SIZE:
+            raise UsageError(f"the guest's image needs {image.memory_end} bytes of RAM, there are {RAM_SIZE}")
+        self._image = image
+        self._host = host
+        self._console = console
+        self._ram = mmap.mmap(-1, RAM_SIZE, mmap.MAP_SHARED)
+        vm.map_ram(0, 0, self._ram)
+        self._vcpu = vm.create_vcpu()
+        self._start()
+
+    def step(self) -> ExitReason:
+        """Runs the guest until it needs the board, and serves that. Returns why KVM came back."""
+        vcpu = self._vcpu
+        reason = vcpu.run()
+        if reason is ExitReason.IO:
+            vcpu.complete_io(self.port_in, self.port_out)
+        elif reason is ExitReason.MMIO:
+            vcpu.complete_mmio(self._host.mmio_read, self._host.mmio_write)
+        return reason
+
+    def port_in(self, port: int, size: int) -> int:
+        """An I/O port read that left KVM."""
+        if port in COM1_PORTS and size == 1 and self._console is not None:
+            return self._console.read(port)
+        return self._host.pio_read(port, size)
+
+    def port_out(self, port: int, size: int, value: int) -> None:
+        """An I/O port write that left KVM."""
+        if port == RESET_PORT and size == 1:
+            if value & _RESET_CPU:
+                self.reset()
+        elif port in COM1_PORTS and size == 1 and self._console is not None:
+            self._console.write(port, value)
+        else:
+            self._host.pio_write(port, size, value)
+
+    def reset(self) -> None:
+        """The machine's reset: the bus with its functions, the console, then the guest from its entry."""
+        self._host.reset()
+        if self._console is not None:
+            self._console.reset()
+        self._start()
+
+    def interrupt(self, value: bool) -> None:
+        """Makes step() return INTR at once for as long as it is set. Any thread."""
+        self._vcpu.immediate_exit = value
+
+    def tsc_khz(self) -> int | None:
+        """The frequency of the guest's time stamp counter in kHz, None where KVM can't tell."""
+        return self._vcpu.tsc_khz()
+
+    def _start(self) -> None:
+        load = self._image.load_address
+        self._ram[load : load + len(self._image.data)] = self._image.data
+        self._vcpu.start_protected_mode(self._image.entry, RAM_SIZE)
+
+
+class VcpuThread:
+    """Steps a machine in a thread of its own until stop()."""
+
+    def __init__(
+        self, machine: Machine, log: logging.Logger | logging.LoggerAdapter[logging.Logger], on_dead: Callable[[], None]
+    ) -> None:
+        """``on_dead`` is called, from the vCPU's thread, when the guest can't go on."""
+        self._machine = machine
+        self._log = log
+        self._on_dead = on_dead
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="vcpu0", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; it may be in the guest. Accesses that wait for a remote must have been aborted."""
+        self._stopping = True
+        self._machine.interrupt(True)
+        if self._thread.is_alive() and self._thread.ident is not None:
+            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                reason = self._machine.step()
+                if reason not in (ExitReason.IO, ExitReason.MMIO, ExitReason.INTR):
+                    self._log.error("the guest stopped: KVM_EXIT_%s", reason.name)
+                    break
+        except Exception:
+            self._log.exception("the vCPU's thread failed")
+        if not self._stopping:
+            self._on_dead()
+
+
+def open_vm() -> tuple[Kvm, Vm]:
+    """/dev/kvm and a VM with PICs, IOAPIC and PIT. Raises UsageError, which names --vm soft, without KVM."""
+    kvm = Kvm()
+    try:
+        vm = kvm.create_vm()
+        vm.create_pit()
+    except BaseException:
+        kvm.close()
+        raise
+    return kvm, vm

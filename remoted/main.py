@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""iohub-remoted: runs a VM's devices outside of it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from systemd import daemon
+
+from common.config import DeviceConfig, VmConfig, parse_remoted
+from common.errors import UsageError
+from common.journal import device_log, setup
+from common.loop import Loop
+from common.pci import format_devfn
+from remoted.function import Host, PciFunction
+from remoted.iohub import IoHub
+from remoted.models import find_model
+from remoted.server import DeviceServer, adopt_connection
+
+__all__ = ["main"]
+
+PROGRAM = "iohub-remoted"
+
+
+class Remoted:
+    """The daemon: hub, devices, servers."""
+
+    def __init__(self, config: VmConfig) -> None:
+        """Creates every device and starts to listen. Raises UsageError."""
+        self._loop = Loop()
+        self._hub = IoHub(self._loop)
+        self._servers: list[DeviceServer] = []
+        self._log = logging.getLogger(PROGRAM)
+        try:
+            for device in config.devices:
+                self._servers.append(self._create(config, device))
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, or until the last inherited link has closed."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._loop.on_signal(signum, self._loop.stop)
+        daemon.notify("READY=1")
+        # Everything that lives long exists by now; what comes later dies young, without the collector.
+        gc.collect()
+        gc.freeze()
+        self._loop.run()
+        daemon.notify("STOPPING=1")
+
+    def close(self) -> None:
+        """Ends sessions, unlinks sockets, closes devices and eventfds."""
+        for server in self._servers:
+            server.close()
+        self._hub.finalize()
+        self._loop.close()
+
+    def _create(self, config: VmConfig, device: DeviceConfig) -> DeviceServer:
+        model = find_model(device.model or "", device.id)
+        unknown = sorted(set(device.properties) - model.PROPERTIES)
+        if unknown:
+            raise UsageError(f"device {device.id}: model {device.model} has no option {', '.join(unknown)}")
+        log = device_log(PROGRAM, device.id)
+        pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
+        host = Host(device.id, self._loop, log, pirq.set_irq)
+        function = self._power_on(model, host, device)
+        server = DeviceServer(self._loop, function, pirq, self._on_idle)
+        try:
+            if device.fd is not None:
+                server.serve(adopt_connection(device.fd, device.id))
+            else:
+                server.listen(device.socket or str(config.runtime_dir / f"{device.id}.sock"))
+        except BaseException:
+            server.close()
+            raise
+        log.info("%s at %s", device.model, format_devfn(device.devfn))
+        return server
+
+    @staticmethod
+    def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> PciFunction:
+        try:
+            function = model(host, device.properties)
+        except UsageError as error:
+            raise UsageError(f"device {device.id}: {error}") from error
+        function.full_reset()
+        return function
+
+    def _on_idle(self) -> None:
+        """A client has gone: without listeners and links there is nothing left to do."""
+        if not any(server.is_listening or server.session for server in self._servers):
+            self._loop.stop()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns the exit status: 0, or 2 for bad usage."""
+    try:
+        config = parse_remoted(argv)
+        setup(PROGRAM, config.name)
+        config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        remoted = Remoted(config)
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    try:
+        remoted.run()
+    finally:
+        remoted.close()
+    return 0

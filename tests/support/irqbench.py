@@ -57,6 +57,14 @@ class IrqBench(ABC):
         """One byte written by the guest."""
 
     @abstractmethod
+    def inw(self, port: int) -> int:
+        """Two bytes read by the guest at once."""
+
+    @abstractmethod
+    def outw(self, port: int, value: int) -> None:
+        """Two bytes written by the guest at once."""
+
+    @abstractmethod
     def take(self, limit: int = 1) -> list[int]:
         """The guest takes up to so many interrupts, without EOI; their vectors."""
 
@@ -143,6 +151,12 @@ class KvmBench(IrqBench):
     def outb(self, port: int, value: int) -> None:
         self.machine.guest.outb(port, value)
 
+    def inw(self, port: int) -> int:
+        return self.machine.guest.inw(port)
+
+    def outw(self, port: int, value: int) -> None:
+        self.machine.guest.outw(port, value)
+
     def take(self, limit: int = 1) -> list[int]:
         return self.machine.guest.take(limit)
 
@@ -173,6 +187,12 @@ class SoftBench(IrqBench):
 
     def outb(self, port: int, value: int) -> None:
         self._soft.pic.port_out(port, 1, value)
+
+    def inw(self, port: int) -> int:
+        return self._soft.pic.port_in(port, 2)
+
+    def outw(self, port: int, value: int) -> None:
+        self._soft.pic.port_out(port, 2, value)
 
     def take(self, limit: int = 1) -> list[int]:
         vectors = []

@@ -7,13 +7,14 @@ every round trip has a deadline.
 Which frame do fds belong to? recvmsg never reads past bytes that carried fds, so within one read they belong
 to its last bytes, but the kernel doesn't say where these begin. A read asks for 40 bytes at most, the size of
 the longest request that is answered, so it can reach into the next header. Of the frames in it the first one
-that may carry fds is the only one that can claim them without being wrong anyway: one that must have fds and
-came without ends its own session.
+that may carry fds is the only one that can claim them without being wrong anyway. Once a header has begun, a
+read asks for its rest alone: two reads could otherwise bring the fds of two frames.
 """
 
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -47,9 +48,11 @@ class PeerCredentials(NamedTuple):
     def __str__(self) -> str:
         try:
             with open(f"/proc/{self.pid}/comm", encoding="utf-8", errors="replace") as comm:
-                return f"{comm.read().strip()}[{self.pid}]"
+                name = comm.read().rstrip("\n")
         except OSError:
             return f"pid {self.pid}"
+        # The peer chooses the name (PR_SET_NAME): a line feed in it would forge a log line.
+        return f"{''.join(c if c.isprintable() else '?' for c in name)}[{self.pid}]"
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
@@ -152,7 +155,7 @@ class Link:
         """The command of the frame at the buffer's start (-1 without a header) and how many bytes it lacks."""
         have = self._have
         if have < _HEADER_SIZE:
-            return -1, _READ_AHEAD - have
+            return -1, _HEADER_SIZE - have
         command, size = HEADER.unpack_from(self._buffer)
         rule = mpqemu.check_request(command, size)
         length = _HEADER_SIZE + size
@@ -246,6 +249,11 @@ class Client:
         if have > wanted:
             raise ProtocolError(f"more than one RET to {command.name}")
         return 0 if wanted == _HEADER_SIZE else int(mpqemu.RET.unpack_from(self._buffer, _HEADER_SIZE)[0])
+
+    def shutdown(self) -> None:
+        """Ends the link for both sides; a request that another thread waits in raises PeerGone."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Closes the socket; a second call does nothing."""

@@ -50,7 +50,6 @@ class EventNotifier:
         except BaseException:
             os.close(fd)
             raise
-        os.set_blocking(fd, False)
         return cls(fd)
 
     @property
@@ -62,7 +61,10 @@ class EventNotifier:
         ready = self._writable(0)
         if not ready or not ready[0][1] & select.POLLOUT:
             return False
-        os.eventfd_write(self._fd, 1)
+        try:
+            os.eventfd_write(self._fd, 1)
+        except BlockingIOError:  # the peer has filled the counter since
+            return False
         return True
 
     def test_and_clear(self) -> bool:
@@ -96,14 +98,20 @@ def adopt_pair(irqfd: int, resamplefd: int) -> tuple[EventNotifier, EventNotifie
     except BaseException:
         first.close()
         raise
-    if _fdinfo(irqfd).get("eventfd-id", "irqfd") == _fdinfo(resamplefd).get("eventfd-id", "resamplefd"):
+    try:
+        if _fdinfo(irqfd).get("eventfd-id", "irqfd") == _fdinfo(resamplefd).get("eventfd-id", "resamplefd"):
+            raise ProtocolError("irqfd and resamplefd are the same eventfd")
+    except BaseException:
         first.close()
         second.close()
-        raise ProtocolError("irqfd and resamplefd are the same eventfd")
+        raise
     return first, second
 
 
 def _fdinfo(fd: int) -> dict[str, str]:
     """The fields of /proc/self/fdinfo/FD (proc_pid_fdinfo(5)); kernels before 6.5 lack eventfd-semaphore."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+            return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    except OSError as error:  # no file descriptor is left for a look at it
+        raise ProtocolError(f"can't examine an eventfd: {error.strerror}") from error

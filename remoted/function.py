@@ -18,6 +18,7 @@ from typing import ClassVar
 from common import pci
 from common.loop import Loop
 from common.pci import Bar, BarKind
+from remoted.memory import GuestMemory
 
 __all__ = ["Bar", "BarKind", "Host", "PciFunction"]
 
@@ -36,6 +37,8 @@ class Host:
     """the device's id"""
     loop: Loop
     log: logging.Logger | logging.LoggerAdapter[logging.Logger]
+    memory: GuestMemory
+    """the RAM of the guest that is connected, for DMA"""
     set_irq: Callable[[bool], None]
     """drives the function's pirq; devices use set_intx()"""
 

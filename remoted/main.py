@@ -18,6 +18,7 @@ from common.loop import Loop
 from common.pci import format_devfn
 from remoted.function import Host, PciFunction
 from remoted.iohub import IoHub
+from remoted.memory import GuestMemory
 from remoted.models import find_model
 from remoted.server import DeviceServer, adopt_connection
 
@@ -67,7 +68,7 @@ class Remoted:
             raise UsageError(f"device {device.id}: model {device.model} has no option {', '.join(unknown)}")
         log = device_log(PROGRAM, device.id)
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
-        host = Host(device.id, self._loop, log, pirq.set_irq)
+        host = Host(device.id, self._loop, log, GuestMemory(), pirq.set_irq)
         function = self._power_on(model, host, device)
         server = DeviceServer(self._loop, function, pirq, self._on_idle)
         try:

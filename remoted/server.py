@@ -12,12 +12,15 @@ from common.errors import UsageError
 from common.journal import RateLimited
 from common.link import peer_credentials
 from common.listen import UnixListener
-from common.loop import Loop
+from common.loop import Loop, Timer
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
 from remoted.session import Session
 
 __all__ = ["DeviceServer", "adopt_connection"]
+
+_ACCEPT_PAUSE_SECONDS = 1.0
+"""how long clients wait after one couldn't be taken for want of an fd; the loop would spin on them otherwise"""
 
 
 class DeviceServer:
@@ -33,6 +36,7 @@ class DeviceServer:
         self._loop = loop
         self._on_idle = on_idle
         self._listener: UnixListener | None = None
+        self._pause: Timer | None = None
         self._log = RateLimited(function.host.log)
 
     @property
@@ -47,21 +51,35 @@ class DeviceServer:
 
     def serve(self, sock: socket.socket) -> None:
         """Serves a connected socket, which it owns from here on."""
-        self.session = Session(self._loop, sock, self.function, self.pirq, self._on_end)
-        self.function.host.log.info("client %s", self.session.client)
+        self.session = Session(self._loop, sock, self.function, self.pirq, self._on_end, self._log)
+        self._log.info("client %s", self.session.client)
 
     def close(self) -> None:
         """Ends the session, unlinks the socket and closes the device."""
         if self._listener is not None:
-            self._loop.remove(self._listener.fileno())
+            if self._pause is None:
+                self._loop.remove(self._listener.fileno())
+            else:
+                self._pause.cancel()
             self._listener.close()
             self._listener = None
         if self.session is not None:
             self.session.close()
-        self.function.close()
+        try:
+            self.function.close()
+        except Exception:
+            self.function.host.log.exception("the device's code failed: close")
 
     def _on_connect(self, _events: int) -> None:
-        sock = self._listener.accept() if self._listener is not None else None
+        if self._listener is None:
+            return
+        try:
+            sock = self._listener.accept()
+        except OSError as error:
+            self._log.warning("can't take a client: %s", error.strerror)
+            self._loop.remove(self._listener.fileno())
+            self._pause = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._resume)
+            return
         if sock is None:
             return
         if self.session is None:
@@ -72,6 +90,11 @@ class DeviceServer:
             self._log.warning(
                 "refused client %s: %s is being served", peer_credentials(sock), self.session.client
             )
+
+    def _resume(self) -> None:
+        self._pause = None
+        if self._listener is not None:
+            self._loop.add(self._listener.fileno(), self._on_connect)
 
     def _on_end(self, _session: Session) -> None:
         self.session = None

@@ -39,8 +39,12 @@ class Session:
         function: PciFunction,
         pirq: Pirq,
         on_end: Callable[[Session], None],
+        log: RateLimited,
     ) -> None:
-        """Takes ownership of the connected socket; ``on_end`` is called once, whoever ends the session."""
+        """Takes ownership of the connected socket; ``on_end`` is called once, whoever ends the session.
+
+        ``log`` outlives the session: its limit must hold for a client that comes again and again.
+        """
         self.peer = peer_credentials(sock)
         self.client = str(self.peer)
         self.rejected = 0
@@ -49,7 +53,7 @@ class Session:
         self._function = function
         self._pirq = pirq
         self._on_end = on_end
-        self._log = RateLimited(function.host.log)
+        self._log = log
         self._link = Link(sock)
         self._receive = self._link.receive
         self._partial: Timer | None = None
@@ -65,7 +69,7 @@ class Session:
         loop.add(self._link.fileno(), self._on_readable, first=True)
 
     def close(self) -> None:
-        """Ends the session: link and eventfds are closed. A second call does nothing."""
+        """Ends the session: link and eventfds are closed, guest RAM is unmapped. A second call does nothing."""
         if self._link.closed:
             return
         if self._partial is not None:
@@ -73,6 +77,7 @@ class Session:
         self._loop.remove(self._link.fileno())
         self._link.close()
         self._pirq.drop_irqfd()
+        self._function.host.memory.clear()
         self._on_end(self)
 
     def _on_readable(self, _events: int) -> None:
@@ -88,7 +93,7 @@ class Session:
                     return
                 command = self._receive()  # more than that frame has been read already
         except PeerGone as error:
-            self._function.host.log.info("client %s: %s", self.client, error)
+            self._log.info("client %s: %s", self.client, error)
             self.close()
         except ProtocolError as error:
             self._reject(error)
@@ -139,7 +144,13 @@ class Session:
         self._pirq.set_irqfd(irqfd, resamplefd)
 
     def _sync_sysmem(self) -> None:
-        self._drop(self._link.take_fds())
+        fds = self._link.take_fds()
+        try:
+            self._function.host.memory.sync(self._link.payload, fds)
+        except ProtocolError as error:
+            self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"))
+        finally:
+            self._drop(fds)
 
     @staticmethod
     def _drop(fds: list[int]) -> None:

@@ -45,14 +45,20 @@ class PeerCredentials(NamedTuple):
     uid: int
     gid: int
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str | None:
+        """What the process calls itself at present, printable; None once it has gone."""
         try:
             with open(f"/proc/{self.pid}/comm", encoding="utf-8", errors="replace") as comm:
                 name = comm.read().rstrip("\n")
         except OSError:
-            return f"pid {self.pid}"
+            return None
         # The peer chooses the name (PR_SET_NAME): a line feed in it would forge a log line.
-        return f"{''.join(c if c.isprintable() else '?' for c in name)}[{self.pid}]"
+        return "".join(c if c.isprintable() else "?" for c in name)
+
+    def __str__(self) -> str:
+        name = self.name
+        return f"pid {self.pid}" if name is None else f"{name}[{self.pid}]"
 
 
 def peer_credentials(sock: socket.socket) -> PeerCredentials:

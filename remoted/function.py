@@ -73,6 +73,8 @@ class PciFunction:
     """by BAR number, 0 to 5; one of kind MEM64 occupies the next number too"""
     PROPERTIES: ClassVar[frozenset[str]] = frozenset()
     """names of the options that the model takes besides those of every device"""
+    IS_DRIVABLE: ClassVar[bool] = False
+    """whether an operator may raise and lower the INTx line at the control socket"""
 
     def __init__(self, host: Host, properties: Mapping[str, str]) -> None:
         """``properties`` holds a text for those of PROPERTIES that were given. Raises UsageError."""

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from systemd import daemon
 
 from common.config import DeviceConfig, VmConfig, parse_remoted
+from common.control import ControlServer
 from common.errors import UsageError
 from common.journal import device_log, setup
 from common.loop import Loop
 from common.pci import format_devfn
+from remoted.control import INTERFACE, RemotedInterface
 from remoted.function import Host, PciFunction
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
@@ -35,10 +37,15 @@ class Remoted:
         self._loop = Loop()
         self._hub = IoHub(self._loop)
         self._servers: list[DeviceServer] = []
+        self._control: ControlServer | None = None
         self._log = logging.getLogger(PROGRAM)
         try:
             for device in config.devices:
                 self._servers.append(self._create(config, device))
+            devices = tuple(zip(config.devices, self._servers, strict=True))
+            path = str(config.runtime_dir / "remoted.varlink")
+            interface = RemotedInterface(config.name, devices)
+            self._control = ControlServer(self._loop, path, INTERFACE, interface, self._log)
         except BaseException:
             self.close()
             raise
@@ -56,6 +63,8 @@ class Remoted:
 
     def close(self) -> None:
         """Ends sessions, unlinks sockets, closes devices and eventfds."""
+        if self._control is not None:
+            self._control.close()
         for server in self._servers:
             server.close()
         self._hub.finalize()

@@ -33,6 +33,7 @@ class DeviceServer:
         self.session: Session | None = None
         self.refused = 0
         """clients turned away while another was served"""
+        self._rejected = 0  # in sessions that have ended
         self._loop = loop
         self._on_idle = on_idle
         self._listener: UnixListener | None = None
@@ -42,6 +43,11 @@ class DeviceServer:
     @property
     def is_listening(self) -> bool:
         return self._listener is not None
+
+    @property
+    def rejected(self) -> int:
+        """How many messages broke the protocol, in all sessions."""
+        return self._rejected + (self.session.rejected if self.session is not None else 0)
 
     def listen(self, path: str) -> None:
         """Takes clients at a path. Raises UsageError."""
@@ -96,7 +102,8 @@ class DeviceServer:
         if self._listener is not None:
             self._loop.add(self._listener.fileno(), self._on_connect)
 
-    def _on_end(self, _session: Session) -> None:
+    def _on_end(self, session: Session) -> None:
+        self._rejected += session.rejected
         self.session = None
         self._on_idle()
 

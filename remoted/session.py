@@ -47,6 +47,7 @@ class Session:
         """
         self.peer = peer_credentials(sock)
         self.client = str(self.peer)
+        self.client_name = self.peer.name
         self.rejected = 0
         """messages that broke the protocol"""
         self._loop = loop

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""irq-line: a PCI function without registers whose INTx line is driven by hand, at the control socket."""
+
+from __future__ import annotations
+
+from remoted.function import PciFunction
+
+__all__ = ["IrqLine"]
+
+
+class IrqLine(PciFunction):
+    """A line to raise and lower; `iohubctl raise` and `iohubctl lower` do it. A reset lowers it.
+
+    The identity is one of the vendor number that QEMU's own made-up devices use (0x1234), class 0xff:
+    no driver binds to it.
+    """
+
+    VENDOR_ID = 0x1234
+    DEVICE_ID = 0x10BE
+    IS_DRIVABLE = True

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A pair of 8259A interrupt controllers with ELCR, in user space.
 
-The registers are those of Intel's 8259A data sheet (231468) and, for ELCR1 and ELCR2, of the 82371SB PIIX3; where
-they leave room, or KVM's controllers (arch/x86/kvm/i8259.c, Linux 6.8 and later) differ from them, this is KVM:
-special mask mode is stored but has no effect, ICW3 is ignored (the slave is on IR2), an initialization keeps what
-is in service and the requests of level-triggered pins, a poll leaves nothing in service.
+The registers are those of Intel's 8259A data sheet (231468) and, for ELCR1 and ELCR2, of the 82371SB PIIX3;
+where they leave room, or KVM's controllers (arch/x86/kvm/i8259.c, Linux 6.8 and later) differ from them, this
+is KVM: special mask mode is stored but has no effect, ICW3 is ignored (the slave is on IR2), an
+initialization keeps what is in service and the requests of level-triggered pins, a poll leaves nothing in
+service.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ _POLL_PENDING = 0x80
 class _I8259:
     """One chip.
 
-    What depends on both chips is up to the pair. The writes tell whether it must look again: not always when it
-    could matter, but exactly when KVM does.
+    What depends on both chips is up to the pair. The writes tell whether it must look again: not always when
+    it could matter, but exactly when KVM does.
     """
 
     def __init__(self, first_irq: int, elcr_mask: int, on_ack: Callable[[int], None]) -> None:
@@ -204,7 +205,7 @@ class I8259Pair:
 
     @property
     def intr(self) -> bool:
-        """The INTR line to the CPU. It may drop again before acknowledge(), or lie after an initialization."""
+        """The line to the CPU. It may drop again before acknowledge(), or lie after an initialization."""
         return self._intr
 
     def set_irq(self, irq: int, level: bool) -> None:
@@ -213,7 +214,7 @@ class I8259Pair:
         self._update()
 
     def acknowledge(self) -> int:
-        """INTA: the vector. When the request is gone, pin 7 of the chip that is asked answers, not in service."""
+        """INTA: the vector. When the request is gone it is that of pin 7, which isn't in service then."""
         pin = self._master.pending()
         chip = self._master
         if pin is not None:
@@ -227,7 +228,7 @@ class I8259Pair:
         return chip.base + (_SPURIOUS if pin is None else pin)
 
     def port_in(self, port: int, size: int) -> int:
-        """``size`` bytes of 0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1; the ports are 8 bits wide, wider reads give 0."""
+        """Reads one of 0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1; ``size`` is in bytes, wider reads give 0."""
         if size != 1:
             return 0
         if port in (ELCR1, ELCR2):
@@ -252,10 +253,12 @@ class I8259Pair:
     def set_level_triggered(self, irq: int) -> bool:
         """Sets the pin's ELCR bit; True if it was clear."""
         chip = self._chips[irq >> 3]
-        before = chip.elcr
-        chip.write_elcr(before | 1 << (irq & 7))
+        bit = 1 << (irq & 7)
+        if chip.elcr & bit:
+            return False
+        chip.write_elcr(chip.elcr | bit)
         self._update()
-        return chip.elcr != before
+        return True
 
     def reset(self) -> None:
         """Power-on, with all pins low."""
@@ -273,7 +276,8 @@ class I8259Pair:
             self._master.irr &= ~(1 << _CASCADE)
         chip.irr &= ~(1 << pin)
         chip.eoi(pin)
-        self._update()
+        if chip is self._slave or pin != _CASCADE:
+            self._update()
         return _POLL_PENDING | pin
 
     def _update(self) -> None:

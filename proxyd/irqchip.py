@@ -52,12 +52,12 @@ class Irqchip(Protocol):
     def assign(self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
         """From now on a write to ``irqfd`` asserts ``gsi``, and a write that is pending asserts it at once.
 
-        At EOI the assertion of all irqfds on the GSI ends first, then every resamplefd on it is signalled, also
-        when its own irqfd or no irqfd had asserted. The caller keeps the notifiers open until deassign(), and
-        signals ``resamplefd`` after assign() so that the peer asserts what was lost before.
+        At EOI the assertion of all irqfds on the GSI ends first, then every resamplefd on it is signalled,
+        also when its own irqfd or no irqfd had asserted. The caller keeps the notifiers open until
+        deassign(), and signals ``resamplefd`` after assign() so that the peer asserts what was lost before.
 
-        Raises GsiRefused for a GSI without a route or without level triggering, OSError with EBUSY for an irqfd
-        that is assigned already, to whichever GSI.
+        Raises GsiRefused for a GSI without a route or without level triggering, OSError with EBUSY for an
+        irqfd that is assigned already, to whichever GSI.
         """
 
     def deassign(self, gsi: int, irqfd: EventNotifier) -> None:
@@ -71,7 +71,7 @@ class Irqchip(Protocol):
         """Drives the line of an emulated device; it isn't lowered by EOI."""
 
     def set_level_triggered(self, irq: int) -> bool:
-        """Sets the pin's ELCR bit, as a PCI interrupt router or the firmware does; True if it was clear before.
+        """Sets the pin's ELCR bit, as a PCI interrupt router or the firmware does; True if it was clear.
 
         Sources that are high are looked at again. Raises GsiRefused for a pin whose bit is fixed.
         """
@@ -79,8 +79,8 @@ class Irqchip(Protocol):
     def reset(self) -> None:
         """Power-on state: edge-triggered, nothing masked, requested or in service, all lines low.
 
-        The assertion by irqfds isn't part of that state and would come back at the next change of the line, so
-        every irqfd must have been deassigned: RuntimeError otherwise.
+        The assertion by irqfds isn't part of that state and would come back at the next change of the line,
+        so every irqfd must have been deassigned: RuntimeError otherwise.
         """
 
     def close(self) -> None:
@@ -150,10 +150,9 @@ class KvmIrqchip:
         """See Irqchip.
 
         KVM has no request for the ELCR alone: the chip's state is read, changed and written back. No vCPU may
-        run meanwhile. An irqfd that asserts in between isn't lost, since its source survives and every line is
-        looked at again afterwards; an edge in between is, with it a tick of KVM's PIT, which then waits for
-        its EOI for ever. So firmware should set the ELCR itself before it starts the timer, as it does on real
-        boards; the bit is found set then and nothing is written.
+        run meanwhile. An irqfd that asserts in between isn't lost, since its source survives and every line
+        is looked at again afterwards; an edge in between is, such as a tick of KVM's PIT. Firmware that sets
+        the ELCR itself, before it starts the timer, avoids even that: nothing is written if the bit is set.
         """
         if not is_level_capable(irq):
             raise GsiRefused(f"IRQ {irq} can't be level-triggered")
@@ -176,11 +175,10 @@ class KvmIrqchip:
                 raise RuntimeError(f"reset with irqfds assigned to GSIs {sorted(self._gsis.values())}")
             while self._lines:
                 self._vm.irq_line(self._lines.pop(), False)
-            for chip_id, elcr_mask in zip(
-                (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE), ELCR_MASK, strict=True
-            ):
+            # The slave first: writing a chip makes KVM pass on a request of the slave that is still there.
+            for chip_id in (KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_PIC_MASTER):
                 chip = kvm_irqchip(chip_id)
-                chip.chip.pic.elcr_mask = elcr_mask
+                chip.chip.pic.elcr_mask = ELCR_MASK[chip_id]
                 self._vm.set_irqchip(chip)
             chip = kvm_irqchip(KVM_IRQCHIP_IOAPIC)
             chip.chip.ioapic.base_address = _IOAPIC_BASE_ADDRESS
@@ -188,8 +186,11 @@ class KvmIrqchip:
             self._vm.set_irqchip(chip)
 
     def close(self) -> None:
-        """See Irqchip. To be called before the VM is closed: the kernel's own teardown of several irqfds at once
-        has been seen to hang (synchronize_srcu under resampler_lock)."""
+        """See Irqchip.
+
+        To be called before the VM is closed: the kernel's own teardown of several irqfds at once has been
+        seen to hang (synchronize_srcu() under resampler_lock).
+        """
         with self._lock:
             while self._gsis:
                 irqfd, gsi = next(iter(self._gsis.items()))

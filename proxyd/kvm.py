@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Thin wrappers of the KVM ioctls: class Kvm is /dev/kvm, Vm a machine with an in-kernel irqchip, Vcpu a CPU.
 
-Source: Documentation/virt/kvm/api.rst. Every failing request raises OSError with the request's name. KVM serves
-a VM only in the address space that created it: threads may share a Vm, a forked child gets EIO.
+Source: Documentation/virt/kvm/api.rst. Every failing request raises OSError with the request's name. KVM
+serves a VM only in the address space that created it: threads may share a Vm, a forked child gets EIO.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from proxyd.kvm_h import (
     kvm_irqfd,
     kvm_pit_config,
     kvm_regs,
+    kvm_reinject_control,
     kvm_run,
     kvm_segment,
     kvm_sregs,
@@ -46,14 +47,16 @@ REQUIRED_CAPABILITIES = (
     Capability.SET_IDENTITY_MAP_ADDR,
     Capability.IRQCHIP,
     Capability.PIT2,
+    Capability.REINJECT_CONTROL,
     Capability.IRQ_ROUTING,
     Capability.IRQFD,
     Capability.IRQFD_RESAMPLE,
     Capability.IMMEDIATE_EXIT,
 )
 
-# Intel's VMX without unrestricted guest wants four pages of guest-physical space of its own. fcntl.ioctl() takes
-# no integer argument of 2 GiB or more, so they are the last ones below that; RAM and BARs must stay clear of them.
+# Intel's VMX without unrestricted guest wants four pages of guest-physical space of its own. fcntl.ioctl()
+# takes no integer argument of 2 GiB or more, so they are the last ones below that; RAM and BARs must stay
+# clear of them.
 _TSS_ADDRESS = (1 << 31) - 3 * mmap.PAGESIZE
 _IDENTITY_MAP_ADDRESS = _TSS_ADDRESS - mmap.PAGESIZE
 
@@ -82,7 +85,7 @@ class Kvm:
     """/dev/kvm, opened and checked."""
 
     def __init__(self, path: str = "/dev/kvm") -> None:
-        """Raises UsageError, one line that names the way without KVM, when KVM is missing or not permitted."""
+        """Raises UsageError, which names the way without KVM, when KVM is missing or not permitted."""
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -140,9 +143,13 @@ class Vm:
         self._vcpus: list[Vcpu] = []
 
     def ioctl(self, request: Request, argument: _Argument = 0) -> int:
-        """Issues a request on the VM. Raises OSError; the message says so when the caller is a forked child."""
+        """Issues a request on the VM. Raises OSError, which says so when the caller is a forked child."""
+        return self.ioctl_on(self.fd, request, argument)
+
+    def ioctl_on(self, fd: int, request: Request, argument: _Argument = 0) -> int:
+        """The same on the VM's own fd or on that of one of its vCPUs."""
         try:
-            return _ioctl(self.fd, request, argument)
+            return _ioctl(fd, request, argument)
         except OSError as error:
             if error.errno == errno.EIO and os.getpid() != self._owner:
                 reason = f"the VM belongs to process {self._owner}, KVM refuses process {os.getpid()}"
@@ -150,7 +157,7 @@ class Vm:
             raise
 
     def check_extension(self, capability: Capability) -> int:
-        """KVM_CHECK_EXTENSION: 0 if the VM lacks the capability, else a positive number with its own meaning."""
+        """KVM_CHECK_EXTENSION: 0 if the VM lacks the capability, else 1 or what is special to it."""
         return self.ioctl(Request.KVM_CHECK_EXTENSION, capability)
 
     def create_irqchip(self) -> None:
@@ -160,14 +167,19 @@ class Vm:
         self.ioctl(Request.KVM_CREATE_IRQCHIP)
 
     def create_pit(self) -> None:
-        """KVM_CREATE_PIT2: an i8254 at ports 0x40 to 0x43 and 0x61, wired to IRQ 0."""
+        """KVM_CREATE_PIT2: an i8254 at ports 0x40 to 0x43 and 0x61, wired to IRQ 0.
+
+        Ticks that the guest misses aren't made up for: KVM would do so only after the EOI of the one before,
+        and a tick that KVM_SET_IRQCHIP wiped out is never acknowledged, so the timer would stop for good.
+        """
         self.ioctl(Request.KVM_CREATE_PIT2, kvm_pit_config())
+        self.ioctl(Request.KVM_REINJECT_CONTROL, kvm_reinject_control(pit_reinject=0))
 
     def map_ram(self, slot: int, guest_address: int, ram: mmap.mmap) -> None:
         """Maps the whole of ``ram``, anonymous or of a memfd, at a guest-physical byte address.
 
-        Address and length are multiples of the page size. The VM keeps the mapping alive; it must not be closed
-        before the VM.
+        Address and length are multiples of the page size. The VM keeps the mapping alive; it must not be
+        closed before the VM.
         """
         address = ctypes.addressof(ctypes.c_char.from_buffer(ram))
         region = kvm_userspace_memory_region(slot, 0, guest_address, len(ram), address)
@@ -181,23 +193,23 @@ class Vm:
         return vcpu
 
     def assign_irqfd(self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
-        """KVM_IRQFD with RESAMPLE: a write to ``irqfd`` asserts ``gsi``, EOI lowers it and signals ``resamplefd``.
+        """KVM_IRQFD with RESAMPLE: ``irqfd`` asserts the GSI, EOI lowers it and signals ``resamplefd``.
 
-        KVM doesn't look at the GSI: one without a route is accepted and every event swallowed. Raises OSError,
-        with EBUSY when the eventfd is an irqfd already, on any GSI.
+        KVM doesn't look at the GSI: one without a route is accepted and every event swallowed. Raises
+        OSError, with EBUSY when the eventfd is an irqfd already, on any GSI.
         """
         self.ioctl(Request.KVM_IRQFD, kvm_irqfd(irqfd.fd, gsi, IrqfdFlag.RESAMPLE, resamplefd.fd))
 
     def deassign_irqfd(self, gsi: int, irqfd: EventNotifier) -> None:
         """KVM_IRQFD with DEASSIGN: drains the eventfd, and lowers the line if no other irqfd is on ``gsi``.
 
-        Returns when a pending injection is over. A GSI other than that of the assignment is no error to KVM and
-        leaves everything as it is.
+        Returns when a pending injection is over. A GSI other than that of the assignment is no error to KVM
+        and leaves everything as it is.
         """
         self.ioctl(Request.KVM_IRQFD, kvm_irqfd(irqfd.fd, gsi, IrqfdFlag.DEASSIGN))
 
     def irq_line(self, gsi: int, level: bool) -> None:
-        """KVM_IRQ_LINE: drives the userspace source of ``gsi``; sources are ORed, irqfds have one of their own."""
+        """KVM_IRQ_LINE: drives the userspace source of ``gsi``, which is ORed with that of the irqfds."""
         self.ioctl(Request.KVM_IRQ_LINE, kvm_irq_level(gsi, level))
 
     def get_irqchip(self, chip_id: int) -> kvm_irqchip:
@@ -253,14 +265,14 @@ class Vcpu:
         The data of an IN or a read is taken over by the next call.
         """
         try:
-            _ioctl(self.fd, Request.KVM_RUN)
+            self._ioctl(Request.KVM_RUN)
         except InterruptedError:
             return ExitReason.INTR
         return ExitReason(self.state.exit_reason)
 
     @property
     def immediate_exit(self) -> bool:
-        """While True, run() completes what the last exit left over and returns INTR without entering the guest."""
+        """While True, run() completes the last exit and returns INTR without entering the guest."""
         return bool(self.state.immediate_exit)
 
     @immediate_exit.setter
@@ -286,7 +298,7 @@ class Vcpu:
                 port_out(io.port, size, int.from_bytes(self._shared[start : start + size], "little"))
 
     def complete_mmio(self, read: Callable[[int, int], int], write: Callable[[int, int, int], None]) -> None:
-        """Serves an MMIO exit: ``read(address, size) -> value``, ``write(address, size, value)``, 1 to 8 bytes."""
+        """Serves an MMIO exit of 1 to 8 bytes: ``read(address, size)``, ``write(address, size, value)``."""
         mmio = self.state.mmio
         size: int = mmio.len
         if mmio.is_write:
@@ -298,19 +310,20 @@ class Vcpu:
     def get_regs(self) -> kvm_regs:
         """KVM_GET_REGS."""
         regs = kvm_regs()
-        _ioctl(self.fd, Request.KVM_GET_REGS, regs)
+        self._ioctl(Request.KVM_GET_REGS, regs)
         return regs
 
     def get_sregs(self) -> kvm_sregs:
         """KVM_GET_SREGS."""
         sregs = kvm_sregs()
-        _ioctl(self.fd, Request.KVM_GET_SREGS, sregs)
+        self._ioctl(Request.KVM_GET_SREGS, sregs)
         return sregs
 
     def start_protected_mode(self, entry: int, stack: int) -> None:
         """Flat 32-bit segments without paging, as a multiboot loader leaves them: selectors 8 and 0x10.
 
-        ``entry`` and ``stack`` are linear addresses. The guest loads its own GDT before it takes an interrupt.
+        ``entry`` and ``stack`` are linear addresses. The guest loads its own GDT before it takes an
+        interrupt.
         """
         sregs = self.get_sregs()
         sregs.cs = _flat_segment(0x08, 0xB)
@@ -326,11 +339,11 @@ class Vcpu:
         self._start(sregs, entry, stack)
 
     def tsc_khz(self) -> int | None:
-        """The guest's TSC frequency in kHz, None where KVM can't tell (no KVM_CAP_GET_TSC_KHZ, unstable TSC)."""
+        """The guest's TSC frequency in kHz, None where KVM can't tell (capability missing, TSC unstable)."""
         if self._vm.check_extension(Capability.GET_TSC_KHZ) == 0:
             return None
         try:
-            return _ioctl(self.fd, Request.KVM_GET_TSC_KHZ) or None
+            return self._ioctl(Request.KVM_GET_TSC_KHZ) or None
         except OSError as error:
             if error.errno == errno.EIO:
                 return None
@@ -344,9 +357,12 @@ class Vcpu:
         if fd != -1:
             os.close(fd)
 
+    def _ioctl(self, request: Request, argument: _Argument = 0) -> int:
+        return self._vm.ioctl_on(self.fd, request, argument)
+
     def _start(self, sregs: kvm_sregs, entry: int, stack: int) -> None:
-        _ioctl(self.fd, Request.KVM_SET_SREGS, sregs)
-        _ioctl(self.fd, Request.KVM_SET_REGS, kvm_regs(rip=entry, rsp=stack, rflags=0x2))
+        self._ioctl(Request.KVM_SET_SREGS, sregs)
+        self._ioctl(Request.KVM_SET_REGS, kvm_regs(rip=entry, rsp=stack, rflags=0x2))
 
 
 def _flat_segment(selector: int, kind: int) -> kvm_segment:

@@ -42,6 +42,7 @@ class Capability(IntEnum):
     IRQCHIP = 0
     USER_MEMORY = 3
     SET_TSS_ADDR = 4
+    REINJECT_CONTROL = 24
     IRQ_ROUTING = 25
     IRQFD = 32
     PIT2 = 33
@@ -114,6 +115,10 @@ class kvm_irqfd(Structure):
 
 class kvm_pit_config(Structure):
     _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
+
+
+class kvm_reinject_control(Structure):
+    _fields_ = [("pit_reinject", c_uint8), ("reserved", c_uint8 * 31)]
 
 
 class kvm_identity_map_addr(Structure):
@@ -306,6 +311,7 @@ class Request(IntEnum):
     KVM_GET_IRQCHIP = _ioc(_IOC_READ | _IOC_WRITE, 0x62, sizeof(kvm_irqchip))
     KVM_SET_IRQCHIP = _IOR(0x63, kvm_irqchip)  # the header has the direction wrong, for good
     KVM_SET_GSI_ROUTING = _IOW(0x6A, kvm_irq_routing)
+    KVM_REINJECT_CONTROL = _IO(0x71)
     KVM_IRQFD = _IOW(0x76, kvm_irqfd)
     KVM_CREATE_PIT2 = _IOW(0x77, kvm_pit_config)
     KVM_RUN = _IO(0x80)

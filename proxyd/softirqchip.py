@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """An irqchip without KVM: the userspace 8259A pair behind irqfds and resamplefds with the semantics of KVM's.
 
-Source: virt/kvm/eventfd.c, arch/x86/kvm/irq.c. One difference, seen by nobody but the owner of the irqfd: an event
-that is pending at assign() is consumed, KVM leaves it in the counter.
+Source: virt/kvm/eventfd.c, arch/x86/kvm/irq.c. One difference, seen by nobody but the owner of the irqfd: an
+event that is pending at assign() is consumed, KVM leaves it in the counter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Assignment(NamedTuple):
 
 
 class SoftIrqchip:
-    """See proxyd.irqchip.Irqchip. Belongs to the thread of its loop; ``pic`` is the CPU's and the guest's side."""
+    """See Irqchip. Belongs to the thread of its loop; ``pic`` is the CPU's and the guest's side."""
 
     def __init__(self, loop: Loop) -> None:
         self.pic = I8259Pair(self._on_ack)
@@ -42,6 +42,9 @@ class SoftIrqchip:
         if not is_level_capable(gsi):
             raise GsiRefused(f"IRQ {gsi} can't be level-triggered")
         if irqfd.fd in self._assignments:
+            # KVM notices only after it has joined the GSI, and so leaves it again like the last one does.
+            if not self._on_gsi(gsi):
+                self._assert(gsi, False)
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), f"irqfd for GSI {gsi}")
         self._loop.add(irqfd.fd, lambda _events: self._inject(assignment))
         assignment = _Assignment(gsi, irqfd, resamplefd)

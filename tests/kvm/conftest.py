@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from common.errors import UsageError
+from proxyd.kvm import Kvm
 from tests.support.irqbench import IrqBench, KvmBench, SoftBench
 
 
@@ -27,6 +29,9 @@ def bench(request: pytest.FixtureRequest) -> Iterator[IrqBench]:
 
 @pytest.fixture(scope="session")
 def requires_kvm() -> None:
-    from proxyd.kvm import Kvm
-
-    Kvm().close()
+    """Skips, with the reason, what needs /dev/kvm."""
+    try:
+        with Kvm() as kvm:
+            kvm.create_vm().close()
+    except UsageError as error:
+        pytest.skip(str(error))

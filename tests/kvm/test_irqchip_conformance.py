@@ -255,15 +255,17 @@ def test_reset_is_power_on(bench: IrqBench) -> None:
     bench.irqchip.set_line(3, True)
     bench.fire(11, pair)
     bench.take(3)
+    bench.irqchip.set_line(14, True)
     bench.outb(M_DATA, 0x12)
     bench.irqchip.deassign(11, pair.irqfd)
     bench.irqchip.reset()
     assert [bench.inb(port) for port in (M_CMD, M_DATA, S_CMD, S_DATA, ELCR1, ELCR1 + 1)] == [0] * 6
     assert bench.isr() == 0
+    assert bench.irr() == 0
     assert bench.take() == []
     bench.init_pics(level=(5,))
-    bench.irqchip.set_line(5, False)
-    bench.irqchip.set_line(3, False)
+    for irq in (3, 5, 14):
+        bench.irqchip.set_line(irq, False)
     assert bench.irr() == 0, "no line was left high for a later change to bring back"
 
 

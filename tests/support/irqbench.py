@@ -70,7 +70,7 @@ class IrqBench(ABC):
 
     @abstractmethod
     def settle(self, gsi: int, pair: Pair) -> None:
-        """Returns when everything that was written to the pair's irqfd, assigned to ``gsi``, has been injected."""
+        """Returns when all that was written to the pair's irqfd, assigned to ``gsi``, has been injected."""
 
     def close(self) -> None:
         self.irqchip.close()
@@ -114,7 +114,7 @@ class IrqBench(ABC):
         return self._both(READ_ISR)
 
     def eoi(self, irq: int) -> None:
-        """What a driver's handler ends with: non-specific EOI to the slave if it is the slave's, then the master."""
+        """What a driver's handler ends with: non-specific EOI, to the slave first if it is the slave's."""
         if irq >= 8:
             self.outb(S_CMD, EOI)
         self.outb(M_CMD, EOI)
@@ -195,7 +195,7 @@ class SoftBench(IrqBench):
         self._soft.pic.port_out(port, 2, value)
 
     def take(self, limit: int = 1) -> list[int]:
-        vectors = []
+        vectors: list[int] = []
         while len(vectors) < limit and self._soft.pic.intr:
             vectors.append(self._soft.pic.acknowledge())
         return vectors

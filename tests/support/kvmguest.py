@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The test's end of guests/command.S: a guest that does port I/O, MMIO and one interrupt at a time on command."""
+"""The test's end of guests/command.S, which does port I/O, MMIO and one interrupt at a time on command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOORBELL = 0x5E0
 WINDOW = 0x5E1
 OWN_PORTS = frozenset((DOORBELL, WINDOW))
 
-_COMMANDS = ("in1", "in2", "in4", "out1", "out2", "out4", "read1", "read2", "read4", "write1", "write2", "write4")
+_COMMANDS = tuple(f"{verb}{size}" for verb in ("in", "out", "read", "write") for size in (1, 2, 4))
 _TAKE = len(_COMMANDS)
 _REQUEST = struct.Struct("<IIIi")
 _NO_VECTOR = -1
@@ -60,7 +60,7 @@ class NoDevices:
 
 
 def load_command_guest(ram: mmap.mmap) -> None:
-    """Puts the guest where it expects to be: entry LOAD_ADDRESS, 32-bit protected mode, RAM from 0 to 64 KiB."""
+    """Puts the guest in its place: entry LOAD_ADDRESS, 32-bit protected mode, RAM from 0 to 64 KiB."""
     binary = GUESTS / "command.bin"
     if not binary.exists():
         raise FileNotFoundError(f"{binary} is missing: run `make guest`")
@@ -71,8 +71,8 @@ def load_command_guest(ram: mmap.mmap) -> None:
 class CommandGuest:
     """Commands for a loaded guest, whoever runs its vCPU.
 
-    ``run_to_doorbell()`` answers the guest's read of DOORBELL and returns at the next one; reads of WINDOW get
-    any answer, at once. The guest must be waiting at its doorbell already.
+    ``run_to_doorbell()`` answers the guest's read of DOORBELL and returns at the next one; reads of WINDOW
+    get any answer, at once. The guest must be waiting at its doorbell already.
     """
 
     def __init__(self, ram: mmap.mmap, run_to_doorbell: Callable[[], None]) -> None:
@@ -118,9 +118,10 @@ class CommandGuest:
     def take(self, limit: int = 1, loops: int = 0) -> list[int]:
         """Takes up to ``limit`` interrupts, without EOI, and returns their vectors.
 
-        ``loops`` is how many turns of a three-instruction loop each window stays open for what isn't pending yet.
+        ``loops`` is how many turns of a three-instruction loop each window stays open for what isn't pending
+        yet.
         """
-        vectors = []
+        vectors: list[int] = []
         while len(vectors) < limit:
             self._transact(_TAKE, 0, loops)
             vector: int = _REQUEST.unpack_from(self._ram, MAILBOX)[3]
@@ -140,7 +141,7 @@ class CommandGuest:
 
 
 class KvmMachine:
-    """A VM with KVM's irqchip, 1 MiB of RAM and one vCPU that runs the command guest, in the caller's thread."""
+    """KVM's irqchip, 1 MiB of RAM and a vCPU that runs the command guest, in the caller's thread."""
 
     def __init__(self, handler: Handler | None = None) -> None:
         self._handler = handler or NoDevices()

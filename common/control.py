@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The control socket of a daemon: a Varlink service (varlink.org) on the daemon's own event loop.
 
-The varlink package parses interfaces and dispatches calls; its servers want a thread or a process per client,
-so the transport is here. A message is a JSON object that ends with a zero byte. One message is handled per
-client and pass of the loop, and the next one only when its reply has left: a client that floods, or doesn't
-read, waits for itself. What is no call costs its sender the connection.
+The varlink package parses interfaces, dispatches calls and makes them; its servers want a thread or a process
+per client, so the transport is here. A message is a JSON object that ends with a zero byte. One message is
+handled per client and pass of the loop, and the next one only when its reply has left: a client that floods,
+or doesn't read, waits for itself. What is no call costs its sender the connection.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import socket
 from pathlib import Path
 from select import EPOLLIN, EPOLLOUT
+from typing import Any
 
-from varlink import Service
+from varlink import Interface, Service, SimpleClientInterfaceHandler
 
-from common.errors import ProtocolError
+from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
 from common.link import peer_credentials
 from common.listen import UnixListener
-from common.loop import Loop
+from common.loop import Loop, Timer
 
-__all__ = ["INTERFACE_DIR", "MAX_MESSAGE", "ControlServer"]
+__all__ = ["INTERFACE_DIR", "MAX_MESSAGE", "ControlServer", "call"]
 
 INTERFACE_DIR = Path(__file__).parent
 """where the interfaces' definitions are, ``NAME.varlink``"""
@@ -33,6 +35,12 @@ MAX_MESSAGE = 64 << 10
 """bytes of the longest call, without its zero byte"""
 
 _MAX_CLIENTS = 16
+
+_ACCEPT_PAUSE_SECONDS = 1.0
+"""how long clients wait after one couldn't be taken for want of an fd: the loop would spin on it otherwise"""
+
+_CALL_SECONDS = 5.0
+"""how long call() waits: both for the daemon to take the connection and for its reply"""
 
 
 class ControlServer:
@@ -48,12 +56,16 @@ class ControlServer:
         self._service = Service(vendor="iohub", product=log.name, interface_dir=str(INTERFACE_DIR))
         self._service.interface(interface)(lambda: handler)
         self._clients: dict[_Client, None] = {}  # the one that has been silent for longest comes first
+        self._pause: Timer | None = None
         self._listener = UnixListener(path)
         loop.add(self._listener.fileno(), self._on_connect)
 
     def close(self) -> None:
         """Hangs up on everyone and unlinks the socket."""
-        self._loop.remove(self._listener.fileno())
+        if self._pause is None:
+            self._loop.remove(self._listener.fileno())
+        else:
+            self._pause.cancel()
         self._listener.close()
         for client in list(self._clients):
             client.close()
@@ -68,20 +80,30 @@ class ControlServer:
 
     def rejected(self, client: _Client, error: ProtocolError) -> None:
         """A client broke the protocol."""
-        self._log.warning("control client %s: %s", client.name, error)
+        self._log.warning("control socket: %s", error, peer=client.name)
 
     def forget(self, client: _Client) -> None:
         """A client has gone."""
         del self._clients[client]
 
     def _on_connect(self, _events: int) -> None:
-        sock = self._listener.accept()
+        try:
+            sock = self._listener.accept()
+        except OSError as error:
+            self._log.warning("can't take a control client: %s", error.strerror)
+            self._loop.remove(self._listener.fileno())
+            self._pause = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._resume)
+            return
         if sock is None:
             return
         if len(self._clients) >= _MAX_CLIENTS:
             # Whoever asks now is more likely to matter than whoever has been silent for longest.
             next(iter(self._clients)).close()
         self._clients[_Client(self._loop, sock, self)] = None
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._loop.add(self._listener.fileno(), self._on_connect)
 
 
 class _Client:
@@ -164,3 +186,25 @@ def _check_call(message: bytes) -> bool:
     if not isinstance(call.get("parameters", {}), dict | None):
         raise ProtocolError("a call whose parameters are no object")
     return bool(call.get("oneway"))
+
+
+def call(path: str | os.PathLike[str], method: str, **parameters: object) -> dict[str, Any]:
+    """Calls a daemon's method, ``INTERFACE.NAME``, at its socket's path. Returns the reply's parameters.
+
+    Raises PeerGone when nobody answers there, ProtocolError when the answer is none, and VarlinkError for the
+    errors that the interface defines.
+    """
+    name, _, member = method.rpartition(".")
+    interface = Interface((INTERFACE_DIR / f"{name}.varlink").read_text(encoding="ascii"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(_CALL_SECONDS)
+        try:
+            sock.connect(os.fspath(path))
+            reply = getattr(SimpleClientInterfaceHandler(interface, sock), member)(**parameters)
+        except TimeoutError as error:
+            raise PeerGone(f"{path}: no answer within {_CALL_SECONDS:g} s") from error
+        except OSError as error:
+            raise PeerGone(f"{path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ProtocolError(f"{path}: the answer is no JSON") from error
+    return dict(reply)

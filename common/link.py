@@ -200,6 +200,7 @@ class Client:
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip."""
         sock.setblocking(False)
+        self.peer = peer_credentials(sock)
         self._sock = sock
         self._deadline = deadline
         self._poll = select.poll()

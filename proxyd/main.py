@@ -13,12 +13,14 @@ from pathlib import Path
 from systemd import daemon
 
 from common.config import DeviceConfig, VmConfig, parse_proxyd
+from common.control import ControlServer
 from common.errors import IohubError, UsageError
 from common.journal import device_log, setup
 from common.link import Client
 from common.loop import Loop
 from common.pci import format_devfn
 from proxyd.console import COM1_IRQ, Console
+from proxyd.control import INTERFACE, ProxydInterface
 from proxyd.irqchip import Irqchip, KvmIrqchip
 from proxyd.links import LinkKeeper
 from proxyd.pcidev import PciProxy
@@ -58,6 +60,11 @@ class Embedded:
         self._host = PciHost(self._irqchip, self._proxies)
         self._machine = Machine(self._vm, image, self._host, self._console)
         self._vcpu = VcpuThread(self._machine, self._log, self._on_dead)
+        # The vCPU can't be asked once it runs.
+        tsc_khz = self._machine.tsc_khz()
+        interface = ProxydInterface(config.name, config.vm, "kvm", tsc_khz, self._proxies)
+        path = str(config.runtime_dir / "proxyd.varlink")
+        self._control = ControlServer(self._loop, path, INTERFACE, interface, self._log)
 
     def run(self) -> None:
         """Runs the guest until SIGTERM or SIGINT, or until it can't go on."""
@@ -72,6 +79,7 @@ class Embedded:
 
     def close(self) -> None:
         """Stops the guest, takes the irqfds out of KVM one by one, closes everything."""
+        self._control.close()
         self._keeper.close()
         for proxy in self._proxies:
             proxy.abort()

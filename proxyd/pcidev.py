@@ -23,7 +23,7 @@ from typing import NamedTuple
 from common import mpqemu, pci
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
-from common.link import Client
+from common.link import Client, PeerCredentials
 from common.mpqemu import Command
 from common.notifier import EventNotifier
 from common.pci import BarKind
@@ -99,6 +99,12 @@ class PciProxy:
     @property
     def is_connected(self) -> bool:
         return self._client is not None
+
+    @property
+    def remote(self) -> PeerCredentials | None:
+        """The process that listens at the link's other end; None without a link."""
+        client = self._client
+        return None if client is None else client.peer
 
     @property
     def pin(self) -> int:

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a VM and its devices are: one model for both daemons, from a TOML file and from options.
+
+The file, read by both daemons:
+
+    name = "vm1"
+    vm = "embedded"                 # proxyd's way to the VM
+    [[device]]
+    id = "com1"
+    model = "pci-serial"            # remoted's
+    addr = "05.0"
+    chardev = "pty"                 # the model's own option
+
+The command line (common.options) wins: a ``--device`` whose id is in the file replaces the keys that it
+gives, any other adds a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UsageError
+from common.journal import printable
+from common.options import (
+    COMMON_KEYS,
+    INTEGER_KEYS,
+    KEY,
+    PROXYD,
+    REMOTED,
+    STRING_KEYS,
+    Keys,
+    Role,
+    Value,
+    check_id,
+    make_parser,
+    parse_device,
+)
+from common.pci import PCI_DEVFN_MAX, format_devfn, parse_devfn
+
+__all__ = ["DeviceConfig", "VmConfig", "check_name", "default_runtime_dir", "parse_proxyd", "parse_remoted"]
+
+_FIRST_FREE_DEVFN = 0x02 << 3
+"""00 is the host bridge and 01 the ISA bridge on the boards that QEMU and proxyd make"""
+_FUNCTIONS_OF_A_SLOT = 8
+_MAX_SOCKET_PATH = 107
+"""bytes of sun_path (unix(7)) less its terminating null"""
+_MAX_FILE = 1 << 20
+_MAX_FD = (1 << 31) - 1
+_MAX_GSI = 4095
+"""the last of KVM_MAX_IRQ_ROUTES (linux/kvm_host.h)"""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
+_VM = re.compile(r"embedded|soft|qmp:.+|pid:[1-9][0-9]{0,9}", re.ASCII | re.DOTALL)
+
+_TOP_KEYS = frozenset(("name", "runtime-dir", "vm", "device"))
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """One device, as both daemons see it."""
+
+    id: str
+    """up to 32 letters, digits, ``-`` and ``_``"""
+    model: str | None
+    """what remoted makes; None only in proxyd"""
+    devfn: int
+    """0 to 255; given, or the first free slot's function 0 from 02.0 upward"""
+    socket: str | None
+    """the path given, if one was: VmConfig.socket_path() tells where the device is found"""
+    fd: int | None
+    """an inherited, connected socket for remoted to serve"""
+    gsi: int | None
+    """for proxyd, where the way to the VM can't tell it"""
+    properties: dict[str, str]
+    """the model's own options; booleans of the file are ``on`` and ``off``"""
+
+
+@dataclass(frozen=True)
+class VmConfig:
+    """A VM with its devices, in the order of the file and then of the command line."""
+
+    name: str
+    runtime_dir: Path
+    vm: str
+    """``embedded``, ``soft``, ``qmp:PATH`` or ``pid:N``"""
+    devices: tuple[DeviceConfig, ...]
+
+    def socket_path(self, device: DeviceConfig) -> str:
+        """Where the device listens: its ``socket=``, or ID.sock in the runtime directory."""
+        return device.socket or str(self.runtime_dir / f"{device.id}.sock")
+
+
+def parse_remoted(argv: Sequence[str] | None = None) -> VmConfig:
+    """The configuration of iohub-remoted: every device has a model. Raises UsageError."""
+    return _load(REMOTED, make_parser(REMOTED).parse_args(argv))
+
+
+def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
+    """The configuration of iohub-proxyd: models and their options, from the file, are there for remoted only.
+
+    Raises UsageError.
+    """
+    parser = make_parser(PROXYD)
+    parser.add_argument(
+        "--vm",
+        metavar="KIND",
+        help="the way to the VM: embedded (a small guest on /dev/kvm; the default), soft (the same without "
+        "KVM), qmp:SOCKET (a running QEMU) or pid:PID (any KVM process)",
+    )
+    return _load(PROXYD, parser.parse_args(argv))
+
+
+def check_name(name: str) -> str:
+    """The VM's name, which becomes a directory and a log field. Raises UsageError."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is no VM name: 1 to 64 letters, digits, '-', '_' and '.', the first not '-' or '.'"
+        )
+    return name
+
+
+def default_runtime_dir(name: str, uid: int, environ: Mapping[str, str]) -> Path:
+    """Where the sockets of a VM are unless told otherwise. Raises UsageError when there is no such place."""
+    if uid == 0:
+        return Path("/run/iohub", name)
+    base = environ.get("XDG_RUNTIME_DIR", "")
+    if not base.startswith("/"):
+        raise UsageError("--runtime-dir: needed, as XDG_RUNTIME_DIR is not set")
+    return Path(base, "iohub", name)
+
+
+def _load(role: Role, options: argparse.Namespace) -> VmConfig:
+    top: Keys = {}
+    devices: dict[str, Keys] = {}
+    if options.config is not None:
+        top, devices = _read_file(options.config)
+    for key in ("name", "runtime-dir", "vm"):
+        text = getattr(options, key.replace("-", "_"), None)
+        if text is not None:
+            top[key] = Value(text, f"--{key}")
+    name, runtime_dir, vm = _top_level(top)
+    _override(devices, (parse_device(role, text) for text in options.device))
+    config = VmConfig(name, runtime_dir, vm, _build(role, devices))
+    _check_sockets(role, config, devices)
+    return config
+
+
+def _top_level(top: Keys) -> tuple[str, Path, str]:
+    if "name" not in top:
+        raise UsageError("--name: needed, as no file gives a name")
+    try:
+        name = check_name(top["name"].text)
+    except UsageError as error:
+        raise UsageError(f"{top['name'].where}: {error}") from error
+    vm = top.get("vm", Value("embedded", ""))
+    if not _VM.fullmatch(vm.text) or "\0" in vm.text:
+        raise UsageError(f"{vm.where}: {vm.text!r} is neither embedded, soft, qmp:SOCKET nor pid:PID")
+    if "runtime-dir" in top:
+        return name, Path(_path(top["runtime-dir"])), vm.text
+    return name, default_runtime_dir(name, os.geteuid(), os.environ), vm.text
+
+
+def _read_file(name: str) -> tuple[Keys, dict[str, Keys]]:
+    """Top-level keys, and each device's keys by id."""
+    where = printable(name)
+    try:
+        with open(name, "rb") as file:
+            data = file.read(_MAX_FILE + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {where}: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > _MAX_FILE:
+        raise UsageError(f"--config {where}: larger than {_MAX_FILE} bytes")
+    try:
+        tables = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: {printable(str(error))}") from error
+    for key in tables:
+        if key not in _TOP_KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}: the file has {', '.join(sorted(_TOP_KEYS))}")
+    entries = tables.pop("device", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UsageError(f"{where}: device: is written as [[device]] tables")
+    top = {key: Value(_text(value, key, where, str), f"{where}: {key}") for key, value in tables.items()}
+    devices: dict[str, Keys] = {}
+    for number, entry in enumerate(entries, 1):
+        keys = _table_keys(entry, f"{where}: device {entry.get('id', number)!r}")
+        if keys["id"].text in devices:
+            raise UsageError(f"{keys['id'].where}: the id is given twice")
+        devices[keys["id"].text] = keys
+    return top, devices
+
+
+def _table_keys(entry: Mapping[str, object], where: str) -> Keys:
+    """The keys of one [[device]] table, checked for their types."""
+    keys: Keys = {}
+    for key, value in entry.items():
+        if not KEY.fullmatch(key):
+            raise UsageError(f"{where}: unknown key {key!r}")
+        if key in INTEGER_KEYS:
+            text = _text(value, key, where, int)
+        elif key in STRING_KEYS:
+            text = _text(value, key, where, str)
+        else:
+            text = _text(value, key, where, str, int, bool)
+        keys[key] = Value(text, where)
+    check_id(keys, where)
+    return keys
+
+
+def _text(value: object, key: str, where: str, *types: type) -> str:
+    if type(value) not in types:
+        names = {str: "a string", int: "an integer", bool: "a boolean"}
+        raise UsageError(f"{where}: {key}: must be {' or '.join(names[each] for each in types)}")
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def _override(devices: dict[str, Keys], given: Iterable[Keys]) -> None:
+    """Puts the command line's devices over the file's."""
+    seen: set[str] = set()
+    for keys in given:
+        device_id = keys["id"].text
+        if device_id in seen:
+            raise UsageError(f"{keys['id'].where}: the id is given twice")
+        seen.add(device_id)
+        merged = devices.setdefault(device_id, {})
+        if "socket" in keys or "fd" in keys:
+            # One choice: where the clients come from.
+            merged.pop("socket", None)
+            merged.pop("fd", None)
+        merged.update(keys)
+
+
+def _build(role: Role, devices: Mapping[str, Keys]) -> tuple[DeviceConfig, ...]:
+    addresses = _addresses(devices)
+    built = []
+    for device_id, keys in devices.items():
+        if role.has_models and not keys.get("model", Value("", "")).text:
+            raise UsageError(f"{keys['id'].where}: no model")
+        if "socket" in keys and "fd" in keys:
+            raise UsageError(f"{keys['fd'].where}: fd and socket exclude each other")
+        built.append(
+            DeviceConfig(
+                id=device_id,
+                model=keys["model"].text if "model" in keys else None,
+                devfn=addresses[device_id],
+                socket=_path(keys["socket"], "socket: ") if "socket" in keys else None,
+                fd=_number(keys["fd"], "fd", _MAX_FD) if "fd" in keys else None,
+                gsi=_number(keys["gsi"], "gsi", _MAX_GSI) if "gsi" in keys else None,
+                properties={key: value.text for key, value in keys.items() if key not in COMMON_KEYS},
+            )
+        )
+    return tuple(built)
+
+
+def _addresses(devices: Mapping[str, Keys]) -> dict[str, int]:
+    """Each device's devfn: those that are given first, then free slots in the order of the devices."""
+    owners: dict[int, str] = {}
+    for device_id, keys in devices.items():
+        if "addr" not in keys:
+            continue
+        where = f"{keys['addr'].where}: addr"
+        try:
+            devfn = parse_devfn(keys["addr"].text)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+        if devfn in owners:
+            raise UsageError(f"{where}: {format_devfn(devfn)} is taken by device {owners[devfn]!r}")
+        owners[devfn] = device_id
+    taken = {devfn // _FUNCTIONS_OF_A_SLOT for devfn in owners}
+    free = (
+        devfn
+        for devfn in range(_FIRST_FREE_DEVFN, PCI_DEVFN_MAX, _FUNCTIONS_OF_A_SLOT)
+        if devfn // _FUNCTIONS_OF_A_SLOT not in taken
+    )
+    for device_id, keys in devices.items():
+        if "addr" not in keys:
+            devfn = next(free, -1)
+            if devfn < 0:
+                raise UsageError(f"{keys['id'].where}: addr: needed, as no slot is free from 02.0 upward")
+            owners[devfn] = device_id
+    return {device_id: devfn for devfn, device_id in owners.items()}
+
+
+def _number(value: Value, key: str, maximum: int) -> int:
+    if not _NUMBER.fullmatch(value.text) or int(value.text) > maximum:
+        raise UsageError(f"{value.where}: {key}: {value.text!r} is not an integer from 0 to {maximum}")
+    return int(value.text)
+
+
+def _path(value: Value, key: str = "") -> str:
+    if not value.text or "\0" in value.text:
+        raise UsageError(f"{value.where}: {key}{value.text!r} is no path")
+    return value.text
+
+
+def _check_sockets(role: Role, config: VmConfig, devices: Mapping[str, Keys]) -> None:
+    """No path is too long for a socket, and no two devices share a path or an inherited fd."""
+    owners: dict[str | int, str] = {}
+    for device in config.devices:
+        where = devices[device.id]["id"].where
+        if device.fd is not None and role.has_models:
+            place: str | int = device.fd
+            shown = f"fd {device.fd}"
+        else:
+            place = config.socket_path(device)
+            shown = f"socket {printable(place)}"
+            length = len(place.encode("utf-8", "surrogateescape"))
+            if length > _MAX_SOCKET_PATH:
+                raise UsageError(
+                    f"{where}: {shown}: {length} bytes, a socket's path has at most {_MAX_SOCKET_PATH}"
+                )
+        if place in owners:
+            raise UsageError(f"{where}: {shown} is taken by device {owners[place]!r}")
+        owners[place] = device.id

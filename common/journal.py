@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Logging: structured records to the journal if stderr goes there, plain lines on stderr otherwise.
+
+A record is one line, whatever a peer put into it; a traceback adds lines of its own. Records reach journald
+through a socket that never blocks: sd_journal_send(3) waits for a journald that has stalled, and a daemon
+whose interrupts hang on a log line is worse than one whose line is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+
+__all__ = ["JournalHandler", "RateLimited", "StderrFormatter", "device_log", "peer_log", "printable", "setup"]
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
+
+_MAX_LINE = 1024
+_MAX_TRACEBACK = 40
+"""characters of a line, lines of a traceback: so that a record fits into one datagram"""
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+"""levels of syslog(3), by the least severe record that gets them"""
+
+
+def printable(text: str) -> str:
+    r"""The text as it may stand in one line: ``\n``, control characters, direction marks and such escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def device_log(program: str, device: str) -> logging.LoggerAdapter[logging.Logger]:
+    """The logger of one device of the program: its lines begin with the device's id."""
+    return logging.LoggerAdapter(logging.getLogger(program), {"device": device})
+
+
+def peer_log(log: Log, peer: str) -> logging.LoggerAdapter[logging.Logger]:
+    """The same log for what one peer does: its lines name the peer as well."""
+    if isinstance(log, logging.LoggerAdapter):
+        return logging.LoggerAdapter(log.logger, {**(log.extra or {}), "peer": peer})
+    return logging.LoggerAdapter(log, {"peer": peer})
+
+
+def setup(program: str, vm: str, journal_socket: str = JOURNAL_SOCKET) -> None:
+    """Sends what the process logs to its stderr, or to the journal when that is where stderr goes.
+
+    ``vm`` is the VM's name, or empty. The program's own loggers speak from INFO on, libraries from WARNING.
+    """
+    handler: logging.Handler
+    if stderr_is_journal(os.environ):
+        handler = JournalHandler(program, vm, journal_socket)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(StderrFormatter(program, vm))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger(program).setLevel(logging.INFO)
+
+
+def stderr_is_journal(environ: Mapping[str, str]) -> bool:
+    """Whether fd 2 is the stream that ``$JOURNAL_STREAM`` tells of (systemd.exec(5))."""
+    try:
+        stderr = os.fstat(2)
+    except OSError:
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+
+class StderrFormatter(logging.Formatter):
+    """``iohub-remoted[vm1] edu0: text``; the level is shown from WARNING on."""
+
+    def __init__(self, program: str, vm: str) -> None:
+        super().__init__()
+        self._head = f"{program}[{vm}]" if vm else program
+
+    def format(self, record: logging.LogRecord) -> str:
+        context = _context(record)
+        head = f"{self._head} {context}" if context else f"{self._head}: "
+        if record.levelno >= logging.WARNING:
+            head += f"{record.levelname.lower()}: "
+        return "\n".join(head + line for line in _lines(record))
+
+
+class JournalHandler(logging.Handler):
+    """Sends records to journald in its native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/).
+
+    Fields: MESSAGE, PRIORITY, SYSLOG_IDENTIFIER and, where known, IOHUB_VM, IOHUB_DEVICE, IOHUB_PEER.
+    What journald does not take at once is dropped, and counted in the next line that it takes.
+    """
+
+    def __init__(self, program: str, vm: str, path: str = JOURNAL_SOCKET) -> None:
+        super().__init__()
+        self._program = program
+        self._vm = vm
+        self._path = path
+        self._dropped = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            datagram = self._datagram(record)
+        except Exception:  # noqa: BLE001  logging's rule: a record that can't be formatted does not end its sender
+            self.handleError(record)
+            return
+        try:
+            # By path each time: a restarted journald has a new socket there.
+            self._socket.sendto(datagram, self._path)
+        except OSError:
+            self._dropped += 1
+        else:
+            self._dropped = 0
+
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
+    def _datagram(self, record: logging.LogRecord) -> bytes:
+        lines = _lines(record)
+        if self._dropped:
+            lines[0] += f" (journald did not take {self._dropped} before)"
+        context = f"{self._vm} {_context(record)}" if self._vm else _context(record)
+        fields = {
+            "MESSAGE": context + "\n".join(lines),
+            "PRIORITY": str(_priority(record.levelno)),
+            "SYSLOG_IDENTIFIER": self._program,
+            "IOHUB_VM": self._vm,
+            "IOHUB_DEVICE": _extra(record, "device"),
+            "IOHUB_PEER": _extra(record, "peer"),
+        }
+        return b"".join(_field(name, value) for name, value in fields.items() if value)
+
+
+class RateLimited:
+    """The log of one place that a peer can make speak: ``burst`` lines in each ``interval`` seconds.
+
+    The first line of a later interval tells how many were suppressed. Whoever can be replaced by its peer (a
+    session) must not own one, or the peer gets a fresh one with each connection: its device does.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        burst: int = 10,
+        interval: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._log = log
+        self._burst = burst
+        self._interval = interval
+        self._clock = clock
+        self._start = -interval
+        self._passed = 0
+        self._suppressed = 0
+
+    def info(self, message: str, *args: object, peer: str = "") -> None:
+        self._limited(logging.INFO, message, args, peer)
+
+    def warning(self, message: str, *args: object, peer: str = "") -> None:
+        self._limited(logging.WARNING, message, args, peer)
+
+    def _limited(self, level: int, message: str, args: tuple[object, ...], peer: str) -> None:
+        now = self._clock()
+        if now - self._start >= self._interval:
+            self._start = now
+            self._passed = 0
+        if self._passed >= self._burst:
+            self._suppressed += 1
+            return
+        self._passed += 1
+        if self._suppressed:
+            text = message % args if args else message
+            message, args = "%s (%d more suppressed before)", (text, self._suppressed)
+            self._suppressed = 0
+        log = peer_log(self._log, peer) if peer else self._log
+        log.log(level, message, *args)
+
+
+def _context(record: logging.LogRecord) -> str:
+    """``edu0: qemu[12]: ``, as far as it is known."""
+    return "".join(f"{name}: " for name in (_extra(record, "device"), _extra(record, "peer")) if name)
+
+
+def _extra(record: logging.LogRecord, name: str) -> str:
+    return printable(str(getattr(record, name, "")))
+
+
+def _lines(record: logging.LogRecord) -> list[str]:
+    """The message as one line, and the lines of the traceback if there is one."""
+    lines = [record.getMessage()]
+    if record.exc_info:
+        lines += logging.Formatter().formatException(record.exc_info).splitlines()[-_MAX_TRACEBACK:]
+    return [printable(line[:_MAX_LINE])[:_MAX_LINE] for line in lines]
+
+
+def _priority(level: int) -> int:
+    return next((priority for least, priority in _PRIORITIES if level >= least), 7)
+
+
+def _field(name: str, value: str) -> bytes:
+    data = value.encode("utf-8", "backslashreplace")
+    if b"\n" not in data:
+        return b"%s=%s\n" % (name.encode(), data)
+    return b"%s\n%s%s\n" % (name.encode(), len(data).to_bytes(8, "little"), data)

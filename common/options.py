@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemons' command lines, and ``--device`` in the style of QEMU's ``-device``.
+
+``--device pci-serial,id=com1,addr=05.0,chardev=pty``: pairs of key and value between commas, and for remoted
+the model first. ``,,`` stands for a comma in a value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NamedTuple, NoReturn
+
+from common.errors import UsageError
+from common.journal import printable
+
+__all__ = ["PROXYD", "REMOTED", "Keys", "Parser", "Role", "Value", "check_id", "make_parser", "parse_device"]
+
+INTEGER_KEYS = frozenset(("fd", "gsi"))
+STRING_KEYS = frozenset(("id", "model", "addr", "socket"))
+COMMON_KEYS = INTEGER_KEYS | STRING_KEYS
+"""of a device; every other key belongs to its model"""
+
+KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
+_ID = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
+
+
+class Value(NamedTuple):
+    """A value as text, and what an error has to name: the option, or the file and the device."""
+
+    text: str
+    where: str
+
+
+Keys = dict[str, Value]
+
+
+class Role(NamedTuple):
+    """What one daemon takes on its command line."""
+
+    program: str
+    summary: str
+    device: str
+    """the syntax of ``--device``"""
+    device_help: str
+    example: str
+    keys: frozenset[str]
+    """those of COMMON_KEYS that ``--device`` may have"""
+    has_models: bool
+    """the first word is a model, and other keys are the model's own"""
+
+
+REMOTED = Role(
+    "iohub-remoted",
+    "Runs a VM's PCI devices, each behind a socket of its own.",
+    "MODEL,id=ID[,addr=SLOT.FN][,socket=PATH|fd=N][,OPTION=VALUE...]",
+    "a device, listening at PATH (default: ID.sock in the runtime directory) or serving the connected socket "
+    "that was inherited as N; addr defaults to the first free slot from 02.0 upward; "
+    ",, is a comma in a value",
+    "iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty",
+    frozenset(("id", "model", "addr", "socket", "fd")),
+    True,
+)
+
+PROXYD = Role(
+    "iohub-proxyd",
+    "Gives devices and their interrupt lines to a VM.",
+    "id=ID[,addr=SLOT.FN][,socket=PATH][,gsi=N]",
+    "a device of iohub-remoted, found at PATH (default: ID.sock in the runtime directory); addr defaults to "
+    "the first free slot from 02.0 upward; ,, is a comma in a value",
+    "iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm embedded --device id=com1,addr=05.0",
+    frozenset(("id", "addr", "socket", "gsi")),
+    False,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UsageErrors, for main() to print as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(printable(message))
+
+
+def make_parser(role: Role) -> Parser:
+    """The options that both daemons have: --name, --config, --runtime-dir, --device."""
+    parser = Parser(
+        prog=role.program,
+        description=role.summary,
+        epilog=f"example:\n  {role.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--name", metavar="VM", help="the VM's name; needed here or in the file")
+    parser.add_argument("--config", metavar="FILE", help="the VM's TOML file, for both daemons; options win")
+    parser.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        help="where the sockets are (default: /run/iohub/VM, or "
+        "$XDG_RUNTIME_DIR/iohub/VM for users other than root)",
+    )
+    parser.add_argument("--device", metavar=role.device, action="append", default=[], help=role.device_help)
+    return parser
+
+
+def parse_device(role: Role, text: str) -> Keys:
+    """The keys of one ``--device``; of their values only the id is checked. Raises UsageError."""
+    where = f"--device {text!r}"
+    keys: Keys = {}
+    # An argument can't hold a null byte.
+    for number, word in enumerate(text.replace(",,", "\0").split(",")):
+        key, equals, value = word.replace("\0", ",").partition("=")
+        if not equals and number == 0 and role.has_models and key:
+            key, value = "model", key
+        elif not equals:
+            raise UsageError(f"{where}: {key!r} is not KEY=VALUE")
+        if not KEY.fullmatch(key) or (key not in role.keys and (key in COMMON_KEYS or not role.has_models)):
+            raise UsageError(f"{where}: unknown key {key!r}: {role.program} takes {role.device}")
+        if key in keys:
+            raise UsageError(f"{where}: {key} is given twice")
+        keys[key] = Value(value, where)
+    check_id(keys, where)
+    return keys
+
+
+def check_id(keys: Keys, where: str) -> None:
+    """Raises UsageError unless there is an id that can be the name of a file and of an fd."""
+    if "id" not in keys:
+        raise UsageError(f"{where}: id is missing")
+    if not _ID.fullmatch(keys["id"].text):
+        raise UsageError(f"{where}: id: {keys['id'].text!r} is not 1 to 32 letters, digits, '-' and '_'")

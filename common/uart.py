@@ -2,9 +2,9 @@
 """A 16550A UART as a plain object: registers and characters in, interrupt line and characters out.
 
 Registers, bits and their names are those of linux/serial_reg.h and of the PC16550D data sheet (National
-Semiconductor, 1995, section 8). Where the chip's timing can't be had or the sheet is silent, this answers as
-QEMU 7.2's hw/char/serial.c: characters leave at once, the interrupt line isn't gated by OUT2, loopback doesn't
-set delta bits, and no read changes what QEMU's doesn't. Different on purpose:
+Semiconductor, 1995, section 8). Where the two leave a choice this answers as QEMU 7.2's hw/char/serial.c:
+characters leave at once, the interrupt line isn't gated by OUT2, loopback doesn't set delta bits, a break
+doesn't start the character timeout. Different on purpose:
 
 - a reset also disables the FIFOs, as the chip's does;
 - in loopback the receiver is off the line: can_receive() is 0 until it ends.
@@ -43,8 +43,6 @@ UART_IIR_FIFO_ENABLED = 0xC0
 UART_FCR_ENABLE_FIFO = 0x01
 UART_FCR_CLEAR_RCVR = 0x02
 UART_FCR_CLEAR_XMIT = 0x04
-UART_FCR_DMA_SELECT = 0x08
-UART_FCR_TRIGGER_MASK = 0xC0
 
 UART_LCR_STOP = 0x04
 UART_LCR_PARITY = 0x08
@@ -114,12 +112,13 @@ class Uart16550:
         self._timeout: Timer | None = None
         self._rx_fifo: deque[int] = deque()
         self._tx_fifo: deque[int] = deque()
+        self._msr = UART_MSR_DCD | UART_MSR_DSR | UART_MSR_CTS
         self.irq = False
         """the level of INTR"""
         self._power_on()
 
     def reset(self) -> None:
-        """Master reset: power-on values, FIFOs off and empty, INTR low, modem inputs CTS, DSR and DCD on."""
+        """Master reset: power-on values, FIFOs off and empty, INTR low. The modem inputs are as before."""
         self._power_on()
         self._update_irq()
         self._input_ready()
@@ -133,9 +132,9 @@ class Uart16550:
         self._lcr = 0
         self._mcr = UART_MCR_OUT2
         self._lsr = UART_LSR_THRE | UART_LSR_TEMT
-        self._msr = UART_MSR_DCD | UART_MSR_DSR | UART_MSR_CTS
+        self._msr &= ~UART_MSR_ANY_DELTA
         self._scr = 0
-        self._fcr = 0
+        self._fifo_enabled = False
         self._divisor = _RESET_DIVISOR
         self._character_seconds = _RESET_CHARACTER_BITS * _RESET_DIVISOR / BASE_BAUD
         self._trigger = 1
@@ -204,7 +203,7 @@ class Uart16550:
         """
         if self._mcr & UART_MCR_LOOP:
             return 0
-        if not self._fcr & UART_FCR_ENABLE_FIFO:
+        if not self._fifo_enabled:
             return 0 if self._lsr & UART_LSR_DR else 1
         count = len(self._rx_fifo)
         if count <= self._trigger:
@@ -214,10 +213,10 @@ class Uart16550:
     def receive(self, data: bytes, errors: int = 0) -> None:
         """Characters arrive; those for which there is no room are lost and set the overrun error.
 
-        ``errors``: UART_LSR_PE and UART_LSR_FE, if the line delivered them so. They show at once, not when the
-        character reaches the top of the FIFO.
+        ``errors``: UART_LSR_PE and UART_LSR_FE, if the line delivered them so. They show at once, not only
+        when the character reaches the top of the FIFO.
         """
-        if self._fcr & UART_FCR_ENABLE_FIFO:
+        if self._fifo_enabled:
             for byte in data:
                 self._push(byte)
             self._start_timeout()
@@ -233,7 +232,7 @@ class Uart16550:
     def receive_break(self) -> None:
         """The line was held at 0 for a character time: one null character and the break indicator."""
         self._rbr = 0
-        if self._fcr & UART_FCR_ENABLE_FIFO:
+        if self._fifo_enabled:
             self._push(0)
         self._lsr |= UART_LSR_BI | UART_LSR_DR
         self._update_irq()
@@ -241,7 +240,8 @@ class Uart16550:
     def set_modem_lines(self, lines: int) -> None:
         """Sets the modem inputs: those of UART_MSR_CTS, _DSR, _RI and _DCD that are on.
 
-        Each that changes sets its delta bit; RI only when it goes off (trailing edge).
+        Each that changes sets its delta bit; RI only when it goes off (trailing edge). After power-on all but
+        RI are on.
         """
         changed = (self._msr ^ lines) & 0xF0
         deltas = changed >> 4
@@ -256,7 +256,7 @@ class Uart16550:
             self._shift_out()
 
     def _read_rbr(self) -> int:
-        if self._fcr & UART_FCR_ENABLE_FIFO:
+        if self._fifo_enabled:
             value = self._rx_fifo.popleft() if self._rx_fifo else 0
             if self._rx_fifo:
                 self._start_timeout()
@@ -284,7 +284,7 @@ class Uart16550:
 
     def _write_thr(self, value: int) -> None:
         self._thr = value
-        if self._fcr & UART_FCR_ENABLE_FIFO:
+        if self._fifo_enabled:
             if len(self._tx_fifo) == FIFO_SIZE:
                 self._tx_fifo.popleft()
             self._tx_fifo.append(value)
@@ -298,12 +298,13 @@ class Uart16550:
         changed = (self._ier ^ value) & 0x0F
         self._ier = value & 0x0F
         if changed & UART_IER_THRI:
-            # Enabling the interrupt raises it anew although an IIR read had cleared it: Windows counts on that.
+            # Enabling the interrupt raises it anew although a read of IIR had cleared it: drivers need that.
             self._thre_pending = bool(value & UART_IER_THRI and self._lsr & UART_LSR_THRE)
         self._update_irq()
 
     def _write_fcr(self, value: int) -> None:
-        if (value ^ self._fcr) & UART_FCR_ENABLE_FIFO:
+        enable = bool(value & UART_FCR_ENABLE_FIFO)
+        if enable is not self._fifo_enabled:
             value |= UART_FCR_CLEAR_RCVR | UART_FCR_CLEAR_XMIT
         if value & UART_FCR_CLEAR_RCVR:
             self._lsr &= ~(UART_LSR_DR | UART_LSR_BI)
@@ -314,8 +315,8 @@ class Uart16550:
             self._lsr |= UART_LSR_THRE
             self._thre_pending = True
             self._tx_fifo.clear()
-        self._fcr = value & (UART_FCR_ENABLE_FIFO | UART_FCR_DMA_SELECT | UART_FCR_TRIGGER_MASK)
-        if value & UART_FCR_ENABLE_FIFO:
+        self._fifo_enabled = enable
+        if enable:
             self._iir |= UART_IIR_FIFO_ENABLED
             self._trigger = _TRIGGER_LEVELS[value >> 6]
         else:
@@ -334,7 +335,7 @@ class Uart16550:
         """Sends what the transmitter holds, until the line refuses a character."""
         while True:
             if not self._tsr_held:
-                if self._fcr & UART_FCR_ENABLE_FIFO:
+                if self._fifo_enabled:
                     self._tsr = self._tx_fifo.popleft()
                 else:
                     self._tsr = self._thr
@@ -396,4 +397,4 @@ class Uart16550:
             self._set_irq(level)
 
     def _at_trigger(self) -> bool:
-        return not self._fcr & UART_FCR_ENABLE_FIFO or len(self._rx_fifo) >= self._trigger
+        return not self._fifo_enabled or len(self._rx_fifo) >= self._trigger

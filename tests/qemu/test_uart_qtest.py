@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The UART beside that of a real QEMU: the same accesses and characters, the same answers and interrupts."""
+
+from __future__ import annotations
+
+import fcntl
+import random
+import socket
+import struct
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.uart import (
+    UART_FCR,
+    UART_IER,
+    UART_IIR,
+    UART_LCR,
+    UART_LSR,
+    UART_MCR,
+    UART_MCR_LOOP,
+    UART_MSR,
+    UART_RX,
+    UART_TX,
+    Uart16550,
+)
+from tests.support.clock import FakeClock
+from tests.support.qtest import TIMEOUT, Qtest, needs_qemu
+
+pytestmark = needs_qemu
+
+BASE = 0x3F8
+IRQ = 4
+PIT_IRQ = 0
+PIT_HZ = 1193182
+PIT_COUNTER_0 = 0x40
+PIT_CONTROL = 0x43
+PIT_ONE_SHOT = 0x30
+"""counter 0, both bytes, mode 0: OUT goes high once, when the count has ended"""
+
+
+class Pair:
+    """The two UARTs and the far ends of their lines."""
+
+    def __init__(self, qtest: Qtest, line: socket.socket) -> None:
+        self.qtest = qtest
+        self.line = line
+        self.clock = FakeClock()
+        self.irqs: list[tuple[int, bool]] = []
+        self.sent = bytearray()
+        self.uart = Uart16550(self._set_irq, self._transmit, self.clock.call_later)
+
+    def read(self, offset: int, size: int = 1) -> int:
+        """Reads both, checks that they agree, and returns the value."""
+        value = int.from_bytes([self.uart.read(offset + i) for i in range(size)], "little")
+        theirs = self.qtest.inp(BASE + offset, size)
+        assert value == theirs, f"read of {size} at {offset}: {value:#x}, QEMU has {theirs:#x}"
+        return value
+
+    def write(self, offset: int, value: int, size: int = 1) -> None:
+        for i in range(size):
+            self.uart.write(offset + i, value >> 8 * i)
+        self.qtest.out(BASE + offset, size, value)
+
+    def receive(self, data: bytes) -> None:
+        """Characters arrive at both; there must be room for them."""
+        self.line.sendall(data)
+        # While QEMU has not read them they are in our output queue; a command's answer comes after a pass
+        # of its main loop.
+        for _ in range(10000):
+            if not _unsent(self.line):
+                break
+            self.qtest.command("endianness")
+        else:
+            raise AssertionError("QEMU's UART has no room")
+        self.uart.receive(data)
+
+    def receive_break(self) -> None:
+        self.qtest.qmp("chardev-send-break", id="line")
+        self.uart.receive_break()
+
+    def start_pit(self, seconds: float) -> None:
+        """QEMU's timer raises its interrupt when so much virtual time has passed."""
+        count = round(seconds * PIT_HZ)
+        self.qtest.out(PIT_CONTROL, 1, PIT_ONE_SHOT)
+        self.qtest.out(PIT_COUNTER_0, 1, count & 0xFF)
+        self.qtest.out(PIT_COUNTER_0, 1, count >> 8)
+
+    def check_irqs(self) -> None:
+        """Both have raised and lowered their lines in the same order."""
+        self.qtest.command("endianness")
+        theirs = [irq for irq in self.qtest.irqs if irq[0] == IRQ]
+        assert self.irqs == theirs
+        self.irqs.clear()
+        self.qtest.irqs.clear()
+
+    def check_sent(self) -> None:
+        """What QEMU's UART has transmitted by now is what ours has."""
+        received = bytearray()
+        while len(received) < len(self.sent):
+            received += self.line.recv(1 << 16)
+        assert received == self.sent
+        self.sent.clear()
+
+    def _set_irq(self, level: bool) -> None:
+        self.irqs.append((IRQ, level))
+
+    def _transmit(self, byte: int) -> bool:
+        self.sent.append(byte)
+        return True
+
+
+def _unsent(line: socket.socket) -> int:
+    (count,) = struct.unpack("i", fcntl.ioctl(line, termios.TIOCOUTQ, bytes(4)))
+    return int(count)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "line"))
+        listener.listen()
+        listener.settimeout(TIMEOUT)
+        args = ("-chardev", f"socket,id=line,path={tmp_path}/line", "-device", "isa-serial,chardev=line")
+        with Qtest(tmp_path, args) as qtest:
+            line, _ = listener.accept()
+            line.settimeout(TIMEOUT)
+            with line:
+                yield Pair(qtest, line)
+
+
+def test_power_on_values(pair: Pair) -> None:
+    values = [pair.read(offset) for offset in range(8)]
+    assert values == [0, 0, 0x01, 0, 0x08, 0x60, 0xB0, 0]
+    pair.write(UART_LCR, 0x80)
+    assert pair.read(0, 2) == 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_accesses(pair: Pair, seed: int) -> None:
+    """Any access of any size, with characters and breaks that arrive in between."""
+    rng = random.Random(seed)
+    for _ in range(3000):
+        _random_step(pair, rng)
+        pair.check_irqs()
+    pair.check_sent()
+
+
+@pytest.mark.parametrize(
+    ("divisor", "lcr"), [(None, None), (1, 0x03), (12, 0x00), (24, 0x1F), (7, 0x0B), (0, 0x02)]
+)
+def test_character_timeout(pair: Pair, divisor: int | None, lcr: int | None) -> None:
+    """QEMU's comes when ours does, to within two hundredths."""
+    if lcr is not None and divisor is not None:
+        pair.write(UART_LCR, 0x80)
+        pair.write(0, divisor, 2)
+        pair.write(UART_LCR, lcr)
+    pair.write(UART_IER, 0x01)
+    for factor, order in ((0.98, [PIT_IRQ, IRQ]), (1.02, [IRQ, PIT_IRQ])):
+        pair.write(UART_FCR, 0x83)
+        pair.receive(b"abc")
+        (timeout,) = pair.clock.pending
+        pair.qtest.irqs.clear()
+        pair.start_pit(factor * timeout)
+        pair.qtest.run_until_irqs({IRQ, PIT_IRQ})
+        assert [pin for pin, level in pair.qtest.irqs if level and pin in order] == order
+        pair.clock.advance(timeout)
+        assert pair.read(UART_IIR) == 0xCC
+        pair.read(UART_RX)
+        assert pair.read(UART_IIR) == 0xC1
+
+
+def test_loopback(pair: Pair) -> None:
+    """More than the FIFO holds goes round; modem outputs come back as inputs."""
+    pair.write(UART_FCR, 0xC7)
+    pair.write(UART_IER, 0x0F)
+    for mcr in range(0x10, 0x20):
+        pair.write(UART_MCR, mcr)
+        pair.read(UART_MSR)
+    for byte in range(20):
+        pair.write(UART_TX, byte)
+        pair.check_irqs()
+    for _ in range(20):
+        pair.read(UART_LSR)
+        pair.read(UART_RX)
+        pair.read(UART_IIR)
+        pair.check_irqs()
+
+
+def _random_step(pair: Pair, rng: random.Random) -> None:
+    choice = rng.random()
+    if choice < 0.08:
+        room = pair.uart.can_receive()
+        if room:
+            pair.receive(rng.randbytes(rng.randint(1, room)))
+        return
+    if choice < 0.10:
+        # Without FIFOs QEMU puts breaks into the FIFO that is off, and counts overruns there.
+        if pair.read(UART_IIR) & 0xC0:
+            pair.receive_break()
+        return
+    size = rng.choice((1, 1, 1, 1, 2, 4))
+    offset = rng.randint(0, 8 - size)
+    if choice < 0.55:
+        pair.read(offset, size)
+    else:
+        pair.write(offset, _random_value(rng, offset) if size == 1 else rng.getrandbits(8 * size), size)
+
+
+def _random_value(rng: random.Random, offset: int) -> int:
+    """A byte; for LCR and MCR mostly one without DLAB and loopback, which hide everything else."""
+    value = rng.getrandbits(8)
+    if rng.random() < 0.7:
+        if offset == UART_LCR:
+            value &= 0x7F
+        elif offset == UART_MCR:
+            value &= ~UART_MCR_LOOP
+        elif offset == UART_FCR:
+            value |= 1
+    return value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""ptrace(2) and its neighbours on x86-64, thin: one wrapper a request, every failure an OSError with its name.
+"""ptrace(2) and its neighbours on x86-64, thin: one wrapper a request, a failure is an OSError with its name.
 
 Requests on a tracee belong to the thread that seized it, and all but ``interrupt`` need it to be stopped.
 """
@@ -117,7 +117,7 @@ def _check(result: int, name: str) -> int:
 
 
 def seize(pid: int, options: int) -> None:
-    """PTRACE_SEIZE: becomes the tracer of the thread, which runs on. EPERM: no right to, or traced already."""
+    """PTRACE_SEIZE: becomes the tracer of the thread, which runs on. EPERM: forbidden, or traced already."""
     _check(_ptrace(PTRACE_SEIZE, pid, None, options), "PTRACE_SEIZE")
 
 

@@ -1,40 +1,41 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """System calls made by another process's main thread, under ptrace, and the thread put back exactly.
 
-The thread is stopped by PTRACE_INTERRUPT, which leaves no trace in its signals. If that interrupts a system call,
-its registers hold one of the kernel's private restart codes. They are put back, code and all, while the thread is
-stopped inside the kernel's signal handling again, so that the kernel restarts the call, or doesn't, as it would
-have done: the time that is left of a sleep lives in a restart_block that none of the calls made here touches.
+The thread is stopped by PTRACE_INTERRUPT, which leaves no trace in its signals. If that interrupts a system
+call, its registers hold one of the kernel's private restart codes. They are put back, code and all, while the
+thread is stopped inside the kernel's signal handling again, so that the kernel restarts the call, or doesn't,
+as it would have done: the time that is left of a sleep lives in a restart_block that none of the calls made
+here touches.
 
 Signals are blocked meanwhile and stay queued. A job control stop is let through at once: the kernel allows a
 traced thread to run within it and stops the thread again after the detach.
 
-While the thread is ours, its stack pointer points at a signal frame with its own state (proxyd.sigframe), placed
-where the kernel would put one, and every call is made by an instruction pair ``syscall; ret``. So if this process is
-killed in the midst of it, the kernel detaches the thread and it returns through that frame by itself: one call that
-was begun completes, registers and signal mask come back, an interrupted call is restarted. What differs then: a
-sleep with its rest in the restart_block fails with EINTR, as after any handled signal. For the same reason a call
-that hangs can be left behind at any time: ptrace belongs to a thread, so the work is done in one of its own, and its
-end releases the traced thread.
+While the thread is ours, its stack pointer points at a signal frame with its own state (proxyd.sigframe),
+placed where the kernel would put one, and every call is made by an instruction pair ``syscall; ret``. So if
+this process is killed in the midst of it, the kernel detaches the thread and it returns through that frame by
+itself: one call that was begun completes, registers and signal mask come back, an interrupted call is
+restarted. What differs then: a sleep with its rest in the restart_block fails with EINTR, as after any
+handled signal. For the same reason a call that hangs can be left behind at any time: ptrace belongs to a
+thread, so the work is done in one of its own, and its end releases the traced thread.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from typing import Generic, NamedTuple, TypeVar
 
 from common.errors import IohubError, PeerGone
 from proxyd import ptrace, sigframe
-from proxyd.kvm_h import Request
+from proxyd.interrupted import leave_critical_section, make_restartable, restarted
 from proxyd.ptrace import user_regs_struct
 
-__all__ = ["Gadgets", "StoppedThread", "find_gadgets", "match_gadgets", "run_stopped"]
+__all__ = ["Gadgets", "StoppedThread", "Syscall", "find_gadgets", "match_gadgets", "run_stopped"]
 
 STOP_DEADLINE = 1.0
 """Seconds that a thread gets to come to each stop; in uninterruptible sleep it can't."""
@@ -43,26 +44,25 @@ SCRATCH_SIZE = 1024
 """Bytes for the arguments of the calls of one stop."""
 
 _RED_ZONE = 128  # System V ABI, AMD64 supplement, 3.2.2: below the stack pointer, yet in use
-_SPIN_SECONDS = 0.001  # a stop takes some 10 us, longer only if the call blocks
+_LOOK_SECONDS = 0.001
+_STAT_PROCESSOR = 36  # fields after the name in proc_pid_stat(5)
 _MINUS_1 = (1 << 64) - 1
-_NO_SYSCALL = _MINUS_1
 _SYSCALL_RET = b"\x0f\x05\xc3"
 _RESTORE_RT = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
 _CHUNK = 1 << 20
 _WALL = 0x40000000  # __WALL of wait(2)
 
-# <linux/errno.h>, never seen outside of the kernel except by a tracer.
-ERESTARTSYS = 512
-ERESTARTNOINTR = 513
-ERESTARTNOHAND = 514
-ERESTART_RESTARTBLOCK = 516
 
-# <asm/unistd_64.h>
-_NR_ioctl = 16
-_NR_rt_sigtimedwait = 128
-_NR_epoll_wait = 232
-_NR_epoll_pwait = 281
-_NR_epoll_pwait2 = 441
+class Syscall(IntEnum):
+    """<asm/unistd_64.h>, the calls that are made."""
+
+    close = 3
+    ioctl = 16
+    getpid = 39
+    recvmsg = 47
+    socketpair = 53
+    eventfd2 = 290
+
 
 _T = TypeVar("_T")
 
@@ -94,19 +94,20 @@ def find_gadgets(pid: int) -> Gadgets:
         restore_rt = address + second if restore_rt < 0 <= second else restore_rt
         if syscall_ret >= 0 and restore_rt >= 0:
             return Gadgets(syscall_ret, restore_rt)
-    raise IohubError("found no code in it that makes a system call and none that returns from a signal")
+    raise IohubError(f"process {pid} has no code that makes a system call or that returns from a signal")
 
 
 def _executable_code(pid: int) -> Iterator[tuple[int, bytes]]:
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
         mappings = [line.split(maxsplit=5) for line in file]
     for fields in reversed(mappings):
-        if fields[1] != "r-xp" or len(fields) < 6:
-            continue
+        if fields[1] != "r-xp" or fields[4] == "0":
+            continue  # of the others only files' are sure to be readable and to stay
         start, end = (int(bound, 16) for bound in fields[0].split("-"))
         for address in range(start, end, _CHUNK):
-            # The chunks overlap by what a pattern may be longer than one byte.
-            yield address, ptrace.read_memory(pid, address, min(end - address, _CHUNK + len(_RESTORE_RT[0]) - 1))
+            # A pattern may begin in one chunk and end in the next.
+            size = min(end - address, _CHUNK + len(_RESTORE_RT[0]) - 1)
+            yield address, ptrace.read_memory(pid, address, size)
 
 
 class StoppedThread:
@@ -122,23 +123,29 @@ class StoppedThread:
         self._saved: tuple[int, bytes] | None = None  # set while its memory isn't its own
         self._frame = 0
         self._scratch = self._scratch_end = 0
+        self._lost: IohubError | None = None  # why the thread is no longer known to be stopped
+        self._began = 0.0
+        self.seconds = 0.0
+        """For how long the thread was stopped, at most; known after release()."""
 
     def stop(self) -> None:
         """Seizes and stops the thread, and makes it ready.
 
-        Raises OSError (EPERM: no right to, or traced by another; ESRCH: gone), PeerGone if it exits, IohubError if
-        it can't serve. release() must follow in any case.
+        Raises OSError (EPERM: no right to, or traced by another; ESRCH: gone), PeerGone if it exits,
+        IohubError if it can't serve. release() must follow in any case.
         """
+        _run_beside(self.pid)
         ptrace.seize(self.pid, ptrace.PTRACE_O_TRACESYSGOOD)
         self._seized = True
+        self._began = time.monotonic()
         ptrace.interrupt(self.pid)
         self._wait(ptrace.cont, _is_event_stop)
         regs = ptrace.getregs(self.pid)
         if regs is None:
             raise IohubError(f"process {self.pid} runs 32-bit code, which can't be served")
         self._check_gadgets()
-        _leave_critical_section(self.pid, regs)
-        _make_restartable(regs)
+        leave_critical_section(self.pid, regs)
+        make_restartable(regs)
         mask = ptrace.get_signal_mask(self.pid)
         xstate = ptrace.get_xstate(self.pid)
         frame_size = sigframe.size(xstate)
@@ -148,7 +155,7 @@ class StoppedThread:
         self._scratch_end = self._scratch + SCRATCH_SIZE
         saved = ptrace.read_memory(self.pid, self._frame, self._scratch_end - self._frame)
         self._saved = self._frame, saved
-        home = _restarted(regs)
+        home = restarted(regs)
         frame = sigframe.build(self._frame, self._gadgets.restore_rt, home, mask, xstate)
         ptrace.write_memory(self.pid, self._frame, frame)
         self._regs = regs
@@ -159,7 +166,7 @@ class StoppedThread:
         ptrace.set_signal_mask(self.pid, ptrace.NSIG_MASK)
 
     def put(self, data: bytes) -> int:
-        """Copies an argument into the thread's memory, there until release(). Returns its address, 8-aligned."""
+        """Copies an argument into the thread's memory, until release(). Returns its address, 8-aligned."""
         address = self._scratch
         end = address + -(-len(data) // 8) * 8
         if end > self._scratch_end:
@@ -172,13 +179,14 @@ class StoppedThread:
         """What is at an address that put() returned."""
         return ptrace.read_memory(self.pid, address, size)
 
-    def call(self, number: int, *arguments: int) -> int:
+    def call(self, number: Syscall, *arguments: int) -> int:
         """Makes one system call in the thread and returns its result.
 
-        Raises OSError with the call's own errno and filename None; with a filename if it is ptrace that failed.
-        PeerGone if the process exits, IohubError if the call doesn't end in time: release() then leaves the thread
-        to get home by itself.
+        Raises OSError with the call's errno, PeerGone if the process exits, IohubError if the call doesn't
+        end in time: release() then leaves the thread to get home by itself.
         """
+        if self._lost is not None:
+            raise self._lost
         regs = self._borrowed(self._gadgets.syscall_ret)
         regs.rax = number
         for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
@@ -194,12 +202,15 @@ class StoppedThread:
             raise IohubError(f"process {self.pid} left 64-bit code")
         result = int.from_bytes(after.rax.to_bytes(8, "little"), "little", signed=True)
         if -4096 < result < 0:
-            raise OSError(-result, os.strerror(-result))
+            raise OSError(-result, os.strerror(-result), f"{number.name} in process {self.pid}")
         return result
 
     def release(self) -> None:
-        """Puts back registers, signal mask and memory, and lets the thread go. Raises as call() does."""
-        if not self._seized:
+        """Puts back registers, signal mask and memory, and lets the thread go. Raises as call() does.
+
+        A thread that didn't stop, or that is gone, is left to the end of the calling thread.
+        """
+        if not self._seized or self._lost is not None:
             return
         if self._in_syscall_stop:
             # The kernel looks for restart codes only in its signal handling: let the thread stop there.
@@ -215,12 +226,13 @@ class StoppedThread:
             with contextlib.suppress(OSError):
                 ptrace.write_memory(self.pid, *self._saved)
         ptrace.detach(self.pid)
+        self.seconds = time.monotonic() - self._began
 
     def _borrowed(self, rip: int) -> user_regs_struct:
         regs = user_regs_struct.from_buffer_copy(self._regs or user_regs_struct())
         regs.rip = rip
         regs.rsp = self._frame
-        regs.orig_rax = _NO_SYSCALL
+        regs.orig_rax = _MINUS_1  # none that could be restarted
         return regs
 
     def _check_gadgets(self) -> None:
@@ -235,9 +247,12 @@ class StoppedThread:
         deadline = time.monotonic() + STOP_DEADLINE
         while True:
             status = _wait_status(self.pid, deadline)
+            if status is None:
+                self._lost = IohubError(f"process {self.pid} didn't stop within {STOP_DEADLINE:g} s")
+                raise self._lost
             if not os.WIFSTOPPED(status):
-                self._seized = False
-                raise PeerGone(f"process {self.pid} exited")
+                self._lost = PeerGone(f"process {self.pid} has exited")
+                raise self._lost
             if wanted(status):
                 return
             # A signal on its way goes on its way: only a stop signal, once the others are blocked.
@@ -252,78 +267,29 @@ def _is_syscall_stop(status: int) -> bool:
     return os.WSTOPSIG(status) == signal.SIGTRAP | 0x80  # PTRACE_O_TRACESYSGOOD
 
 
-def _wait_status(pid: int, deadline: float) -> int:
-    spin_until = time.monotonic() + _SPIN_SECONDS
+def _wait_status(pid: int, deadline: float) -> int | None:
+    """The next wait status, None if there is none until then."""
     while True:
         found, status = os.waitpid(pid, os.WNOHANG | _WALL)
         if found:
             return status
-        now = time.monotonic()
-        if now < spin_until:
-            os.sched_yield()
-        elif now < deadline:
-            time.sleep(_SPIN_SECONDS)
-        else:
-            raise IohubError(f"process {pid} didn't stop within {STOP_DEADLINE:g} s")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return None
+        # A stop raises SIGCHLD. Should another thread take it, the next look is not far off.
+        signal.sigtimedwait({signal.SIGCHLD}, min(left, _LOOK_SECONDS))
 
 
-def _leave_critical_section(pid: int, regs: user_regs_struct) -> None:
-    """Takes the abort path if the thread was stopped in a restartable sequence, as any preemption would.
+def _run_beside(pid: int) -> None:
+    """Moves the calling thread to the CPU where the other was last.
 
-    The kernel can't do it: it judges by the instruction pointer when the thread next leaves the kernel, which is
-    at our call, and forgets the sequence then (kernel/rseq.c).
+    The two take turns, a dozen times each. On one CPU the turn passes at once, even if every CPU is busy;
+    between CPUs each may wait for somebody's time slice.
     """
-    if regs.orig_rax != _NO_SYSCALL:
-        return  # a system call isn't allowed in one
-    try:
-        area = ptrace.get_rseq(pid)
-    except OSError as error:
-        if error.errno == errno.EIO:
-            return
-        raise
-    # <linux/rseq.h>: struct rseq.rseq_cs at 8; struct rseq_cs start_ip at 8, post_commit_offset at 16, abort_ip at 24.
-    section = _u64s(pid, area + 8, 1)[0] if area else 0
-    if section:
-        start, length, abort = _u64s(pid, section + 8, 3)
-        if regs.rip - start in range(length):
-            regs.rip = abort
-
-
-def _u64s(pid: int, address: int, count: int) -> list[int]:
-    data = ptrace.read_memory(pid, address, 8 * count)
-    return [int.from_bytes(data[offset : offset + 8], "little") for offset in range(0, len(data), 8)]
-
-
-def _interrupted(regs: user_regs_struct) -> int:
-    """The errno or restart code that an interrupted system call is about to return, 0 if there is none."""
-    return 0 if regs.orig_rax == _NO_SYSCALL else -regs.rax & _MINUS_1
-
-
-def _make_restartable(regs: user_regs_struct) -> None:
-    """Lets the kernel restart the calls that fail with EINTR on any stop, handler or not (signal(7)).
-
-    They only wait, so nothing is lost by a second go, and with the code for "unless a handler runs" a signal that
-    did come still ends them with EINTR. A timeout begins anew.
-    """
-    waits = (_NR_epoll_wait, _NR_epoll_pwait, _NR_epoll_pwait2, _NR_rt_sigtimedwait)
-    pure_wait = regs.orig_rax in waits or (regs.orig_rax == _NR_ioctl and regs.rsi == Request.KVM_RUN)
-    if pure_wait and _interrupted(regs) == errno.EINTR:
-        regs.rax = -ERESTARTNOHAND & _MINUS_1
-
-
-def _restarted(regs: user_regs_struct) -> user_regs_struct:
-    """``regs`` as the kernel's signal handling would leave them where no handler runs.
-
-    Without the restart_block, which rt_sigreturn(2) gives up: a call that needs it is told to fail with EINTR.
-    """
-    home = user_regs_struct.from_buffer_copy(regs)
-    code = _interrupted(regs)
-    if code in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND):
-        home.rax = regs.orig_rax
-        home.rip -= len(b"\x0f\x05")
-    elif code == ERESTART_RESTARTBLOCK:
-        home.rax = -errno.EINTR & _MINUS_1
-    return home
+    with contextlib.suppress(OSError):  # a system call filter or a cpuset may forbid it
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        os.sched_setaffinity(0, {int(fields[_STAT_PROCESSOR])})
 
 
 class _Tracer(threading.Thread, Generic[_T]):
@@ -335,20 +301,17 @@ class _Tracer(threading.Thread, Generic[_T]):
         self.body = body
         self.result: list[_T] = []
         self.error: BaseException | None = None
-        self.seconds = 0.0
 
     def run(self) -> None:
-        began = time.monotonic()
         try:
             self.thread.stop()
             self.result.append(self.body(self.thread))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - run_stopped() raises it in the caller's thread
             self.error = error
         try:
             self.thread.release()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             self.error = self.error or error
-        self.seconds = time.monotonic() - began
 
 
 def run_stopped(pid: int, gadgets: Gadgets, body: Callable[[StoppedThread], _T]) -> tuple[_T, float]:
@@ -358,8 +321,13 @@ def run_stopped(pid: int, gadgets: Gadgets, body: Callable[[StoppedThread], _T])
     ``body`` and StoppedThread's methods raise; the process runs on in any case.
     """
     tracer = _Tracer(pid, gadgets, body)
-    tracer.start()
-    tracer.join()
+    # The tracer inherits the mask, and waits for the signal.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        tracer.start()
+        tracer.join()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if tracer.error is not None:
         raise tracer.error
-    return tracer.result[0], tracer.seconds
+    return tracer.result[0], tracer.thread.seconds

@@ -32,21 +32,32 @@ _SS_FLAGS_KEEP = 0xFFFF
 
 
 class stack_t(Structure):
+    """<asm/signal.h>."""
+
     _fields_ = [("ss_sp", c_uint64), ("ss_flags", c_uint32), ("pad", c_uint32), ("ss_size", c_uint64)]
 
 
+_REGISTERS = (
+    *(f"r{number}" for number in range(8, 16)),
+    *("rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx", "rsp", "rip", "eflags"),
+)
+_SELECTORS = ("cs", "gs", "fs", "ss")
+
+
 class sigcontext_64(Structure):
+    """Of the kernel's <asm/sigcontext.h>."""
+
     _fields_ = [
-        *((f"r{number}", c_uint64) for number in range(8, 16)),
-        *((name, c_uint64) for name in ("rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx", "rsp", "rip")),
-        ("eflags", c_uint64),
-        *((name, c_uint16) for name in ("cs", "gs", "fs", "ss")),
+        *((name, c_uint64) for name in _REGISTERS),
+        *((name, c_uint16) for name in _SELECTORS),
         *((name, c_uint64) for name in ("err", "trapno", "oldmask", "cr2", "fpstate")),
         ("reserved1", c_uint64 * 8),
     ]
 
 
 class ucontext(Structure):
+    """<asm/ucontext.h>."""
+
     _fields_ = [
         ("uc_flags", c_uint64),
         ("uc_link", c_uint64),
@@ -73,16 +84,17 @@ def size(xstate: bytes) -> int:
 def build(address: int, restore_rt: int, regs: user_regs_struct, mask: int, xstate: bytes) -> bytes:
     """A frame to be written at ``address``, a multiple of FP_ALIGNMENT.
 
-    With the stack pointer at ``address`` a ``ret`` enters ``restore_rt`` (mov $15, %rax; syscall), which makes
-    ``regs``, the signal mask ``mask`` and ``xstate``, as PTRACE_GETREGSET gave it, the state of the thread. The
-    alternate signal stack stays. A system call that ``regs`` say was interrupted isn't restarted by this.
+    With the stack pointer at ``address`` a ``ret`` enters ``restore_rt`` (mov $15, %rax; syscall), which
+    makes ``regs``, the signal mask ``mask`` and ``xstate``, as PTRACE_GETREGSET gave it, the state of the
+    thread. The alternate signal stack stays. A system call that ``regs`` say was interrupted isn't restarted
+    by this.
     """
     frame = rt_sigframe(pretcode=restore_rt)
     frame.uc.uc_flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
     frame.uc.uc_stack.ss_flags = _SS_FLAGS_KEEP
     frame.uc.uc_sigmask = mask
     context = frame.uc.uc_mcontext
-    for name, _kind, *_ in sigcontext_64._fields_[: -len(("err", "trapno", "oldmask", "cr2", "fpstate", "reserved1"))]:
+    for name in (*_REGISTERS, *_SELECTORS):
         setattr(context, name, getattr(regs, name))
     context.fpstate = address + _FPSTATE
     xfeatures = int.from_bytes(xstate[_SW_RESERVED : _SW_RESERVED + 8], "little")

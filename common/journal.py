@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
-__all__ = ["JournalHandler", "RateLimited", "StderrFormatter", "device_log", "peer_log", "printable", "setup"]
+__all__ = ["JournalHandler", "RateLimited", "StderrFormatter", "device_log", "printable", "setup"]
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -37,13 +37,6 @@ def printable(text: str) -> str:
 def device_log(program: str, device: str) -> logging.LoggerAdapter[logging.Logger]:
     """The logger of one device of the program: its lines begin with the device's id."""
     return logging.LoggerAdapter(logging.getLogger(program), {"device": device})
-
-
-def peer_log(log: Log, peer: str) -> logging.LoggerAdapter[logging.Logger]:
-    """The same log for what one peer does: its lines name the peer as well."""
-    if isinstance(log, logging.LoggerAdapter):
-        return logging.LoggerAdapter(log.logger, {**(log.extra or {}), "peer": peer})
-    return logging.LoggerAdapter(log, {"peer": peer})
 
 
 def setup(program: str, vm: str, journal_socket: str = JOURNAL_SOCKET) -> None:
@@ -137,8 +130,8 @@ class JournalHandler(logging.Handler):
 class RateLimited:
     """The log of one place that a peer can make speak: ``burst`` lines in each ``interval`` seconds.
 
-    The first line of a later interval tells how many were suppressed. Whoever can be replaced by its peer (a
-    session) must not own one, or the peer gets a fresh one with each connection: its device does.
+    The first line of a later interval tells how many were suppressed. ``peer`` is who a line is about. Whatever
+    a peer can have made anew (a session) must not own one, or the limit begins anew as well: its device does.
     """
 
     def __init__(
@@ -175,8 +168,14 @@ class RateLimited:
             text = message % args if args else message
             message, args = "%s (%d more suppressed before)", (text, self._suppressed)
             self._suppressed = 0
-        log = peer_log(self._log, peer) if peer else self._log
+        log = _peer_log(self._log, peer) if peer else self._log
         log.log(level, message, *args)
+
+
+def _peer_log(log: Log, peer: str) -> logging.LoggerAdapter[logging.Logger]:
+    if isinstance(log, logging.LoggerAdapter):
+        return logging.LoggerAdapter(log.logger, {**(log.extra or {}), "peer": peer})
+    return logging.LoggerAdapter(log, {"peer": peer})
 
 
 def _context(record: logging.LogRecord) -> str:

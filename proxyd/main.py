@@ -101,7 +101,7 @@ def create_proxy(config: VmConfig, device: DeviceConfig, irqchip: Irqchip, keepe
     """The proxy of one configured device. Raises UsageError for an address that the chipset has."""
     if device.devfn in RESERVED_DEVFNS:
         raise UsageError(f"device {device.id}: address {format_devfn(device.devfn)} belongs to the chipset")
-    path = device.socket or str(config.runtime_dir / f"{device.id}.sock")
+    path = config.socket_path(device)
     connect = partial(Client.connect, path, ROUND_TRIP_SECONDS)
     return PciProxy(device.id, device.devfn, connect, irqchip, device_log(PROGRAM, device.id), keeper.lost)
 

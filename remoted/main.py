@@ -84,7 +84,7 @@ class Remoted:
             if device.fd is not None:
                 server.serve(adopt_connection(device.fd, device.id))
             else:
-                server.listen(device.socket or str(config.runtime_dir / f"{device.id}.sock"))
+                server.listen(config.socket_path(device))
         except BaseException:
             server.close()
             raise

@@ -58,7 +58,7 @@ class DeviceServer:
     def serve(self, sock: socket.socket) -> None:
         """Serves a connected socket, which it owns from here on."""
         self.session = Session(self._loop, sock, self.function, self.pirq, self._on_end, self._log)
-        self._log.info("client %s", self.session.client)
+        self._log.info("connected", peer=self.session.client)
 
     def close(self) -> None:
         """Ends the session, unlinks the socket and closes the device."""
@@ -93,9 +93,8 @@ class DeviceServer:
             return
         with sock, contextlib.suppress(OSError):
             self.refused += 1
-            self._log.warning(
-                "refused client %s: %s is being served", peer_credentials(sock), self.session.client
-            )
+            client = str(peer_credentials(sock))
+            self._log.warning("refused: %s is being served", self.session.client, peer=client)
 
     def _resume(self) -> None:
         self._pause = None

@@ -94,7 +94,7 @@ class Session:
                     return
                 command = self._receive()  # more than that frame has been read already
         except PeerGone as error:
-            self._log.info("client %s: %s", self.client, error)
+            self._log.info("%s", error, peer=self.client)
             self.close()
         except ProtocolError as error:
             self._reject(error)
@@ -109,7 +109,7 @@ class Session:
 
     def _reject(self, error: ProtocolError) -> None:
         self.rejected += 1
-        self._log.warning("client %s: %s", self.client, error)
+        self._log.warning("%s", error, peer=self.client)
 
     def _config_read(self) -> None:
         addr, _, length = CONFIG.unpack_from(self._link.payload)

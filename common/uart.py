@@ -291,8 +291,7 @@ class Uart16550:
         self._thre_pending = False
         self._lsr &= ~(UART_LSR_THRE | UART_LSR_TEMT)
         self._update_irq()
-        if not self._tsr_held:
-            self._shift_out()
+        self._shift_out()
 
     def _write_ier(self, value: int) -> None:
         changed = (self._ier ^ value) & 0x0F

@@ -356,6 +356,8 @@ class TestFifos:
         uart.transmit_ready()
         assert bench.sent == b"x"
         assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT
+        uart.write(u.UART_TX, ord("w"))
+        assert bench.sent == b"xw"
 
     @pytest.mark.parametrize(("code", "level"), [(0, 1), (1, 4), (2, 8), (3, 14)])
     def test_room_is_offered_up_to_the_trigger_level(self, uart: Uart16550, code: int, level: int) -> None:

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""iohubctl: what both daemons of a VM say about its functions, and lines driven by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from varlink import VarlinkError
+
+from common.config import check_name, default_runtime_dir
+from common.control import call
+from common.errors import IohubError, PeerGone, UsageError
+from common.options import Parser
+from common.pci import format_devfn, parse_devfn
+from common.statustable import render
+
+__all__ = ["main"]
+
+PROGRAM = "iohubctl"
+
+_DAEMONS = {"remoted": "org.iohub.Remoted", "proxyd": "org.iohub.Proxyd"}
+
+_ADDR_HELP = "one function: its address, such as 05.0, or its device's id"
+
+_STATUS_EPILOG = """\
+columns, what remoted counts first:
+  LINE        high, low, or masked: the device asserts it, but the guest has set INTX_DISABLE
+  RAISED      how often the line rose
+  RESAMPLES   acknowledgements (EOI) that KVM reported; those of functions on the same GSI count here too
+  RE-ASSERTS  irqfd writes for a line that was high already: still high at the EOI, or a new irqfd
+  REJECTED    messages that broke the protocol
+  REFUSED     clients turned away because another one was served
+  IRQFD       set: there is an eventfd that asserts the line in the guest
+  CLIENT      who uses the device: its process and pid
+  PIN, GSI    proxyd: the function's pin, and where the guest has it routed to
+  LINK        proxyd: the process and pid that it is connected to, or down
+  RECONNECTS  proxyd: how often a lost link was replaced
+
+A healthy function has a client, an irqfd, a GSI and a link; what is amiss is written below the table.
+
+exit status: 0, or 1 when one of the daemons doesn't answer
+
+examples:
+  iohubctl status vm1
+  iohubctl status vm1 05.0
+  iohubctl status --json vm1 | jq '.remoted.functions[] | select(.rejected > 0)'
+"""
+
+_DRIVE_EPILOG = """\
+Only the model irq-line has a line to drive by hand. A line that is high already stays high.
+
+example:
+  iohub-remoted --name vm1 --device irq-line,id=line0,addr=05.0 &
+  iohubctl raise vm1 line0
+  iohubctl status vm1 line0
+  iohubctl lower vm1 line0
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script. Returns 0, 1 when a daemon doesn't answer or refuses, 2 for bad usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = _parser(argv).parse_args(argv)
+        status: int = options.run(options)
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except IohubError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser(argv: Sequence[str]) -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        description="Looks at the PCI functions that iohub-remoted and iohub-proxyd give to a VM, "
+        "and drives lines by hand.",
+        epilog="examples:\n  iohubctl status vm1\n  iohubctl raise vm1 05.0\n  iohubctl demo\n\n"
+        "`iohubctl COMMAND --help` explains each command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    status = _add_command(commands, "status", "show each function's line, counters and links", _STATUS_EPILOG)
+    status.add_argument(
+        "--json", action="store_true", help="print one JSON object: what each daemon answered"
+    )
+    status.add_argument("addr", metavar="ADDR", nargs="?", help=_ADDR_HELP)
+    status.set_defaults(run=_status)
+    for name, method, what in (("raise", "Raise", "assert"), ("lower", "Lower", "deassert")):
+        drive = _add_command(commands, name, f"{what} the INTx line of an irq-line device", _DRIVE_EPILOG)
+        drive.add_argument("addr", metavar="ADDR", help=_ADDR_HELP)
+        drive.set_defaults(run=_drive, method=f"{_DAEMONS['remoted']}.{method}")
+    demo = commands.add_parser(
+        "demo",
+        help="start both daemons and a small guest, and count every interrupt",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    demo.set_defaults(run=_demo)
+    if argv and argv[0] == "demo":
+        from common.demo import add_arguments
+
+        add_arguments(demo)
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[Parser], name: str, summary: str, epilog: str
+) -> Parser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary.capitalize()}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        help="where the VM's sockets are (default: /run/iohub/VM, or "
+        "$XDG_RUNTIME_DIR/iohub/VM for users other than root)",
+    )
+    command.add_argument("vm", metavar="VM", help="the VM's name")
+    return command
+
+
+def _status(options: argparse.Namespace) -> int:
+    directory = _runtime_dir(options)
+    answers: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    for daemon, interface in _DAEMONS.items():
+        try:
+            answers[daemon] = _call(directory, daemon, f"{interface}.Status")
+        except IohubError as error:
+            errors[daemon] = str(error)
+    if options.addr is not None and answers:
+        _select(answers, options.addr, options.vm)
+    if options.json:
+        print(json.dumps({"vm": options.vm, **dict.fromkeys(_DAEMONS), **answers, "errors": errors}))
+    elif not answers:
+        raise PeerGone(f"VM {options.vm}: {'; '.join(errors.values())}")
+    else:
+        print(render(options.vm, answers, errors), end="")
+    return 1 if errors else 0
+
+
+def _select(answers: dict[str, Any], addr: str, vm: str) -> None:
+    """Leaves only the function of that address or id. Raises IohubError when nobody has it."""
+    try:
+        wanted = format_devfn(parse_devfn(addr))
+    except UsageError:
+        wanted = addr
+    known = {}
+    for answer in answers.values():
+        known.update({function["addr"]: function["id"] for function in answer["functions"]})
+        answer["functions"] = [
+            function
+            for function in answer["functions"]
+            if wanted == function["addr"] or addr == function["id"]
+        ]
+    if not any(answer["functions"] for answer in answers.values()):
+        have = ", ".join(f"{address} ({name})" for address, name in sorted(known.items())) or "none"
+        raise IohubError(f"VM {vm}: no function {addr}; there is {have}")
+
+
+def _drive(options: argparse.Namespace) -> int:
+    try:
+        _call(_runtime_dir(options), "remoted", options.method, device=options.addr)
+    except PeerGone as error:
+        raise PeerGone(f"VM {options.vm}: {error}") from error
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from common.demo import run
+
+    return run(options)
+
+
+def _runtime_dir(options: argparse.Namespace) -> Path:
+    name = check_name(options.vm)
+    if options.runtime_dir is not None:
+        return Path(options.runtime_dir)
+    return default_runtime_dir(name, os.geteuid(), os.environ)
+
+
+def _call(directory: Path, daemon: str, method: str, **parameters: object) -> dict[str, Any]:
+    """call() with errors that name the daemon. Raises IohubError."""
+    try:
+        return call(directory / f"{daemon}.varlink", method, **parameters)
+    except PeerGone as error:
+        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+            raise PeerGone(f"{daemon} is not running: {error}") from error
+        raise PeerGone(f"{daemon} does not answer: {error}") from error
+    except VarlinkError as error:
+        raise IohubError(_explain(daemon, error)) from error
+
+
+def _explain(daemon: str, error: VarlinkError) -> str:
+    name, parameters = str(error.error()), error.parameters() or {}
+    if name == "org.iohub.Remoted.NoSuchDevice":
+        return f"no device {parameters['device']}"
+    if name == "org.iohub.Remoted.NotDrivable":
+        return f"device {parameters['device']} is a {parameters['model']}, which drives its line itself"
+    return f"{daemon} refuses: {name} {json.dumps(parameters)}"

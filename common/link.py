@@ -158,7 +158,7 @@ class Link:
         self._sock.close()
 
     def _parse(self) -> tuple[int, int]:
-        """The command of the frame at the buffer's start (-1 without a header) and how many bytes it lacks."""
+        """The command of the frame in the buffer (-1 without a header) and how many bytes to ask for."""
         have = self._have
         if have < _HEADER_SIZE:
             return -1, _HEADER_SIZE - have
@@ -276,8 +276,10 @@ class Client:
         return max(count, 0)
 
     def check_quiet(self) -> None:
-        """Raises PeerGone when the link has ended, and ProtocolError when the peer has sent what nobody asked for:
-        without message ids it would be taken for the next answer."""
+        """Makes sure that nothing lies unread: without message ids it would be taken for the next answer.
+
+        Raises PeerGone when the link has ended, and ProtocolError when the peer sent what nobody asked for.
+        """
         count = self._read(self._view)
         if count == 0:
             raise PeerGone("the peer closed the link")

@@ -33,10 +33,10 @@ class UnixListener:
                 _remove_stale(path)
                 _bind(sock, path)
             sock.listen(16)
-            self._inode = os.stat(path).st_ino
-        except OSError as error:
+            self._inode = _inode(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             sock.close()
-            raise UsageError(f"socket {path}: {error.strerror or error}") from error
+            raise UsageError(f"socket {path}: {getattr(error, 'strerror', None) or error}") from error
         except BaseException:
             sock.close()
             raise
@@ -46,7 +46,10 @@ class UnixListener:
         return self._sock.fileno()
 
     def accept(self) -> socket.socket | None:
-        """The next connection, or None when there is none (any more)."""
+        """The next connection, or None when there is none (any more).
+
+        Raises OSError when it can't be taken for want of an fd or memory; it stays in the queue.
+        """
         try:
             return self._sock.accept()[0]
         except (BlockingIOError, ConnectionAbortedError):
@@ -54,10 +57,16 @@ class UnixListener:
 
     def close(self) -> None:
         """Closes the socket and unlinks its path, unless somebody else has bound that since."""
-        self._sock.close()
         with contextlib.suppress(OSError):
-            if os.stat(self.path).st_ino == self._inode:
+            # While the socket is open, nobody else's can have its inode.
+            if self._sock.fileno() != -1 and _inode(self.path) == self._inode:
                 os.unlink(self.path)
+        self._sock.close()
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def _bind(sock: socket.socket, path: str) -> None:

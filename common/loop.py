@@ -26,6 +26,8 @@ __all__ = ["Loop", "Timer"]
 
 Handler = Callable[[int], None]
 
+_COMPACT_TIMERS = 64
+"""the number of timers from which on cancelled ones are weeded out"""
 _SETTLE_ROUNDS = 64
 """How often one pass goes back to links that stay readable, so that a flood on one can't starve the rest."""
 
@@ -50,14 +52,17 @@ class Timer:
 class Loop:
     """One epoll with its handlers. All methods but call_soon_threadsafe belong to the thread that runs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock`` tells the seconds that timers go by."""
+        self._clock = clock
         self._epoll = select.epoll()
         self._poll = self._epoll.poll
         self._handlers: dict[int, Handler] = {}
         self._first: dict[int, Handler] = {}
         self._timers: list[Timer] = []
+        self._compact_at = _COMPACT_TIMERS
         self._stopped = False
-        self._signals: dict[int, Callable[[], None]] = {}
+        self._signals: list[int] = []
         self._soon: deque[Callable[[], None]] = deque()
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.add(self._wake_r, self._on_wake)
@@ -77,30 +82,36 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forgets the fd. It must happen before its close: a dup elsewhere would keep the epoll entry alive."""
+        """Forgets the fd, which must happen before its close: a dup would keep the epoll entry alive."""
         del self._handlers[fd]
         self._first.pop(fd, None)
         self._epoll.unregister(fd)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Calls ``callback()`` once, not before so many seconds have passed."""
-        timer = Timer(time.monotonic() + seconds, callback)
+        timer = Timer(self._clock() + seconds, callback)
+        if len(self._timers) >= self._compact_at:
+            # A peer can make its session start and cancel timers at will.
+            self._timers = [pending for pending in self._timers if pending.callback is not None]
+            heapq.heapify(self._timers)
+            self._compact_at = max(_COMPACT_TIMERS, 2 * len(self._timers))
         heapq.heappush(self._timers, timer)
         return timer
 
     def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
-        """Calls ``callback()`` in the loop's thread; may be called from any thread."""
+        """Calls ``callback()`` in the loop's thread, or never once the loop is closed; from any thread."""
         self._soon.append(callback)
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # a full pipe wakes the loop as well; a closed one has no loop
             os.write(self._wake_w, b"\0")
 
     def on_signal(self, signum: int, callback: Callable[[], None]) -> None:
         """Calls ``callback()`` in the loop after each signal. Only in the main thread.
 
-        The handler proper does nothing: Python's own C handler writes the number into the loop's pipe.
+        Python's own C handler writes into the loop's pipe, which wakes it. What is due is noted apart from
+        that byte: the pipe may be full.
         """
-        self._signals[signum] = callback
-        signal.signal(signum, lambda *_: None)
+        self._signals.append(signum)
+        signal.signal(signum, lambda *_: self._soon.append(callback))
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
 
     def run(self) -> None:
@@ -133,8 +144,9 @@ class Loop:
             for signum in self._signals:
                 signal.signal(signum, signal.SIG_DFL)
         self._epoll.close()
+        wake_w, self._wake_w = self._wake_w, -1
+        os.close(wake_w)
         os.close(self._wake_r)
-        os.close(self._wake_w)
 
     def _handle_many(self, events: list[tuple[int, int]]) -> None:
         first = self._first
@@ -158,11 +170,11 @@ class Loop:
             heapq.heappop(self._timers)
         if not self._timers:
             return timeout
-        delay = max(0.0, self._timers[0].due - time.monotonic())
+        delay = max(0.0, self._timers[0].due - self._clock())
         return delay if timeout is None else min(delay, timeout)
 
     def _run_timers(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         due = []
         while self._timers and self._timers[0].due <= now:
             due.append(heapq.heappop(self._timers))
@@ -173,9 +185,6 @@ class Loop:
 
     def _on_wake(self, _events: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            for signum in os.read(self._wake_r, 4096):
-                callback = self._signals.get(signum)
-                if callback is not None:
-                    callback()
+            os.read(self._wake_r, 4096)
         for _ in range(len(self._soon)):
             self._soon.popleft()()

@@ -38,8 +38,8 @@ class EventNotifier:
     def adopt(cls, fd: int) -> Self:
         """Takes ownership of a received fd.
 
-        Raises ProtocolError, with the fd closed, unless it is an eventfd without EFD_SEMAPHORE: of a semaphore
-        KVM would consume one of n events and find the rest at the next assign (virt/kvm/eventfd.c).
+        Raises ProtocolError, with the fd closed, unless it is an eventfd without EFD_SEMAPHORE: of a
+        semaphore KVM would consume one of n events and find the rest at the next assign (virt/kvm/eventfd.c).
         """
         try:
             kind = os.readlink(f"/proc/self/fd/{fd}")
@@ -57,7 +57,7 @@ class EventNotifier:
         return self._fd
 
     def set(self) -> bool:
-        """Adds one event. False, and nothing happens, when the counter is full: an event is pending anyway."""
+        """Adds one event. False when the counter is full and can't take it: an event is pending anyway."""
         ready = self._writable(0)
         if not ready or not ready[0][1] & select.POLLOUT:
             return False
@@ -85,8 +85,8 @@ class EventNotifier:
 def adopt_pair(irqfd: int, resamplefd: int) -> tuple[EventNotifier, EventNotifier]:
     """Takes ownership of a received irqfd and resamplefd.
 
-    Raises ProtocolError, with both closed, when either is unfit or both are the same eventfd: KVM accepts that
-    and then re-asserts the line after every EOI, for ever.
+    Raises ProtocolError, with both closed, when either is unfit or both are the same eventfd: KVM accepts
+    that and then re-asserts the line after every EOI, for ever.
     """
     try:
         first = EventNotifier.adopt(irqfd)

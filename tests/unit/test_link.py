@@ -1,0 +1,588 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One link: framing, the fds that belong to a frame, deadlines. Both ends over real socketpairs."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import itertools
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import PeerGone, ProtocolError
+from common.link import Client, Link, peer_credentials
+from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
+from tests.support.fds import count_fds, identity
+
+
+class Frame(NamedTuple):
+    """One frame and how many fds come with it."""
+
+    data: bytes
+    fds: int = 0
+
+
+RESET = request_frame(Command.DEVICE_RESET)
+CONFIG_READ = request_frame(Command.PCI_CFGREAD, CONFIG.pack(0x3D, 0x11223344, 1))
+BAR_WRITE = request_frame(Command.BAR_WRITE, BAR.pack(0xFEDCBA9876543210, 0x1122334455667788, 8, True))
+SYNC = request_frame(Command.SYNC_SYSMEM, SYSMEM.pack(*range(1, 25)))
+SET_IRQFD = request_frame(Command.SET_IRQFD)
+
+ALL_FRAMES = [
+    Frame(RESET),
+    Frame(CONFIG_READ),
+    Frame(BAR_WRITE),
+    Frame(SYNC),
+    Frame(SYNC, 1),
+    Frame(SYNC, 8),
+    Frame(SET_IRQFD, 2),
+]
+UNWELCOME = [Frame(RESET, 3), Frame(CONFIG_READ, 1), Frame(BAR_WRITE, 8)]
+"""fds that must not be there"""
+
+Received = tuple[int, bytes, list[str]]
+
+
+def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    assert sock.sendmsg([data], rights) == len(data)
+
+
+class Bench:
+    """A Link, its peer, and fresh fds to send whose copies can be told apart."""
+
+    def __init__(self) -> None:
+        self.peer, sock = socket.socketpair()
+        self.link = Link(sock)
+
+    def send(self, frame: Frame, *cuts: int) -> Received:
+        """Sends a frame in one piece or cut at some bytes, fds on the first; what must arrive of it."""
+        fds = [os.eventfd(0) for _ in range(frame.fds)]
+        try:
+            edges = [0, *cuts, len(frame.data)]
+            for number, (start, end) in enumerate(itertools.pairwise(edges)):
+                send(self.peer, frame.data[start:end], fds if number == 0 else ())
+            return expected(frame, [identity(fd) for fd in fds])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def receive(self) -> Received | None:
+        """What a session sees: it takes the fds of the two commands that have any."""
+        command = self.link.receive()
+        if command < 0:
+            return None
+        fds: list[int] = []
+        if command in (Command.SYNC_SYSMEM, Command.SET_IRQFD):
+            fds = self.link.take_fds()
+        names = [identity(fd) for fd in fds]
+        for fd in fds:
+            os.close(fd)
+        size = {
+            Command.SYNC_SYSMEM: SYSMEM.size,
+            Command.PCI_CFGREAD: CONFIG.size,
+            Command.BAR_WRITE: BAR.size,
+        }.get(Command(command), 0)
+        return command, bytes(self.link.payload[:size]), names
+
+    def receive_all(self) -> list[Received]:
+        """Frames until nothing is left; -1 comes between the pieces of one."""
+        received: list[Received] = []
+        idle = 0
+        while idle < 3:
+            one = self.receive()
+            if one is None:
+                idle += 1
+            else:
+                idle = 0
+                received.append(one)
+        return received
+
+
+def expected(frame: Frame, names: list[str]) -> Received:
+    command, _ = struct.unpack_from("<i4xQ", frame.data)
+    wanted = command in (Command.SYNC_SYSMEM, Command.SET_IRQFD)
+    return command, frame.data[16:], names if wanted else []
+
+
+@contextlib.contextmanager
+def open_bench() -> Iterator[Bench]:
+    """Closes both ends, and checks that nothing else has stayed open."""
+    before = count_fds()
+    bench = Bench()
+    try:
+        yield bench
+    finally:
+        bench.link.close()
+        bench.peer.close()
+    assert count_fds() == before
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with open_bench() as bench:
+        yield bench
+
+
+@pytest.mark.parametrize("frame", ALL_FRAMES)
+def test_whole_frame(bench: Bench, frame: Frame) -> None:
+    wanted = bench.send(frame)
+    assert bench.receive_all() == [wanted]
+
+
+@pytest.mark.parametrize("frame", ALL_FRAMES)
+def test_frame_byte_by_byte(bench: Bench, frame: Frame) -> None:
+    """Only the last byte completes it, and its fds, sent with the first byte, are kept until then."""
+    fds = [os.eventfd(0) for _ in range(frame.fds)]
+    wanted = expected(frame, [identity(fd) for fd in fds])
+    send(bench.peer, frame.data[:1], fds)
+    for byte in frame.data[1:]:
+        assert bench.receive() is None
+        assert bench.link.is_partial
+        send(bench.peer, bytes([byte]))
+    assert bench.receive_all() == [wanted]
+    assert not bench.link.is_partial
+    for fd in fds:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_frame_of_a_queue_gets_its_own_fds(bench: Bench, count: int) -> None:
+    for frames in itertools.product(ALL_FRAMES, repeat=count):
+        wanted = [bench.send(frame) for frame in frames]
+        assert bench.receive_all() == wanted
+
+
+def test_unwelcome_fds_never_reach_the_next_frame(bench: Bench) -> None:
+    for frames in itertools.product(ALL_FRAMES, UNWELCOME, ALL_FRAMES):
+        wanted = [bench.send(frame) for frame in frames]
+        assert bench.receive_all() == wanted
+
+
+def test_frames_in_two_pieces_keep_their_fds_apart(bench: Bench) -> None:
+    """Every cut of a header with fds, behind and before frames that a read could run into."""
+    cuttable = [frame for frame in ALL_FRAMES if frame.fds]
+    for first, second, third in itertools.product(ALL_FRAMES, cuttable, ALL_FRAMES):
+        for cut in range(1, 16):
+            wanted = [bench.send(first)]
+            wanted.append(bench.send(second, *([cut] if cut < len(second.data) else [])))
+            wanted.append(bench.send(third))
+            assert bench.receive_all() == wanted
+
+
+@st.composite
+def traffic(draw: st.DrawFn) -> list[tuple[Frame, list[int]]]:
+    frames = draw(st.lists(st.sampled_from(ALL_FRAMES + UNWELCOME), min_size=1, max_size=12))
+    return [
+        (frame, sorted(draw(st.sets(st.integers(1, len(frame.data) - 1), max_size=3)))) for frame in frames
+    ]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(traffic(), st.lists(st.integers(0, 3), max_size=12))
+def test_any_fragments_at_any_pace(frames: list[tuple[Frame, list[int]]], reads: list[int]) -> None:
+    with open_bench() as bench:
+        wanted, received = [], []
+        for (frame, cuts), pace in zip(frames, itertools.chain(reads, itertools.repeat(0)), strict=False):
+            wanted.append(bench.send(frame, *cuts))
+            for _ in range(pace):
+                one = bench.receive()
+                if one is not None:
+                    received.append(one)
+        assert received + bench.receive_all() == wanted
+
+
+def test_fds_sent_with_glued_frames_go_to_the_one_that_may_have_them(bench: Bench) -> None:
+    """One sendmsg for two frames: the kernel doesn't say whose byte the fds came with."""
+    fds = [os.eventfd(0), os.eventfd(0)]
+    names = [identity(fd) for fd in fds]
+    send(bench.peer, RESET + SET_IRQFD, fds)
+    send(bench.peer, SET_IRQFD + CONFIG_READ, fds)
+    assert [(command, got) for command, _, got in bench.receive_all()] == [
+        (Command.DEVICE_RESET, []),
+        (Command.SET_IRQFD, names),
+        (Command.SET_IRQFD, names),
+        (Command.PCI_CFGREAD, []),
+    ]
+    for fd in fds:
+        os.close(fd)
+
+
+def test_fds_that_come_with_payload_are_closed(bench: Bench) -> None:
+    before = count_fds()
+    fd = os.eventfd(0)
+    send(bench.peer, SYNC[:16])
+    assert bench.receive() is None
+    send(bench.peer, SYNC[16:100], [fd] * 8)
+    assert bench.receive() is None
+    send(bench.peer, SYNC[100:], [fd])
+    assert bench.receive_all() == [(Command.SYNC_SYSMEM, SYNC[16:], [])]
+    os.close(fd)
+    assert count_fds() == before
+
+
+def test_fds_that_nobody_takes_are_closed_with_the_next_receive(bench: Bench) -> None:
+    before = count_fds()
+    bench.send(Frame(SET_IRQFD, 2))
+    assert bench.link.receive() == Command.SET_IRQFD
+    assert count_fds() == before + 2
+    assert bench.link.receive() == -1
+    assert count_fds() == before
+
+
+@pytest.mark.parametrize("frame", UNWELCOME)
+def test_unwelcome_fds_are_closed_at_once(bench: Bench, frame: Frame) -> None:
+    before = count_fds()
+    bench.send(frame)
+    assert bench.link.receive() >= 0
+    assert count_fds() == before
+
+
+def test_close_closes_fds_of_a_frame_that_never_ended(bench: Bench) -> None:
+    before = count_fds()
+    fds = [os.eventfd(0) for _ in range(3)]
+    send(bench.peer, SYNC[:5], fds)
+    for fd in fds:
+        os.close(fd)
+    assert bench.receive() is None
+    assert count_fds() == before + 3
+    bench.link.close()
+    bench.link.close()
+    assert count_fds() == before - 1
+
+
+@pytest.mark.parametrize("count", [9, 10, 253])
+def test_more_fds_than_a_message_may_have(bench: Bench, count: int) -> None:
+    fd = os.eventfd(0)
+    send(bench.peer, SET_IRQFD, [fd] * count)
+    os.close(fd)
+    with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
+        bench.receive()
+
+
+def test_more_fds_than_a_message_may_have_in_pieces(bench: Bench) -> None:
+    fd = os.eventfd(0)
+    send(bench.peer, SET_IRQFD[:5], [fd] * 8)
+    send(bench.peer, SET_IRQFD[5:9], [fd])
+    os.close(fd)
+    assert bench.receive() is None
+    with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
+        bench.receive()
+
+
+def test_received_fds_are_close_on_exec(bench: Bench) -> None:
+    sent = os.eventfd(0)
+    os.set_inheritable(sent, True)
+    send(bench.peer, SET_IRQFD, [sent, sent])
+    os.close(sent)
+    assert bench.link.receive() == Command.SET_IRQFD
+    fds = bench.link.take_fds()
+    inheritable = [os.get_inheritable(fd) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    assert inheritable == [False, False]
+
+
+@pytest.mark.parametrize("frame", [Frame(RESET), Frame(SYNC, 8)])
+def test_end_of_stream_within_a_frame(bench: Bench, frame: Frame) -> None:
+    for cut in (1, 15, 16, 17, 100):
+        if cut < len(frame.data):
+            with open_bench() as other:
+                fds = [os.eventfd(0) for _ in range(frame.fds)]
+                send(other.peer, frame.data[:cut], fds)
+                for fd in fds:
+                    os.close(fd)
+                other.peer.close()
+                assert other.receive() is None
+                with pytest.raises(PeerGone, match="within a frame"):
+                    other.receive_all()
+
+
+def test_end_of_stream_comes_after_what_was_sent(bench: Bench) -> None:
+    wanted = [bench.send(Frame(CONFIG_READ)), bench.send(Frame(SET_IRQFD, 2))]
+    bench.peer.close()
+    assert [bench.receive(), bench.receive()] == wanted
+    with pytest.raises(PeerGone, match=r"closed the link$"):
+        bench.receive()
+
+
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [(Command.PCI_CFGREAD, 13), (Command.SYNC_SYSMEM, 1 << 63), (Command.RET, 8), (8, 0), (-1, 0)],
+)
+def test_bad_header_is_refused_before_its_payload_is_here(bench: Bench, command: int, size: int) -> None:
+    send(bench.peer, struct.pack("<i4xQ", command, size))
+    with pytest.raises(ProtocolError):
+        bench.receive()
+
+
+def test_bad_header_behind_a_good_frame(bench: Bench) -> None:
+    send(bench.peer, CONFIG_READ + struct.pack("<i4xQ", 99, 0))
+    assert bench.receive() is not None
+    with pytest.raises(ProtocolError, match="command 99"):
+        bench.receive_all()
+
+
+def test_reply(bench: Bench) -> None:
+    bench.link.reply(0x8877665544332211)
+    bench.link.reply(ERROR)
+    assert bench.peer.recv(100) == reply_frame(0x8877665544332211) + reply_frame(ERROR)
+
+
+def test_reply_to_a_peer_that_has_gone(bench: Bench) -> None:
+    bench.peer.close()
+    with pytest.raises(PeerGone):
+        bench.link.reply(0)
+
+
+def test_replies_that_nobody_reads_end_in_an_error_not_in_waiting(bench: Bench) -> None:
+    def flood() -> None:
+        while True:
+            bench.link.reply(0)
+
+    with pytest.raises(ProtocolError, match="doesn't read its replies"):
+        flood()
+
+
+def test_credentials_name_the_peer(bench: Bench) -> None:
+    peer = peer_credentials(bench.peer)
+    assert (peer.pid, peer.uid, peer.gid) == (os.getpid(), os.getuid(), os.getgid())
+    assert str(peer).endswith(f"[{os.getpid()}]")
+    assert str(peer._replace(pid=1 << 30)) == f"pid {1 << 30}"
+
+
+def test_a_peers_name_cant_forge_a_log_line(bench: Bench) -> None:
+    comm = "/proc/self/comm"
+    with open(comm, encoding="utf-8") as file:
+        name = file.read().rstrip("\n")
+    try:
+        with open(comm, "w", encoding="utf-8") as file:
+            file.write("a\nb\x1b[2J")
+        text = str(peer_credentials(bench.peer))
+    finally:
+        with open(comm, "w", encoding="utf-8") as file:
+            file.write(name)
+    assert text == f"a?b?[2J[{os.getpid()}]"
+
+
+# The asking end.
+
+LONG = 60.0
+"""a deadline that no test waits for"""
+
+
+class Asker:
+    """A Client, and a peer that does something in its own thread."""
+
+    def __init__(self, deadline: float = LONG) -> None:
+        self.peer, sock = socket.socketpair()
+        self.peer.settimeout(LONG)
+        self.client = Client(sock, deadline)
+        self._threads: list[threading.Thread] = []
+
+    def peer_does(self, action: Callable[[], None]) -> None:
+        thread = threading.Thread(target=action)
+        thread.start()
+        self._threads.append(thread)
+
+    def answer(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Lets the peer answer the next request."""
+
+        def run() -> None:
+            self.peer.recv(100)
+            send(self.peer, data, fds)
+
+        self.peer_does(run)
+
+    def close(self) -> None:
+        self.client.close()
+        for thread in self._threads:
+            thread.join()
+        self.peer.close()
+
+
+@contextlib.contextmanager
+def open_asker(deadline: float = LONG) -> Iterator[Asker]:
+    before = count_fds()
+    asker = Asker(deadline)
+    try:
+        yield asker
+    finally:
+        asker.close()
+    assert count_fds() == before
+
+
+@pytest.fixture
+def asker() -> Iterator[Asker]:
+    with open_asker() as asker:
+        yield asker
+
+
+def test_round_trip(asker: Asker) -> None:
+    seen = []
+
+    def run() -> None:
+        seen.append(asker.peer.recv(100))
+        send(asker.peer, reply_frame(0x1122334455667788))
+
+    asker.peer_does(run)
+    assert asker.client.request(Command.BAR_WRITE, BAR_WRITE[16:]) == 0x1122334455667788
+    assert seen == [BAR_WRITE]
+    asker.answer(reply_frame(ERROR))
+    assert asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:]) == ERROR
+
+
+def test_message_with_fds(asker: Asker) -> None:
+    fds = [os.eventfd(0), os.eventfd(0)]
+    asker.client.send(Command.SET_IRQFD, fds=fds)
+    data, received, _, _ = socket.recv_fds(asker.peer, 100, 8)
+    assert data == SET_IRQFD
+    assert [identity(fd) for fd in received] == [identity(fd) for fd in fds]
+    for fd in fds + received:
+        os.close(fd)
+
+
+def test_reply_byte_by_byte(asker: Asker) -> None:
+    def run() -> None:
+        asker.peer.recv(100)
+        for byte in reply_frame(7):
+            send(asker.peer, bytes([byte]))
+
+    asker.peer_does(run)
+    assert asker.client.request(Command.DEVICE_RESET) == 7
+
+
+def test_empty_reply_to_a_reset(asker: Asker) -> None:
+    asker.answer(struct.pack("<i4xQ", Command.RET, 0))
+    assert asker.client.request(Command.DEVICE_RESET) == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        struct.pack("<i4xQ", Command.RET, 0),
+        struct.pack("<i4xQ", Command.RET, 1000) + bytes(1000),
+        struct.pack("<i4xQ", Command.RET, 9) + bytes(9),
+        struct.pack("<i4xQQ", Command.PCI_CFGREAD, 8, 0),
+        struct.pack("<i4xQQ", 99, 8, 0),
+        struct.pack("<i4xQQ", -1, 8, 0),
+        reply_frame(1) * 2,
+        reply_frame(1) + b"\0",
+    ],
+    ids=["empty", "size-1000", "size-9", "a-request", "command-99", "command--1", "two", "a-byte-more"],
+)
+def test_any_answer_but_one_clean_ret(asker: Asker, answer: bytes) -> None:
+    asker.answer(answer)
+    with pytest.raises(ProtocolError):
+        asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:])
+
+
+@pytest.mark.parametrize("count", [1, 8, 200])
+def test_ret_with_fds(asker: Asker, count: int) -> None:
+    fd = os.eventfd(0)
+    asker.answer(reply_frame(1), [fd] * count)
+    with pytest.raises(ProtocolError, match="file descriptors"):
+        asker.client.request(Command.DEVICE_RESET)
+    os.close(fd)
+
+
+def test_late_second_ret_isnt_taken_for_the_next_answer(asker: Asker) -> None:
+    asker.answer(reply_frame(1))
+    assert asker.client.request(Command.DEVICE_RESET) == 1
+    send(asker.peer, reply_frame(2))
+    with pytest.raises(ProtocolError, match="nobody asked for"):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_ret_that_nobody_asked_for_stops_a_message_without_reply(asker: Asker) -> None:
+    send(asker.peer, b"\1")
+    with pytest.raises(ProtocolError, match="nobody asked for"):
+        asker.client.send(Command.SYNC_SYSMEM, SYNC[16:])
+
+
+def test_silent_peer_costs_the_deadline() -> None:
+    with open_asker(deadline=0.02) as asker, pytest.raises(PeerGone, match=r"within 0\.02 s"):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_deadline_that_has_passed_already_waits_for_nothing() -> None:
+    with open_asker(deadline=0) as asker, pytest.raises(PeerGone, match="within 0 s"):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_dripping_peer_costs_the_deadline() -> None:
+    """24 bytes at no less than 10 ms each take longer than the deadline; no byte may extend it."""
+    with open_asker(deadline=0.1) as asker:
+        enough = threading.Event()
+
+        def drip() -> None:
+            asker.peer.recv(100)
+            for byte in reply_frame(7):
+                if enough.wait(0.01):
+                    return
+                with contextlib.suppress(OSError):
+                    asker.peer.send(bytes([byte]))
+
+        asker.peer_does(drip)
+        with pytest.raises(PeerGone, match=r"within 0\.1 s"):
+            asker.client.request(Command.DEVICE_RESET)
+        enough.set()
+
+
+def test_peer_that_doesnt_read(asker: Asker) -> None:
+    def flood() -> None:
+        while True:
+            asker.client.send(Command.SYNC_SYSMEM, SYNC[16:])
+
+    with pytest.raises(PeerGone, match="doesn't read"):
+        flood()
+
+
+@pytest.mark.parametrize("sent", [0, 1, 16, 23])
+def test_peer_that_closes_instead_of_answering(asker: Asker, sent: int) -> None:
+    def run() -> None:
+        asker.peer.recv(100)
+        asker.peer.send(reply_frame(1)[:sent])
+        asker.peer.close()
+
+    asker.peer_does(run)
+    with pytest.raises(PeerGone):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_peer_that_has_gone(asker: Asker) -> None:
+    asker.peer.close()
+    with pytest.raises(PeerGone):
+        asker.client.request(Command.DEVICE_RESET)
+    with pytest.raises(PeerGone):
+        asker.client.send(Command.SET_IRQFD)
+
+
+def test_shutdown_ends_the_wait_of_another_thread(asker: Asker) -> None:
+    def run() -> None:
+        asker.peer.recv(100)
+        asker.client.shutdown()
+
+    asker.peer_does(run)
+    with pytest.raises(PeerGone):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_connect_where_nobody_listens(tmp_path: os.PathLike[str]) -> None:
+    before = count_fds()
+    path = os.path.join(tmp_path, "socket")
+    with pytest.raises(PeerGone, match="socket: No such file"):
+        Client.connect(path, LONG)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(path)
+    with pytest.raises(PeerGone, match="socket: Connection refused"):
+        Client.connect(path, LONG)
+    assert count_fds() == before

@@ -69,7 +69,7 @@ void console_interrupt(void)
 /* Sleeps until a whole line is there; it comes without its line end. */
 enum console_input console_read_line(char line[CONSOLE_LINE_MAX])
 {
-	bool too_long = false;
+	enum console_input result = CONSOLE_LINE;
 	u32 length = 0;
 	char c;
 
@@ -81,13 +81,15 @@ enum console_input console_read_line(char line[CONSOLE_LINE_MAX])
 			break;
 		if (c == '\r')
 			continue;
-		if (length == CONSOLE_LINE_MAX - 1)
-			too_long = true;
-		else
+		if (c < ' ' || c > '~')
+			result = CONSOLE_NOT_TEXT;
+		else if (length < CONSOLE_LINE_MAX - 1)
 			line[length++] = c;
+		else
+			result = CONSOLE_TOO_LONG;
 	}
 	line[length] = '\0';
-	return too_long ? CONSOLE_TOO_LONG : CONSOLE_LINE;
+	return result;
 }
 
 /* Waits until the last character has left the transmitter. */

@@ -10,6 +10,7 @@
 enum console_input {
 	CONSOLE_LINE,
 	CONSOLE_TOO_LONG,
+	CONSOLE_NOT_TEXT,
 };
 
 void console_init(void);

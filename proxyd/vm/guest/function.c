@@ -147,6 +147,7 @@ void function_raise(struct function *fn)
 {
 	fn->raised++;
 	fn->awaiting_entry = true;
+	fn->awaiting_reassert = false;
 	fn->raise_tsc = rdtsc();
 	fn->driver->raise(fn->base);
 }

@@ -175,7 +175,7 @@ void __attribute__((regparm(1), noreturn)) panic(const u32 *stack)
 {
 	u32 i;
 
-	put_string("\npanic");
+	put_string("panic");
 	field_decimal("vector", stack[0]);
 	for (i = 1; i < 5; i++)
 		field_hex("stack", stack[i]);

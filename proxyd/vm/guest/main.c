@@ -7,7 +7,7 @@
  * The protocol
  *
  * At each start the guest prints "iohub-guest 1 ready".  Then it takes one
- * command a line (at most 127 characters, words divided by blanks) and answers
+ * command a line (at most 127 printable characters, words divided by blanks) and answers
  * it before it looks at the next:
  *
  *	* KIND KEY=VALUE ...	any number of records
@@ -15,7 +15,8 @@
  *	err REASON		exactly one of these, last
  *
  * Numbers are decimal or 0x hexadecimal, both ways; WIDTH is 8, 16 or 32; ADDR is
- * a function on bus 0, "05.0".  A line "panic ..." is an exception: the guest stopped.
+ * a function on bus 0, "05.0".  "panic vector= ..." instead, or in the middle of a
+ * line, is an exception: the guest has stopped.
  *
  *	version				ok guest= version=
  *	in WIDTH PORT			ok value=
@@ -88,9 +89,16 @@ void guest_main(void)
 	pic_unmask(IRQ_COM1);
 	put_string("iohub-guest 1 ready\n");
 	for (;;) {
-		if (console_read_line(line) == CONSOLE_LINE)
+		switch (console_read_line(line)) {
+		case CONSOLE_LINE:
 			execute(line);
-		else
+			break;
+		case CONSOLE_TOO_LONG:
 			put_string("err line too long\n");
+			break;
+		case CONSOLE_NOT_TEXT:
+			put_string("err not printable ASCII\n");
+			break;
+		}
 	}
 }

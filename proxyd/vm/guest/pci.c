@@ -23,6 +23,14 @@
 #define MEMORY_START	0xe0000000
 #define MEMORY_END	0xf0000000
 
+/*
+ * The room that a smaller BAR gets too: QEMU's PCI proxy decodes at least 16
+ * bytes for any BAR (hw/remote/proxy.c, probe_pci_info), so that closer
+ * neighbours would overlap.
+ */
+#define IO_ROOM		0x20
+#define MEMORY_ROOM	0x1000
+
 #define ROUTER_DEVFN	PCI_DEVFN(1, 0)
 #define ROUTER_PIRQA	0x60
 
@@ -87,11 +95,14 @@ void pci_windows_reset(void)
 	memory_next = MEMORY_START;
 }
 
-/* Takes size bytes, a power of two and aligned to itself; 0 if it does not fit. */
-static u32 window_take(u32 *next, u32 end, u32 size)
+/* Takes size bytes, a power of two, aligned to themselves; 0 if they do not fit. */
+static u32 window_take(u32 *next, u32 end, u32 size, u32 room)
 {
-	u32 start = (*next + size - 1) & ~(size - 1);
+	u32 start;
 
+	if (size < room && size)
+		size = room;
+	start = (*next + size - 1) & ~(size - 1);
 	if (start < *next || start >= end || size > end - start)
 		return 0;
 	*next = start + size;
@@ -119,10 +130,10 @@ bool pci_assign_bars(u8 devfn, u32 bars[PCI_BAR_COUNT])
 			continue;
 		if (mask & BAR_IO) {
 			size = -((mask | 0xffff0000) & ~BAR_IO_FLAGS);
-			start = window_take(&io_next, IO_END, size);
+			start = window_take(&io_next, IO_END, size, IO_ROOM);
 		} else {
 			size = -(mask & ~BAR_MEMORY_FLAGS);
-			start = window_take(&memory_next, MEMORY_END, size);
+			start = window_take(&memory_next, MEMORY_END, size, MEMORY_ROOM);
 		}
 		if (!start)
 			return false;

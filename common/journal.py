@@ -130,7 +130,7 @@ class JournalHandler(logging.Handler):
 class RateLimited:
     """The log of one place that a peer can make speak: ``burst`` lines in each ``interval`` seconds.
 
-    The first line of a later interval tells how many were suppressed. ``peer`` is who a line is about. Whatever
+    The next line that passes tells how many were suppressed. ``peer`` is who a line is about. Whatever
     a peer can have made anew (a session) must not own one, or the limit begins anew as well: its device does.
     """
 

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Everything happens in the checkout, in .venv; the only things installed elsewhere are the Debian packages that
+# are missing, and those only by root. PYTHON=... takes another Python, ARGS=... goes to what a target runs.
+
+PYTHON ?= python3
+VENV := .venv
+APT_INSTALL := apt-get install --no-install-recommends
+TEST_GUESTS := $(patsubst %.S,%.bin,$(wildcard tests/guests/*.S))
+
+MAKEFLAGS += --no-builtin-rules
+SHELL := /bin/sh
+.SHELLFLAGS := -ec
+.ONESHELL:
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench guest clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while read -r target text; do
+		printf '  make %-6s  %s\n' "$$target" "$$text"
+	done
+
+demo: $(VENV)/demo.stamp guest  ## interrupts from remoted into a KVM guest and back, counted (ARGS="--rounds 100")
+	@exec $(VENV)/bin/iohubctl demo $(ARGS)
+
+test: $(VENV)/test.stamp guest  ## all tests (ARGS="-k config")
+	@exec $(VENV)/bin/pytest -q $(ARGS)
+
+lint: $(VENV)/test.stamp  ## ruff and mypy
+	@status=0
+	$(VENV)/bin/ruff check || status=1
+	$(VENV)/bin/mypy || status=1
+	exit $$status
+
+bench: $(VENV)/test.stamp  ## remoted's round trips beside those of QEMU's remote process (ARGS="--json")
+	@exec $(VENV)/bin/python -m tests.bench.bench $(ARGS)
+
+guest: $(TEST_GUESTS)  ## the guests of the embedded VM and of the tests
+	@$(MAKE) --silent --no-print-directory -C proxyd/vm/guest
+
+clean:  ## back to what git has: removes .venv, the guests and all caches
+	@rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(TEST_GUESTS)
+	find common proxyd remoted tests -name __pycache__ -prune -exec rm -rf {} +
+	$(MAKE) --silent --no-print-directory -C proxyd/vm/guest clean
+
+# A flat binary for 0x1000, entered at its first byte.
+tests/guests/%.bin: tests/guests/%.S
+	@gcc -m32 -nostdlib -static -no-pie -Wl,--build-id=none,-Ttext=0x1000,--oformat=binary -o $@ $<
+
+# Debian's package names stand for what is looked for: whether it works, wherever it came from.
+$(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml
+	@stop() {
+		printf 'make: %s\n' "$$*" >&2
+		exit 1
+	}
+	needed() {
+		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
+		$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
+			echo python3-dev
+		command -v gcc >/dev/null || echo gcc
+		test -e /usr/include/stdio.h || echo libc6-dev
+		command -v pkg-config >/dev/null || echo pkg-config
+		pkg-config --exists libsystemd 2>/dev/null || echo libsystemd-dev
+	}
+	wanted() {
+		test $(@F) = demo.stamp || command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
+	}
+	install() {
+		echo "Installing $$*"
+		export DEBIAN_FRONTEND=noninteractive
+		apt="$(APT_INSTALL) --yes -o DPkg::Lock::Timeout=120"
+		$$apt "$$@" >/dev/null 2>&1 && return
+		log=$$(apt-get update 2>&1 && $$apt "$$@" 2>&1) || printf '%s\n' "$$log" >&2
+	}
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+		stop "$(PYTHON) is not Python 3.11 or newer"
+	missing=$$(needed)
+	optional=$$(wanted)
+	if [ "$$missing$$optional" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+		test -z "$$missing" || install $$missing
+		test -z "$$optional" || install $$optional
+		still=$$(needed)
+		test -z "$$still" || stop "still missing for $$(command -v $(PYTHON)):" $$still
+		missing=
+		optional=$$(wanted)
+	fi
+	test -z "$$missing" || stop these are needed, as root: $(APT_INSTALL) $$missing
+	test -z "$$optional" || echo "Without $$optional its tests will be skipped; as root: $(APT_INSTALL) $$optional"
+	echo "Installing the Python packages into $(VENV)"
+	$(VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --no-input --no-cache-dir --disable-pip-version-check \
+		--editable .$(if $(filter test.stamp,$(@F)),[test])
+	touch $@

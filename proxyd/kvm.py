@@ -7,6 +7,7 @@ serves a VM only in the address space that created it: threads may share a Vm, a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -352,7 +353,8 @@ class Vcpu:
     def close(self) -> None:
         """Closes the vCPU; a second call does nothing."""
         self._run = None  # else the mapping has an exported buffer and can't be closed
-        self._shared.close()
+        with contextlib.suppress(BufferError):  # somebody's traceback may still hold a view of it
+            self._shared.close()
         fd, self.fd = self.fd, -1
         if fd != -1:
             os.close(fd)

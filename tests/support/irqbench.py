@@ -10,7 +10,7 @@ from common.loop import Loop
 from common.notifier import EventNotifier
 from proxyd.irqchip import Irqchip, KvmIrqchip
 from proxyd.softirqchip import SoftIrqchip
-from tests.support.kvmguest import KvmMachine
+from tests.support.kvmguest import Handler, KvmMachine
 
 M_CMD, M_DATA, S_CMD, S_DATA, ELCR1, ELCR2 = 0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1
 EOI = 0x20
@@ -135,8 +135,8 @@ class IrqBench(ABC):
 class KvmBench(IrqBench):
     """KVM's chips and a guest on KVM."""
 
-    def __init__(self) -> None:
-        self.machine = KvmMachine()
+    def __init__(self, handler: Handler | None = None) -> None:
+        self.machine = KvmMachine(handler)
         self._holder = Pair.create()
         super().__init__(KvmIrqchip(self.machine.vm))
 

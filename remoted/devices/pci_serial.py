@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""pci-serial: a 16550A behind one I/O BAR, as QEMU's hw/char/serial-pci.c."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from common.errors import UsageError
+from common.uart import UART_MSR_CTS, UART_MSR_DCD, UART_MSR_DSR, Uart16550
+from remoted.chardev import open_chardev
+from remoted.function import Bar, BarKind, Host, PciFunction
+
+__all__ = ["PciSerial"]
+
+
+class PciSerial(PciFunction):
+    """One serial port.
+
+    ``chardev`` is its far end: null (the default), pty, file:PATH or unix:PATH. With ``carrier=on`` the modem
+    inputs DCD and DSR tell whether somebody is there; otherwise, as in QEMU, they are always on.
+    """
+
+    VENDOR_ID = 0x1B36
+    DEVICE_ID = 0x0002
+    REVISION = 1
+    CLASS_CODE = 0x070002
+    BARS: ClassVar = {0: Bar(BarKind.IO, 8)}
+    PROPERTIES = frozenset({"chardev", "carrier"})
+
+    def __init__(self, host: Host, properties: Mapping[str, str]) -> None:
+        """Opens the chardev. Raises UsageError."""
+        super().__init__(host, properties)
+        carrier = properties.get("carrier", "off")
+        if carrier not in ("on", "off"):
+            raise UsageError(f"carrier={carrier}: must be on or off")
+        self._carrier = carrier == "on"
+        self._in_access = False
+        self._uart = Uart16550(self._on_irq, self._transmit, host.loop.call_later, self._input_ready)
+        self._chardev = open_chardev(
+            properties.get("chardev", "null"), host.loop, host.log, self._uart, self._on_connected
+        )
+        self._on_connected(self._chardev.connected)
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        uart = self._uart
+        self._in_access = True
+        try:
+            if size == 1:
+                return uart.read(offset)
+            return int.from_bytes([uart.read(offset + i) for i in range(size)], "little")
+        finally:
+            self._in_access = False
+            self.set_intx(uart.irq)
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        uart = self._uart
+        self._in_access = True
+        try:
+            for i in range(size):
+                uart.write(offset + i, value >> 8 * i)
+        finally:
+            self._in_access = False
+            self.set_intx(uart.irq)
+
+    def reset(self) -> None:
+        self._uart.reset()
+
+    def close(self) -> None:
+        self._chardev.close()
+
+    def _on_irq(self, level: bool) -> None:
+        # A write to THR takes INTR down and up again. On a level-triggered line that is only one more irqfd
+        # write, and if KVM carries that out after the guest's EOI, a spurious interrupt.
+        if not self._in_access:
+            self.set_intx(level)
+
+    def _transmit(self, byte: int) -> bool:
+        return self._chardev.write(byte)
+
+    def _input_ready(self) -> None:
+        self._chardev.resume()
+
+    def _on_connected(self, connected: bool) -> None:
+        if self._carrier:
+            lines = UART_MSR_DCD | UART_MSR_DSR if connected else 0
+            self._uart.set_modem_lines(UART_MSR_CTS | lines)

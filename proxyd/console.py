@@ -19,7 +19,7 @@ COM1_PORTS = range(0x3F8, 0x400)
 COM1_IRQ = 4
 
 _MAX_PENDING = 1 << 16
-"""bytes kept for a client that doesn't read; later ones are lost, as on a line that nobody listens to"""
+"""bytes kept for a client that isn't there yet, or doesn't read; later ones are lost"""
 
 
 class _LoopTimer:
@@ -85,7 +85,7 @@ class Console:
         return call
 
     def _transmit(self, byte: int) -> bool:
-        if self._client is not None and len(self._output) < _MAX_PENDING:
+        if len(self._output) < _MAX_PENDING:
             self._output.append(byte)
             if not self._flushing:
                 self._flushing = True
@@ -102,6 +102,7 @@ class Console:
         sock.setblocking(False)
         self._client = sock
         self._loop.add(sock.fileno(), self._on_client, EPOLLIN)
+        self._flush()
 
     def _on_client(self, events: int) -> None:
         if self._client is None:
@@ -131,7 +132,6 @@ class Console:
         with self._lock:
             self._flushing = False
             if self._client is None:
-                self._output.clear()
                 return
             try:
                 del self._output[: self._client.send(self._output)]

@@ -27,9 +27,9 @@ from common.uart import (
     Uart16550,
 )
 from tests.support.clock import FakeClock
-from tests.support.qtest import TIMEOUT, Qtest, needs_qemu
+from tests.support.qtest import TIMEOUT, Qtest
 
-pytestmark = needs_qemu
+pytestmark = pytest.mark.usefixtures("requires_qemu")
 
 BASE = 0x3F8
 IRQ = 4

@@ -7,7 +7,6 @@ Virtual time stands still while the machine is stopped. The guest CPU halts at i
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 from collections.abc import Collection, Sequence
@@ -15,12 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import pytest
-
 QEMU = "qemu-system-x86_64"
 TIMEOUT = 20.0
-
-needs_qemu = pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed")
 
 _HALT = bytes.fromhex("fa f4 eb fd".replace(" ", ""))  # cli; hlt; jmp to the hlt
 _BIOS_SIZE = 1 << 16

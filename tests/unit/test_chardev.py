@@ -19,7 +19,7 @@ from common.errors import UsageError
 from remoted import chardev
 from remoted.chardev import Chardev, open_chardev
 from tests.support.fds import count_fds, no_more_fds
-from tests.support.loops import CountingLoop, run_ready, run_until
+from tests.support.steploop import CountingLoop, run_ready, run_until
 
 LOG = logging.getLogger("test.chardev")
 

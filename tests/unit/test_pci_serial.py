@@ -31,7 +31,7 @@ from common.uart import (
 from remoted.devices.pci_serial import PciSerial
 from tests.support.devices import FunctionBench
 from tests.support.fds import count_fds
-from tests.support.loops import CountingLoop, run_ready, run_until
+from tests.support.steploop import CountingLoop, run_ready, run_until
 
 Bench = FunctionBench[PciSerial]
 Create = Callable[..., Bench]

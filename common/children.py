@@ -28,7 +28,9 @@ class ChildFailed(IohubError):
 class Child:
     """One daemon, ``python -m MODULE``, that says READY=1 (sd_notify(3)) when it serves."""
 
-    def __init__(self, module: str, arguments: Sequence[str], directory: Path, deadline: float = 20.0) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str], directory: Path, deadline: float = 20.0
+    ) -> None:
         """Starts it and waits until it is ready; its log goes to ``MODULE.log`` in the directory.
 
         Raises ChildFailed, with the log's last line, when it ends instead or isn't ready in time.
@@ -77,12 +79,14 @@ class Child:
         pidfd = os.pidfd_open(self.process.pid)
         try:
             while (remaining := expires - time.monotonic()) > 0:
-                ready, _, _ = select.select([notify, pidfd], [], [], remaining)
-                if notify in ready:
+                ready, _, _ = select.select([notify.fileno(), pidfd], [], [], remaining)
+                if notify.fileno() in ready:
                     if b"READY=1" in notify.recv(4096).split(b"\n"):
                         return
                 elif pidfd in ready:
-                    raise ChildFailed(f"{self.module} ended with status {self.process.wait()}: {self.last_line()}")
+                    raise ChildFailed(
+                        f"{self.module} ended with status {self.process.wait()}: {self.last_line()}"
+                    )
         finally:
             os.close(pidfd)
         raise ChildFailed(f"{self.module} isn't ready after {deadline:g} s: {self.last_line()}")

@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from common.children import Child
 from common.control import call
@@ -92,7 +92,9 @@ class _Function:
     redone: int = 0
     resamples: int = 0
     reasserts: int = 0
-    samples: dict[str, list[int]] = field(default_factory=lambda: {"raise_to_handler": [], "eoi_to_reassert": []})
+    samples: dict[str, list[int]] = field(
+        default_factory=lambda: {"raise_to_handler": [], "eoi_to_reassert": []}
+    )
     """latencies in cycles of the guest's time stamp counter"""
 
 
@@ -127,7 +129,7 @@ class _Demo:
         self._irqchip = "kvm" if status["irqchip"] == "kvm" else "soft"
         self._tsc_khz: int = status.get("tsc_khz") or 0
 
-    def __enter__(self) -> _Demo:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -144,7 +146,9 @@ class _Demo:
         for addr, function in self._functions.items():
             reply = self._command(f"samples {addr}")
             for kind in ("raise_to_handler", "eoi_to_reassert"):
-                function.samples[kind] = [sample for record in reply.of_kind(kind) for sample in record.cycles()]
+                function.samples[kind] = [
+                    sample for record in reply.of_kind(kind) for sample in record.cycles()
+                ]
         self._play_step("re-route of an asserted line", "reroute 05.0")
         self._play_step("INTX_DISABLE set and cleared while high", "intx 06.0")
         self._play_reset()
@@ -222,7 +226,11 @@ class _Demo:
             self._on_record(record)
             if record.kind == "back":
                 back.append(record.text("addr"))
-            elif record.kind == "progress" and record.number("done") * 2 >= record.number("total") and not self._killed:
+            elif (
+                record.kind == "progress"
+                and record.number("done") * 2 >= record.number("total")
+                and not self._killed
+            ):
                 self._count_remoted()
                 self._remoted.kill()
                 self._killed = True
@@ -318,27 +326,31 @@ class _Progress:
 
 def _table(result: dict[str, Any]) -> str:
     counts = ("raised", "served", "resamples", "spurious", "lost")
-    heads = ["ADDR", "DEVICE", "GSI", *(count.upper() for count in counts), "RAISE TO HANDLER", "EOI TO RE-ASSERT"]
+    heads = [
+        "ADDR",
+        "DEVICE",
+        "GSI",
+        *(count.upper() for count in counts),
+        "RAISE TO HANDLER",
+        "EOI TO RE-ASSERT",
+    ]
     rows = [heads]
-    for function in result["functions"]:
-        rows.append(
-            [
-                function["addr"],
-                function["id"],
-                str(function["gsi"]),
-                *(str(function[count]) for count in counts),
-                _latency(function["raise_to_handler_us"]),
-                _latency(function["eoi_to_reassert_us"]),
-            ]
-        )
+    rows += [
+        [
+            function["addr"],
+            function["id"],
+            str(function["gsi"]),
+            *(str(function[count]) for count in counts),
+            _latency(function["raise_to_handler_us"]),
+            _latency(function["eoi_to_reassert_us"]),
+        ]
+        for function in result["functions"]
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines += ["", *(f"{'ok    ' if step['good'] else 'FAILED'}  {step['step']}" for step in result["steps"])]
-    lines += [
-        "",
-        f"irqchip {result['irqchip']}: {result['raised']} raised, {result['served']} served, "
-        f"{result['spurious']} spurious, {result['lost']} lost, {result['stuck']} stuck, in {result['seconds']} s",
-    ]
+    totals = ", ".join(f"{result[count]} {count}" for count in ("raised", "served", "spurious", "lost", "stuck"))
+    lines += ["", f"irqchip {result['irqchip']}: {totals}, in {result['seconds']} s"]
     return "\n".join(lines)
 
 

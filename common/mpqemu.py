@@ -39,6 +39,8 @@ __all__ = [
 
 
 class Command(IntEnum):
+    """MPQemuCmd of the header; the numbers are the wire's."""
+
     SYNC_SYSMEM = 0
     RET = 1
     PCI_CFGWRITE = 2

@@ -27,10 +27,15 @@ class _LoopTimer:
 
     def __init__(self, loop: Loop, seconds: float, callback: Callable[[], None]) -> None:
         self._callback: Callable[[], None] | None = callback
-        loop.call_soon_threadsafe(lambda: loop.call_later(seconds, self._fire))
+        self._loop = loop
+        self._seconds = seconds
+        loop.call_soon_threadsafe(self._arm)
 
     def cancel(self) -> None:
         self._callback = None
+
+    def _arm(self) -> None:
+        self._loop.call_later(self._seconds, self._fire)
 
     def _fire(self) -> None:
         if self._callback is not None:

@@ -67,4 +67,3 @@ class LinkKeeper:
         fd = self._registered.pop(proxy, None)
         if fd is not None:
             self._loop.remove(fd)
-

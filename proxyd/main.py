@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from systemd import daemon
-
 from common.config import DeviceConfig, VmConfig, parse_proxyd
 from common.control import ControlServer
 from common.errors import IohubError, UsageError
@@ -27,6 +25,7 @@ from proxyd.pcidev import PciProxy
 from proxyd.pcihost import RESERVED_DEVFNS, PciHost
 from proxyd.vm.embedded import KICK_SIGNAL, Machine, VcpuThread, open_vm
 from proxyd.vm.multiboot import parse_image
+from systemd import daemon
 
 __all__ = ["main"]
 
@@ -53,7 +52,7 @@ class Embedded:
             str(config.runtime_dir / "console.sock"),
             lambda level: self._irqchip.set_line(COM1_IRQ, level),
         )
-        self._keeper = LinkKeeper(self._loop, lambda: self._host.route())
+        self._keeper = LinkKeeper(self._loop, self._route)
         self._proxies = [
             create_proxy(config, device, self._irqchip, self._keeper) for device in config.devices
         ]
@@ -91,6 +90,9 @@ class Embedded:
         self._vm.close()
         self._kvm.close()
         self._loop.close()
+
+    def _route(self) -> None:
+        self._host.route()
 
     def _on_dead(self) -> None:
         self.exit_status = 1

@@ -287,7 +287,9 @@ class PciProxy:
 
     def _restore(self, client: Client) -> None:
         for offset, size in _RESTORED:
-            _config_write(client, offset, size, int.from_bytes(self._shadow[offset : offset + size], "little"))
+            _config_write(
+                client, offset, size, int.from_bytes(self._shadow[offset : offset + size], "little")
+            )
 
     def _create_pair(self, client: Client) -> None:
         if not self.pin:

@@ -137,7 +137,7 @@ class PciFunction:
         self._config_changed()
         try:
             self.reset()
-        except Exception:
+        except Exception:  # noqa: BLE001 - a device author's bug
             self._device_failed("reset")
 
     def config_read(self, addr: int, size: int) -> int:
@@ -168,7 +168,7 @@ class PciFunction:
                     offset = addr - window.start
                     try:
                         return self.bar_read(window.bar, offset, size) & ((1 << 8 * size) - 1)
-                    except Exception:
+                    except Exception:  # noqa: BLE001 - a device author's bug
                         self._device_failed(f"reading {size} bytes at BAR {window.bar} + {offset:#x}")
                 break
         return ALL_ONES
@@ -181,7 +181,7 @@ class PciFunction:
                     offset = addr - window.start
                     try:
                         self.bar_write(window.bar, offset, size, value & ((1 << 8 * size) - 1))
-                    except Exception:
+                    except Exception:  # noqa: BLE001 - a device author's bug
                         self._device_failed(f"writing {size} bytes at BAR {window.bar} + {offset:#x}")
                         return False
                     return True

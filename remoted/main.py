@@ -9,8 +9,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from systemd import daemon
-
 from common.config import DeviceConfig, VmConfig, parse_remoted
 from common.control import ControlServer
 from common.errors import UsageError
@@ -23,6 +21,7 @@ from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.models import find_model
 from remoted.server import DeviceServer, adopt_connection
+from systemd import daemon
 
 __all__ = ["main"]
 

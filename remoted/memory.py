@@ -13,6 +13,7 @@ import os
 import stat
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from common import mpqemu
@@ -55,7 +56,7 @@ class GuestMemory:
         for start, size, offset, fd in wanted:
             _check_region(start, size, offset, fd)
         wanted.sort()
-        for (start, size, _, _), (following, _, _, _) in zip(wanted, wanted[1:], strict=False):
+        for (start, size, _, _), (following, _, _, _) in pairwise(wanted):
             if start + size > following:
                 raise ProtocolError(f"RAM regions overlap at {following:#x}")
         regions: list[_Region] = []

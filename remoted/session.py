@@ -13,7 +13,6 @@ import os
 import socket
 from collections.abc import Callable
 
-from common import mpqemu
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
 from common.link import Link, peer_credentials

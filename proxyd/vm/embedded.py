@@ -97,7 +97,10 @@ class VcpuThread:
     """Steps a machine in a thread of its own until stop()."""
 
     def __init__(
-        self, machine: Machine, log: logging.Logger | logging.LoggerAdapter[logging.Logger], on_dead: Callable[[], None]
+        self,
+        machine: Machine,
+        log: logging.Logger | logging.LoggerAdapter[logging.Logger],
+        on_dead: Callable[[], None],
     ) -> None:
         """``on_dead`` is called, from the vCPU's thread, when the guest can't go on."""
         self._machine = machine
@@ -124,7 +127,7 @@ class VcpuThread:
                 if reason not in (ExitReason.IO, ExitReason.MMIO, ExitReason.INTR):
                     self._log.error("the guest stopped: KVM_EXIT_%s", reason.name)
                     break
-        except Exception:
+        except Exception:  # noqa: BLE001 - a bug: it ends the daemon, but from the main thread
             self._log.exception("the vCPU's thread failed")
         if not self._stopping:
             self._on_dead()

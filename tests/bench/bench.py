@@ -48,11 +48,13 @@ class Side(NamedTuple):
 def start(name: str, command: Callable[[int], list[str]], settle: float) -> Side:
     """Starts a remote on an inherited socket and lets its line rise."""
     ours, theirs = socket.socketpair()
-    process = subprocess.Popen(command(theirs.fileno()), pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(theirs.fileno()), pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL
+    )
     theirs.close()
     client = Client(socket.socket(fileno=os.dup(ours.fileno())), deadline=20.0)
     client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4))
-    time.sleep(settle)
+    time.sleep(settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
     irqfd, resamplefd = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
     client.send(Command.SET_IRQFD, fds=(irqfd, resamplefd))
     client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_BASE_ADDRESS_0, _IO_BASE, 4))
@@ -128,7 +130,9 @@ def run(arguments: argparse.Namespace, remoted: Callable[[int], list[str]]) -> i
         for _ in range(arguments.batches):
             for side in sides:
                 figures["config read"].setdefault(side.name, []).extend(config_reads(side, arguments.batch))
-                figures["resample echo"].setdefault(side.name, []).extend(resample_echoes(side, arguments.batch))
+                figures["resample echo"].setdefault(side.name, []).extend(
+                    resample_echoes(side, arguments.batch)
+                )
     finally:
         for side in sides:
             side.sock.close()

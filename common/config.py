@@ -180,7 +180,7 @@ def _read_file(name: str) -> tuple[Keys, dict[str, Keys]]:
     try:
         tables = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: {printable(str(error))}") from error
+        raise UsageError(f"{where}: {error}") from error
     for key in tables:
         if key not in _TOP_KEYS:
             raise UsageError(f"{where}: unknown key {key!r}: the file has {', '.join(sorted(_TOP_KEYS))}")

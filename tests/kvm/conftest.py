@@ -5,8 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from common.errors import UsageError
-from proxyd.kvm import Kvm
 from tests.support.irqbench import IrqBench, KvmBench, SoftBench
 
 
@@ -25,13 +23,3 @@ def bench(request: pytest.FixtureRequest) -> Iterator[IrqBench]:
         bench = SoftBench()
         yield bench
         bench.close()
-
-
-@pytest.fixture(scope="session")
-def requires_kvm() -> None:
-    """Skips, with the reason, what needs /dev/kvm."""
-    try:
-        with Kvm() as kvm:
-            kvm.create_vm().close()
-    except UsageError as error:
-        pytest.skip(str(error))

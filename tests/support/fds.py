@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What this process has open."""
+"""What a process has open."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def count_fds() -> int:
-    """How many file descriptors are open (the listing's own included, each time alike)."""
-    return len(os.listdir("/proc/self/fd"))
+def count_fds(pid: int | None = None) -> int:
+    """How many fds this or another process has open (the listing's own included, each time alike)."""
+    return len(os.listdir(f"/proc/{'self' if pid is None else pid}/fd"))
 
 
 def identity(fd: int) -> str:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What tests need from the machine; without it they are skipped, and the summary says why."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+
+import pytest
+
+_KVM_GET_API_VERSION = 0xAE00
+_KVM_API_VERSION = 12
+
+
+@pytest.fixture(scope="session")
+def requires_kvm() -> None:
+    """Skips a test where KVM can't be used. proxyd is not asked: its own mistakes must fail."""
+    try:
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        pytest.skip(f"needs /dev/kvm: {error.strerror}")
+    try:
+        version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
+    except OSError as error:
+        pytest.skip(f"needs KVM behind /dev/kvm: {error.strerror}")
+    finally:
+        os.close(fd)
+    if version != _KVM_API_VERSION:
+        pytest.skip(f"needs KVM's API version {_KVM_API_VERSION}, this is {version}")
+
+
+@pytest.fixture(scope="session")
+def requires_qemu() -> None:
+    """Skips a test where QEMU is not installed."""
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("needs qemu-system-x86_64: apt-get install qemu-system-x86")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import select
+import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -302,6 +304,59 @@ def test_a_stuck_line_is_masked_and_the_console_lives(requires_kvm: None, requir
         ok(console, "setup")
         ok(console, "run 10 held 5")
         assert {f.number("served") for f in ok(console, "stats").of_kind("function")} == {10}
+
+
+@pytest.fixture
+def proxied(requires_kvm: None, requires_qemu: None) -> Iterator[QemuGuest]:
+    """pci-serial at 05.0 in QEMU's own remote process, whose proxy drops a line that is re-routed."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        remote = subprocess.Popen(
+            [
+                *("qemu-system-x86_64", "-machine", "x-remote", "-display", "none", "-monitor", "none"),
+                *("-serial", "none", "-chardev", "null,id=null", "-device", "pci-serial,id=d,chardev=null"),
+                *("-object", f"x-remote-object,id=r,devid=d,fd={theirs.fileno()}"),
+            ],
+            pass_fds=[theirs.fileno()],
+        )
+        devices = [
+            *("-object", "memory-backend-memfd,id=ram,size=64M,share=on"),
+            *("-device", f"x-pci-proxy-dev,addr=05.0,fd={ours.fileno()}"),
+        ]
+        try:
+            with QemuGuest(devices, [ours.fileno()], ",memory-backend=ram") as machine:
+                yield machine
+        finally:
+            remote.kill()
+            remote.wait()
+
+
+def test_a_line_that_is_dropped_is_reported_as_lost(proxied: QemuGuest) -> None:
+    ok(proxied.console, "setup")
+    ok(proxied.console, "run 50 held 5")
+    reply = proxied.console.command("reroute 05.0", timeout=60.0)
+    results = {step.text("name"): step.text("result") for step in reply.of_kind("step")}
+    assert reply.reason == "a step had the wrong interrupts"
+    assert results == {
+        "before_inta": "bad",
+        "on_new_irq": "good",
+        "before_eoi": "bad",
+        "disabled": "good",
+        "enabled": "bad",
+        "restored": "good",
+    }
+    (function,) = ok(proxied.console, "stats").of_kind("function")
+    assert (function.number("raised"), function.number("served"), function.number("lost")) == (55, 52, 3)
+
+
+def test_interrupts_while_intx_is_disabled_are_reported(proxied: QemuGuest) -> None:
+    """QEMU's proxy leaves the line up until one EOI, and its remote process then counts levels wrong."""
+    ok(proxied.console, "setup")
+    reply = proxied.console.command("intx 05.0")
+    assert reply.reason == "a step had the wrong interrupts"
+    disabled, enabled = reply.of_kind("step")
+    assert (disabled.number("entries"), disabled.number("served")) == (1, 0)
+    assert enabled.number("entries") > 1
 
 
 def test_an_exception_is_reported(requires_kvm: None, requires_qemu: None) -> None:

@@ -22,7 +22,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import UsageError
@@ -91,6 +91,8 @@ class VmConfig:
     vm: str
     """``embedded``, ``soft``, ``qmp:PATH`` or ``pid:N``"""
     devices: tuple[DeviceConfig, ...]
+    unplug_on_exit: bool = False
+    """for proxyd with ``qmp:``: whether the devices leave QEMU together with it"""
 
     def socket_path(self, device: DeviceConfig) -> str:
         """Where the device listens: its ``socket=``, or ID.sock in the runtime directory."""
@@ -114,7 +116,13 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
         help="the way to the VM: embedded (a small guest on /dev/kvm; the default), soft (the same without "
         "KVM), qmp:SOCKET (a running QEMU) or pid:PID (any KVM process)",
     )
-    return _load(PROXYD, parser.parse_args(argv))
+    parser.add_argument(
+        "--unplug-on-exit",
+        action="store_true",
+        help="with qmp:SOCKET, take the devices out of QEMU at the end; otherwise they stay",
+    )
+    options = parser.parse_args(argv)
+    return replace(_load(PROXYD, options), unplug_on_exit=options.unplug_on_exit)
 
 
 def check_name(name: str) -> str:

@@ -120,6 +120,10 @@ class Loop:
         while not self._stopped:
             step(None)
 
+    def fileno(self) -> int:
+        """Readable when an fd is ready: for another loop to call step() then, and when a timer is due."""
+        return self._epoll.fileno()
+
     def stop(self) -> None:
         """Lets run() return after the present pass."""
         self._stopped = True
@@ -127,7 +131,7 @@ class Loop:
     def step(self, timeout: float | None = 0) -> None:
         """One pass: waits at most ``timeout`` seconds (None: until something happens), then handles it."""
         if self._timers:
-            timeout = self._until_next_timer(timeout)
+            timeout = self.until_next_timer(timeout)
         events = self._poll(timeout)
         if len(events) == 1:
             fd, mask = events[0]
@@ -136,6 +140,15 @@ class Loop:
             self._handle_many(events)
         if self._timers:
             self._run_timers()
+
+    def until_next_timer(self, timeout: float | None = None) -> float | None:
+        """Seconds until a timer is due, at most ``timeout``; None, without either, for ever."""
+        while self._timers and self._timers[0].callback is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return timeout
+        delay = max(0.0, self._timers[0].due - self._clock())
+        return delay if timeout is None else min(delay, timeout)
 
     def close(self) -> None:
         """Releases the loop's own fds; registered ones belong to others."""
@@ -164,14 +177,6 @@ class Loop:
             handler = self._handlers.get(fd)
             if handler is not None:
                 handler(mask)
-
-    def _until_next_timer(self, timeout: float | None) -> float | None:
-        while self._timers and self._timers[0].callback is None:
-            heapq.heappop(self._timers)
-        if not self._timers:
-            return timeout
-        delay = max(0.0, self._timers[0].due - self._clock())
-        return delay if timeout is None else min(delay, timeout)
 
     def _run_timers(self) -> None:
         now = self._clock()

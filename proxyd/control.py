@@ -5,20 +5,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Protocol
 
+from common.link import PeerCredentials
 from common.pci import format_devfn
-from proxyd.pcidev import PciProxy
 
-__all__ = ["INTERFACE", "ProxydInterface"]
+__all__ = ["INTERFACE", "FunctionState", "ProxydInterface"]
 
 INTERFACE = "org.iohub.Proxyd"
+
+
+class FunctionState(Protocol):
+    """What Status tells of a function; the fields' meanings are in the interface's definition."""
+
+    name: str
+    devfn: int
+    reconnects: int
+
+    @property
+    def pin(self) -> int: ...
+
+    @property
+    def gsi(self) -> int | None: ...
+
+    @property
+    def remote(self) -> PeerCredentials | None: ...
 
 
 class ProxydInterface:
     """The interface's methods, as common/org.iohub.Proxyd.varlink defines them."""
 
     def __init__(
-        self, vm: str, kind: str, irqchip: str, tsc_khz: int | None, proxies: Sequence[PciProxy]
+        self, vm: str, kind: str, irqchip: str, tsc_khz: int | None, proxies: Sequence[FunctionState]
     ) -> None:
         """``kind`` and ``irqchip`` as in the interface; ``tsc_khz`` of the guest, None when unknown."""
         self._vm = {"vm": vm, "pid": os.getpid(), "kind": kind, "irqchip": irqchip}
@@ -31,7 +49,7 @@ class ProxydInterface:
         return {**self._vm, "functions": [_function_status(proxy) for proxy in self._proxies]}
 
 
-def _function_status(proxy: PciProxy) -> dict[str, object]:
+def _function_status(proxy: FunctionState) -> dict[str, object]:
     # Another thread may lose the link meanwhile: each is read once.
     gsi, remote = proxy.gsi, proxy.remote
     status: dict[str, object] = {

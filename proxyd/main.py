@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.config import DeviceConfig, VmConfig, parse_proxyd
 from common.control import ControlServer
@@ -26,6 +27,9 @@ from proxyd.pcihost import RESERVED_DEVFNS, PciHost
 from proxyd.vm.embedded import KICK_SIGNAL, Machine, VcpuThread, open_vm
 from proxyd.vm.multiboot import parse_image
 from systemd import daemon
+
+if TYPE_CHECKING:
+    from proxyd.vm.qmp import QemuPlugger
 
 __all__ = ["main"]
 
@@ -114,15 +118,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_proxyd(argv)
         setup(PROGRAM, config.name)
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        proxyd = Embedded(config)
+        proxyd = _create(config)
     except (IohubError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     try:
         proxyd.run()
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
     finally:
         proxyd.close()
     return proxyd.exit_status
+
+
+def _create(config: VmConfig) -> Embedded | QemuPlugger:
+    """The daemon for the configured way to the VM."""
+    kind, _, argument = config.vm.partition(":")
+    if kind == "qmp":
+        from proxyd.vm.qmp import QemuPlugger  # asyncio and a library that the others do without
+
+        return QemuPlugger(config, argument, logging.getLogger(PROGRAM))
+    return Embedded(config)
 
 
 def _read_image(path: Path) -> bytes:

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A link as it is handed to QEMU's x-pci-proxy-dev, which trusts what is at the other end.
+
+So what is there is looked at before: QEMU's main loop waits without a deadline for each answer while it
+creates the proxy, and aborts on base address registers that it didn't expect (probe_pci_info() in QEMU's
+hw/remote/proxy.c).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from common import mpqemu, pci
+from common.errors import PeerGone, ProtocolError
+from common.link import Client, PeerCredentials
+from common.mpqemu import Command
+from common.pci import PCI_NUM_BARS
+
+__all__ = ["Handover", "find_server", "open_link"]
+
+_ROUND_TRIP_SECONDS = 2.0
+_PROBED_REGISTERS = PCI_NUM_BARS + 1
+"""QEMU probes as many as there are regions, and so takes 0x28, the CardBus CIS pointer, for the last"""
+_MIN_BAR = 16
+_MAX_BAR = 1 << 30
+
+
+class Handover(NamedTuple):
+    """A connected link, and the function behind it, freshly reset."""
+
+    client: Client
+    vendor: int
+    device: int
+    pin: int
+    remarks: tuple[str, ...]
+    """what a guest will find different from the device itself, behind QEMU's proxy"""
+
+
+def open_link(path: str) -> Handover:
+    """Connects to a device's socket and resets the function there. Blocks, for a few seconds at most.
+
+    The socket itself is blocking afterwards, as QEMU needs it: of the client only fileno(), peer, shutdown() and
+    close() remain of use. Raises PeerGone when nobody answers, and ProtocolError for a function that QEMU's proxy
+    can't stand for.
+    """
+    client = Client.connect(path, _ROUND_TRIP_SECONDS)
+    try:
+        ids = _config_read(client, pci.PCI_VENDOR_ID, 4)
+        if ids & 0xFFFF in (0, 0xFFFF):
+            raise ProtocolError(f"no PCI function: vendor and device id {ids:#x}")
+        pin = _config_read(client, pci.PCI_INTERRUPT_PIN, 1)
+        if pin > 1:
+            raise ProtocolError(
+                f"interrupt pin {pin}: QEMU's x-pci-proxy-dev routes every function's as INTA"
+            )
+        client.request(Command.DEVICE_RESET)
+        remarks = []
+        for number in range(_PROBED_REGISTERS):
+            remarks += _probe(client, number)
+        os.set_blocking(client.fileno(), True)
+    except BaseException:
+        client.close()
+        raise
+    return Handover(client, ids & 0xFFFF, ids >> 16, pin, tuple(remarks))
+
+
+def find_server(path: str) -> PeerCredentials | None:
+    """Who serves a device's socket, if a client is being served; None if one would be welcome, or nobody listens.
+
+    Blocks, for a few seconds at most.
+    """
+    try:
+        client = Client.connect(path, _ROUND_TRIP_SECONDS)
+    except PeerGone:
+        return None
+    try:
+        _config_read(client, pci.PCI_VENDOR_ID, 4)
+    except (PeerGone, ProtocolError):
+        return client.peer
+    finally:
+        client.close()
+    return None
+
+
+def _probe(client: Client, number: int) -> list[str]:
+    """Sizes one register as QEMU does. Raises ProtocolError where that would abort it."""
+    offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
+    before = _config_read(client, offset, 4)
+    _config_write(client, offset, 0xFFFFFFFF)
+    mask = _config_read(client, offset, 4)
+    _config_write(client, offset, before)
+    size = -(mask & pci.PCI_BASE_ADDRESS_MEM_MASK) & 0xFFFFFFFF
+    if size & (size - 1) or size > _MAX_BAR:
+        raise ProtocolError(f"BAR {number} has the mask {mask:#x}: QEMU's x-pci-proxy-dev would abort")
+    if mask & pci.PCI_BASE_ADDRESS_SPACE_IO:
+        real = -(mask & pci.PCI_BASE_ADDRESS_IO_MASK) & 0xFFFFFFFF
+        if real < _MIN_BAR and number < PCI_NUM_BARS:
+            return [f"BAR {number} takes {_MIN_BAR} I/O ports instead of {real}"]
+    elif mask & pci.PCI_BASE_ADDRESS_MEM_TYPE_MASK == pci.PCI_BASE_ADDRESS_MEM_TYPE_64:
+        return [f"BAR {number} works below 4 GiB only"]
+    return []
+
+
+def _config_read(client: Client, offset: int, size: int) -> int:
+    value = client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(offset, 0, size))
+    return value & ((1 << 8 * size) - 1)
+
+
+def _config_write(client: Client, offset: int, value: int) -> None:
+    client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(offset, value, 4))

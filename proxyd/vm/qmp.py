@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``--vm qmp:SOCKET``: devices for a stock QEMU, plugged while it runs.
+
+QEMU's own x-pci-proxy-dev stands for each device in the guest; it gets the connected link as an fd through the
+monitor and speaks to the device directly from then on. This daemon finds QEMU, sees to it that the proxies can
+work there, plugs them, and watches over them.
+
+One thread, two loops: asyncio's, which the QMP library needs, is the one that waits; the daemon's own, which
+serves the control socket and watches the links, is stepped from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import Any
+
+from common.config import VmConfig
+from common.control import ControlServer
+from common.errors import IohubError, PeerGone, ProtocolError, UsageError
+from common.journal import RateLimited, device_log
+from common.loop import Loop
+from common.pci import format_devfn
+from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.uevents import KvmUevents
+from proxyd.vm import qemu
+from proxyd.vm.monitor import Monitor, MonitorAbsent
+from proxyd.vm.qemu import PROXY_DRIVER, Inventory
+from proxyd.vm.slot import CONSENT_SECONDS, Function, Slot
+from systemd import daemon
+
+__all__ = ["QemuPlugger"]
+
+_RETRY_SECONDS = 1.0
+"""the pause before a monitor that has just failed is tried again"""
+
+
+class QemuPlugger:
+    """The daemon beside one stock QEMU at a time."""
+
+    def __init__(self, config: VmConfig, socket: str, log: logging.Logger) -> None:
+        """``socket`` is QEMU's monitor. Raises UsageError."""
+        self.exit_status = 0
+        self._socket = socket
+        self._unplug_on_exit = config.unplug_on_exit
+        self._log = log
+        self._event_log = RateLimited(log)
+        self._loop = Loop()
+        self._functions = {
+            device.id: Function(
+                device, config.socket_path(device), self._loop, device_log(log.name, device.id)
+            )
+            for device in config.devices
+        }
+        _check_ids(self._functions)
+        self._stop = asyncio.Event()
+        self._kvm_event = asyncio.Event()
+        self._uevents = KvmUevents()
+        self._loop.add(self._uevents.fd, self._on_uevent)
+        interface = ProxydInterface(config.name, config.vm, "kvm", None, list(self._functions.values()))
+        path = str(config.runtime_dir / "proxyd.varlink")
+        self._control = ControlServer(self._loop, path, INTERFACE, interface, log)
+        self._slots: list[Slot] = []
+        self._turn = asyncio.Lock()
+        self._is_running = True
+
+    def run(self) -> None:
+        """Serves until SIGTERM or SIGINT. Raises UsageError for a QEMU that can't be served."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._loop.on_signal(signum, self._stop.set)
+        asyncio.run(self._main())
+        daemon.notify("STOPPING=1")
+
+    def close(self) -> None:
+        """Closes everything; what is plugged stays so."""
+        for function in self._functions.values():
+            function.release()
+        self._control.close()
+        self._loop.remove(self._uevents.fd)
+        self._uevents.close()
+        self._loop.close()
+
+    async def _main(self) -> None:
+        by_slot = groupby(sorted(self._functions.values(), key=_devfn), lambda function: function.devfn >> 3)
+        self._slots = [Slot(list(functions)) for _, functions in by_slot]
+        stepper = _Stepper(self._loop)
+        serving = asyncio.create_task(self._serve())
+        try:
+            await asyncio.wait({serving, stepper.failed}, return_when=asyncio.FIRST_COMPLETED)
+            await (serving if serving.done() else stepper.failed)
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            stepper.close()
+
+    async def _serve(self) -> None:
+        """One QEMU after the other, until told to stop."""
+        while (monitor := await self._find()) is not None:
+            try:
+                await self._attend(monitor)
+            except (PeerGone, ProtocolError) as error:
+                self._event_log.warning("%s: %s", monitor.name, error)
+            finally:
+                for slot in self._slots:
+                    slot.close()
+                await monitor.close()
+            if self._stop.is_set():
+                return
+            self._event_log.info("%s has gone", monitor.name)
+
+    async def _find(self) -> Monitor | None:
+        """QEMU's monitor, however long that takes; None when told to stop meanwhile."""
+        finding = asyncio.create_task(self._connect())
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({finding, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return finding.result() if finding.done() else None
+        finally:
+            await _cancel(finding, stopped)
+
+    async def _connect(self) -> Monitor:
+        told = ""
+        while True:
+            self._kvm_event.clear()
+            try:
+                return await Monitor.connect(self._socket, self._on_event, self._log.warning)
+            except MonitorAbsent as error:
+                if told != str(error):
+                    self._log.info("no QEMU (%s): waiting for one", error)
+                    daemon.notify("READY=1\nSTATUS=Waiting for QEMU")
+                told = str(error)
+                await self._kvm_event.wait()
+            except PeerGone as error:
+                if told != str(error):
+                    self._log.warning("%s", error)
+                told = str(error)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _attend(self, monitor: Monitor) -> None:
+        """Serves one QEMU until it goes, or until told to stop.
+
+        Raises UsageError, and PeerGone and ProtocolError when the monitor is out of order.
+        """
+        inventory = await self._check(monitor)
+        self._log.info("attached to %s", monitor.name)
+        ends = [asyncio.create_task(monitor.wait_closed()), asyncio.create_task(self._stop.wait())]
+        slots = [asyncio.create_task(slot.run(monitor, inventory, self._turn)) for slot in self._slots]
+        announcing = asyncio.create_task(self._announce())
+        try:
+            done, _ = await asyncio.wait({*ends, *slots}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            async with self._turn:
+                await _cancel(announcing, *ends, *slots)
+        if self._stop.is_set() and self._unplug_on_exit:
+            await self._unplug(monitor)
+
+    async def _check(self, monitor: Monitor) -> Inventory:
+        """What is plugged in QEMU. Raises UsageError when QEMU or what it has doesn't suit."""
+        try:
+            await qemu.check(monitor)
+            inventory = await qemu.take_inventory(monitor)
+            for function in self._functions.values():
+                _check_place(function, inventory)
+        except UsageError as error:
+            raise UsageError(f"{monitor.name} at {self._socket}: {error}") from error
+        self._is_running = await qemu.is_running(monitor)
+        return inventory
+
+    async def _announce(self) -> None:
+        for slot in self._slots:
+            await slot.settled.wait()
+        daemon.notify("READY=1\nSTATUS=Attached to QEMU")
+
+    async def _unplug(self, monitor: Monitor) -> None:
+        """Unplugs everything, as far as the guest consents in time."""
+        leaving = [slot.unplug(monitor, CONSENT_SECONDS) for slot in self._slots]
+        for remaining in await asyncio.gather(*leaving):
+            for function in remaining:
+                function.log.warning(
+                    "%s in %g s: it stays plugged",
+                    "the guest hasn't let it go"
+                    if self._is_running
+                    else "the guest is stopped and can't let it go",
+                    CONSENT_SECONDS,
+                )
+
+    def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        if name == "DEVICE_DELETED":
+            for slot in self._slots:
+                for function in slot.functions:
+                    if function.name == data.get("device"):
+                        slot.on_deleted(function)
+        elif name in ("STOP", "RESUME"):
+            self._is_running = name == "RESUME"
+            self._event_log.info("QEMU has %s", "gone on" if self._is_running else "stopped the guest")
+        elif name in ("RESET", "SHUTDOWN"):
+            verb = "reset" if name == "RESET" else "shut down"
+            self._event_log.info("the machine was %s (%s)", verb, data.get("reason", "unknown reason"))
+
+    def _on_uevent(self, _events: int) -> None:
+        if self._uevents.read():
+            self._kvm_event.set()
+
+
+class _Stepper:
+    """Steps the daemon's loop whenever asyncio's finds it ready; an exception in there ends up in ``failed``."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._asyncio = asyncio.get_running_loop()
+        self.failed: asyncio.Future[None] = self._asyncio.create_future()
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._asyncio.add_reader(loop.fileno(), self._step)
+
+    def close(self) -> None:
+        """Steps it no more."""
+        self._asyncio.remove_reader(self._loop.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        self.failed.cancel()
+
+    def _step(self) -> None:
+        try:
+            self._loop.step(0)
+        except BaseException as error:  # noqa: BLE001  asyncio would log it and go on
+            self._asyncio.remove_reader(self._loop.fileno())
+            if not self.failed.done():
+                self.failed.set_exception(error)
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        seconds = self._loop.until_next_timer()
+        self._timer = None if seconds is None else self._asyncio.call_later(seconds, self._step)
+
+
+def _devfn(function: Function) -> int:
+    return function.devfn
+
+
+def _check_ids(names: Iterable[str]) -> None:
+    """Raises UsageError for an id that can't be one in QEMU (id_wellformed() in QEMU's util/id.c)."""
+    for name in names:
+        if not name[0].isalpha():
+            raise UsageError(f"device {name}: an id in QEMU begins with a letter")
+
+
+def _check_place(function: Function, inventory: Inventory) -> None:
+    """Raises UsageError when the function's id or address is another's in QEMU."""
+    name, address = function.name, format_devfn(function.devfn)
+    driver = inventory.drivers.get(name)
+    if driver is None:
+        occupant = inventory.occupants.get(function.devfn)
+        if occupant is not None:
+            raise UsageError(f"device {name}: {address} is taken by {occupant}: choose another addr=")
+    elif driver != PROXY_DRIVER:
+        raise UsageError(f"device {name}: it has a {driver} of that id: choose another id=")
+    elif inventory.devfns.get(name) != function.devfn:
+        raise UsageError(
+            f"device {name}: it is plugged already, elsewhere than at {address}: device_del it first"
+        )
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Ends tasks. Raises what one of them has raised that isn't the peers' doing."""
+    for task in tasks:
+        task.cancel()
+    for result in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(result, Exception) and not isinstance(result, IohubError):
+            raise result

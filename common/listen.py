@@ -22,6 +22,8 @@ class UnixListener:
 
         Raises UsageError when the path is in use by a live daemon, is no socket, or can't be bound.
         """
+        if "\0" in path:  # bind() would take what comes before it
+            raise UsageError(f"socket {path!r}: a path can't contain NUL")
         self.path = path
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -34,9 +36,9 @@ class UnixListener:
                 _bind(sock, path)
             sock.listen(16)
             self._inode = _inode(path)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        except OSError as error:
             sock.close()
-            raise UsageError(f"socket {path}: {getattr(error, 'strerror', None) or error}") from error
+            raise UsageError(f"socket {path}: {error.strerror or error}") from error
         except BaseException:
             sock.close()
             raise

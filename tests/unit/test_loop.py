@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The event loop, stepped by the test; timers go by a clock that the test moves."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import select
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from common.loop import Loop
+from tests.support.fds import count_fds
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def loop(clock: Clock) -> Iterator[Loop]:
+    before = count_fds()
+    loop = Loop(clock)
+    yield loop
+    loop.close()
+    assert count_fds() == before
+
+
+class Event:
+    """An eventfd in the loop that notes when its turn comes."""
+
+    def __init__(self, loop: Loop, name: str, order: list[str], *, first: bool = False) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._loop = loop
+        self._name = name
+        self._order = order
+        self.also: Callable[[], None] = lambda: None
+        loop.add(self.fd, self._ready, first=first)
+
+    def set(self, count: int = 1) -> None:
+        os.eventfd_write(self.fd, count)
+
+    def close(self) -> None:
+        if self.fd != -1:
+            self._loop.remove(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+
+    def _ready(self, _events: int) -> None:
+        count = os.eventfd_read(self.fd)
+        if count > 1:  # as a socket that has more to read
+            os.eventfd_write(self.fd, count - 1)
+        self._order.append(self._name)
+        self.also()
+
+
+@pytest.fixture
+def order() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def event(loop: Loop, order: list[str]) -> Iterator[Callable[..., Event]]:
+    events: list[Event] = []
+
+    def make(name: str, *, first: bool = False) -> Event:
+        events.append(Event(loop, name, order, first=first))
+        return events[-1]
+
+    yield make
+    for one in events:
+        one.close()
+
+
+Make = Callable[..., Event]
+
+
+def test_ready_fd_is_handled_until_it_is_read(loop: Loop, event: Make, order: list[str]) -> None:
+    one = event("one")
+    loop.step()
+    assert order == []
+    one.set(3)
+    for _ in range(5):
+        loop.step()
+    assert order == ["one"] * 3
+
+
+def test_handler_gets_the_events(loop: Loop) -> None:
+    ours, theirs = socket.socketpair()
+    got: list[int] = []
+    loop.add(ours.fileno(), got.append, select.EPOLLOUT)
+    loop.step()
+    loop.modify(ours.fileno(), 0)
+    loop.step()
+    theirs.close()
+    loop.step()
+    loop.remove(ours.fileno())
+    loop.step()
+    ours.close()
+    assert got == [select.EPOLLOUT, select.EPOLLHUP]
+
+
+def test_fd_cant_be_added_twice_nor_a_file_at_all(loop: Loop, event: Make) -> None:
+    one = event("one")
+    with pytest.raises(OSError) as twice:
+        loop.add(one.fd, print)
+    assert twice.value.errno == errno.EEXIST
+    with open(__file__, encoding="utf-8") as file, pytest.raises(OSError) as unfit:
+        loop.add(file.fileno(), print)
+    assert unfit.value.errno == errno.EPERM
+
+
+@pytest.mark.parametrize("added", list(itertools.permutations(["link", "other", "resample"])), ids="-".join)
+def test_links_go_first(loop: Loop, event: Make, order: list[str], added: tuple[str, ...]) -> None:
+    """Whatever the order in which they were added and became ready."""
+    events = {name: event(name, first=name == "link") for name in added}
+    for names in itertools.permutations(added):
+        order.clear()
+        for name in names:
+            events[name].set()
+        loop.step()
+        assert order[0] == "link"
+        assert sorted(order) == sorted(added)
+
+
+def test_links_that_have_more_to_read_go_before_the_rest(loop: Loop, event: Make, order: list[str]) -> None:
+    link, resample = event("link", first=True), event("resample")
+    resample.set()
+    link.set(5)
+    loop.step()
+    assert order == ["link"] * 5 + ["resample"]
+
+
+def test_link_that_becomes_ready_meanwhile_goes_before_the_rest(
+    loop: Loop, event: Make, order: list[str]
+) -> None:
+    one, two, resample = event("one", first=True), event("two", first=True), event("resample")
+    one.also = two.set
+    resample.set()
+    one.set()
+    loop.step()
+    assert order == ["one", "two", "resample"]
+
+
+def test_flood_on_a_link_cant_starve_the_rest(loop: Loop, event: Make, order: list[str]) -> None:
+    flood, resample, other = event("flood", first=True), event("resample"), event("other", first=True)
+    flood.set(1 << 40)
+    resample.set()
+    other.set()
+    loop.step()
+    assert order.count("resample") == 1
+    assert order.count("other") == 1
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_handler_removed_within_a_pass_isnt_called(
+    loop: Loop, event: Make, order: list[str], first: bool
+) -> None:
+    one, two = event("one", first=first), event("two", first=first)
+    one.also, two.also = two.close, one.close
+    one.set()
+    two.set()
+    loop.step()
+    loop.step()
+    assert order in (["one"], ["two"])
+
+
+def test_link_may_remove_what_comes_after_it(loop: Loop, event: Make, order: list[str]) -> None:
+    """As a session that ends does with its resamplefd."""
+    link, resample = event("link", first=True), event("resample")
+    link.also = resample.close
+    link.set()
+    resample.set()
+    loop.step()
+    assert order == ["link"]
+
+
+def test_handler_may_remove_itself(loop: Loop, event: Make, order: list[str]) -> None:
+    one, two = event("one", first=True), event("two")
+    one.also, two.also = one.close, two.close
+    one.set(2)
+    two.set(2)
+    loop.step()
+    loop.step()
+    assert order == ["one", "two"]
+
+
+def test_fd_is_reused_within_a_pass(loop: Loop, event: Make, order: list[str]) -> None:
+    """The new handler may be called for nothing, and must not be called later for the old one."""
+    link, old = event("link", first=True), event("old")
+    added: list[Event] = []
+
+    def replace() -> None:
+        number = old.fd
+        old.close()
+        new = event("new")
+        assert new.fd == number
+        new.set()
+        added.append(new)
+
+    link.also = replace
+    link.set()
+    old.set()
+    loop.step()
+    loop.step()
+    assert order == ["link", "new"]
+
+
+def test_timers_are_called_when_due_in_their_order(loop: Loop, clock: Clock, order: list[str]) -> None:
+    for seconds in (3, 1, 2):
+        loop.call_later(seconds, partial(order.append, str(seconds)))
+    loop.step()
+    assert order == []
+    clock.now += 0.999
+    loop.step()
+    assert order == []
+    clock.now += 0.001
+    loop.step()
+    assert order == ["1"]
+    clock.now += 10
+    loop.step()
+    loop.step()
+    assert order == ["1", "2", "3"]
+
+
+def test_cancelled_timer(loop: Loop, clock: Clock, order: list[str]) -> None:
+    timer = loop.call_later(1, lambda: order.append("cancelled"))
+    loop.call_later(2, lambda: order.append("kept"))
+    timer.cancel()
+    timer.cancel()
+    clock.now += 3
+    loop.step()
+    assert order == ["kept"]
+    timer.cancel()
+
+
+def test_timer_may_cancel_one_that_is_due_as_well(loop: Loop, clock: Clock, order: list[str]) -> None:
+    def one() -> None:
+        order.append("one")
+        two.cancel()
+
+    loop.call_later(1, one)
+    two = loop.call_later(2, lambda: order.append("two"))
+    clock.now += 3
+    loop.step()
+    assert order == ["one"]
+
+
+def test_timer_that_starts_a_timer_cant_hold_the_loop(loop: Loop, clock: Clock, order: list[str]) -> None:
+    def again() -> None:
+        order.append("tick")
+        loop.call_later(0, again)
+
+    again()
+    loop.step()
+    assert order == ["tick", "tick"]
+    loop.step()
+    assert order == ["tick"] * 3
+
+
+def test_cancelled_timers_dont_pile_up(loop: Loop, clock: Clock, order: list[str]) -> None:
+    """A client decides how often its session starts and cancels one."""
+    kept = [loop.call_later(1, lambda: order.append("kept")) for _ in range(200)]
+    for _ in range(10_000):
+        loop.call_later(5, lambda: order.append("cancelled")).cancel()
+    assert len(loop._timers) < 1000
+    clock.now += 10
+    loop.step()
+    assert order == ["kept"] * len(kept)
+
+
+def test_waiting_ends_with_the_next_timer() -> None:
+    with_real_clock = Loop()
+    with_real_clock.call_later(0.001, with_real_clock.stop)
+    with_real_clock.call_later(3600, lambda: None)
+    with_real_clock.run()
+    with_real_clock.close()
+
+
+def test_signal_is_handled_in_the_loop(loop: Loop, order: list[str]) -> None:
+    loop.on_signal(signal.SIGUSR1, lambda: order.append("usr1"))
+    loop.on_signal(signal.SIGUSR2, lambda: order.append("usr2"))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert order == []
+    loop.step()
+    assert order == ["usr1", "usr2"]
+    loop.step()
+    assert order == ["usr1", "usr2"]
+
+
+def test_signal_ends_a_wait(loop: Loop, order: list[str]) -> None:
+    loop.on_signal(signal.SIGUSR1, loop.stop)
+    main = threading.main_thread().ident
+    assert main is not None
+    thread = threading.Thread(target=signal.pthread_kill, args=(main, signal.SIGUSR1))
+    thread.start()
+    loop.run()
+    thread.join()
+
+
+def test_signal_isnt_lost_when_the_wakeup_pipe_is_full(loop: Loop, order: list[str]) -> None:
+    loop.on_signal(signal.SIGUSR1, lambda: order.append("usr1"))
+    for _ in range(70_000):
+        loop.call_soon_threadsafe(lambda: None)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    loop.step()
+    assert order == ["usr1"]
+
+
+def test_signals_are_the_systems_again_after_close() -> None:
+    loop = Loop()
+    loop.on_signal(signal.SIGUSR1, lambda: None)
+    loop.close()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_call_from_another_thread_runs_in_the_loops_own(loop: Loop) -> None:
+    threads: list[int] = []
+
+    def called() -> None:
+        threads.append(threading.get_ident())
+        loop.stop()
+
+    thread = threading.Thread(target=loop.call_soon_threadsafe, args=(called,))
+    thread.start()
+    loop.run()
+    thread.join()
+    assert threads == [threading.get_ident()]
+
+
+def test_calls_from_many_threads_all_arrive_in_each_ones_order(loop: Loop) -> None:
+    got: list[tuple[int, int]] = []
+
+    def caller(me: int) -> None:
+        for number in range(500):
+            loop.call_soon_threadsafe(partial(got.append, (me, number)))
+
+    threads = [threading.Thread(target=caller, args=(me,)) for me in range(4)]
+    for thread in threads:
+        thread.start()
+    while len(got) < 2000:
+        loop.step(None)
+    for thread in threads:
+        thread.join()
+    for me in range(4):
+        assert [number for who, number in got if who == me] == list(range(500))
+
+
+def test_call_that_calls_again_cant_hold_the_loop(loop: Loop, order: list[str]) -> None:
+    def again() -> None:
+        order.append("call")
+        loop.call_soon_threadsafe(again)
+
+    again()
+    loop.step()
+    assert order == ["call", "call"]
+
+
+def test_call_after_close_writes_into_nobodys_fd() -> None:
+    loop = Loop()
+    loop.close()
+    pairs = [socket.socketpair() for _ in range(4)]  # these fds have the numbers that were the loop's
+    loop.call_soon_threadsafe(lambda: None)
+    socks = list(itertools.chain.from_iterable(pairs))
+    for sock in socks:
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            sock.recv(1)
+    for sock in socks:
+        sock.close()
+
+
+def test_stop_lets_the_pass_end(loop: Loop, event: Make, order: list[str]) -> None:
+    one, two = event("one"), event("two")
+    one.also = two.also = loop.stop
+    one.set()
+    two.set()
+    loop.run()
+    assert sorted(order) == ["one", "two"]

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""EventNotifier: which fds it takes, and that it never blocks, whatever the other end does to the eventfd."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+
+import pytest
+
+from common.errors import ProtocolError
+from common.notifier import EventNotifier, adopt_pair
+from tests.support.fds import count_fds, identity, no_more_fds
+
+FULL = (1 << 64) - 2
+
+
+def with_peer(notifier: EventNotifier) -> int:
+    """A copy that went through a socket, as a peer holds it: one open file, one set of flags."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [notifier.fd]))])
+        fds = socket.recv_fds(theirs, 1, 1)[1]
+    return fds[0]
+
+
+def test_set_test_and_clear() -> None:
+    notifier = EventNotifier.create()
+    assert not notifier.test_and_clear()
+    assert notifier.set()
+    assert notifier.test_and_clear()
+    assert not notifier.test_and_clear()
+    notifier.close()
+
+
+def test_any_number_of_events_is_one() -> None:
+    notifier = EventNotifier.create()
+    for _ in range(4):
+        notifier.set()
+    os.eventfd_write(notifier.fd, 1000)
+    assert notifier.test_and_clear()
+    assert not notifier.test_and_clear()
+    notifier.close()
+
+
+def test_created_fd_is_close_on_exec() -> None:
+    notifier = EventNotifier.create()
+    assert not os.get_inheritable(notifier.fd)
+    notifier.close()
+
+
+def test_never_blocks_although_the_peer_made_the_eventfd_blocking() -> None:
+    """O_NONBLOCK belongs to the open file that both share; QEMU clears it on every fd that it receives."""
+    notifier = EventNotifier.create()
+    peer = with_peer(notifier)
+    os.set_blocking(peer, True)
+    assert os.get_blocking(notifier.fd)
+    assert not notifier.test_and_clear()
+    os.eventfd_write(peer, FULL)
+    assert not notifier.set()
+    assert notifier.test_and_clear()
+    assert notifier.set()
+    assert os.eventfd_read(peer) == 1
+    os.close(peer)
+    notifier.close()
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_full_counter(blocking: bool) -> None:
+    notifier = EventNotifier.create()
+    os.set_blocking(notifier.fd, blocking)
+    os.eventfd_write(notifier.fd, FULL)
+    assert not notifier.set()
+    assert notifier.test_and_clear()
+    assert not notifier.test_and_clear()
+    notifier.close()
+
+
+def test_the_peer_has_read_first() -> None:
+    notifier = EventNotifier.create()
+    notifier.set()
+    peer = with_peer(notifier)
+    os.set_blocking(peer, True)
+    assert os.eventfd_read(peer) == 1
+    assert not notifier.test_and_clear()
+    os.close(peer)
+    notifier.close()
+
+
+def test_adopted_fd_is_the_one_that_was_given() -> None:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    peer = os.dup(fd)
+    notifier = EventNotifier.adopt(fd)
+    assert notifier.fd == fd
+    notifier.set()
+    assert os.eventfd_read(peer) == 1
+    os.close(peer)
+    notifier.close()
+
+
+def test_close_is_idempotent_and_closes_nobody_elses_fd() -> None:
+    before = count_fds()
+    notifier = EventNotifier.create()
+    old = notifier.fd
+    notifier.close()
+    assert notifier.fd == -1
+    reused = os.dup(0)
+    assert reused == old
+    notifier.close()
+    os.fstat(reused)
+    os.close(reused)
+    assert count_fds() == before
+
+
+def semaphore() -> int:
+    return os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_NONBLOCK)
+
+
+def pipe_end(which: int) -> Callable[[], int]:
+    def make() -> int:
+        ends = os.pipe()
+        os.close(ends[1 - which])
+        return ends[which]
+
+    return make
+
+
+def regular_file() -> int:
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def unix_socket() -> int:
+    return socket.socket(socket.AF_UNIX).detach()
+
+
+def memfd() -> int:
+    return os.memfd_create("anon_inode:[eventfd]")
+
+
+UNFIT = [
+    pytest.param(semaphore, "EFD_SEMAPHORE", id="semaphore"),
+    pytest.param(pipe_end(0), "expected an eventfd, got 'pipe:", id="pipe's reading end"),
+    pytest.param(pipe_end(1), "expected an eventfd, got 'pipe:", id="closed pipe's writing end"),
+    pytest.param(regular_file, "expected an eventfd, got '/", id="file"),
+    pytest.param(unix_socket, "expected an eventfd, got 'socket:", id="socket"),
+    pytest.param(memfd, "expected an eventfd, got '/memfd:", id="memfd with an eventfd's name"),
+]
+
+
+@pytest.mark.parametrize(("make", "complaint"), UNFIT)
+def test_unfit_fd_is_refused_and_closed(make: Callable[[], int], complaint: str) -> None:
+    before = count_fds()
+    fd = make()
+    with pytest.raises(ProtocolError, match=complaint.replace("[", r"\[")):
+        EventNotifier.adopt(fd)
+    assert count_fds() == before
+
+
+@pytest.mark.parametrize(("make", "complaint"), UNFIT)
+@pytest.mark.parametrize("place", [0, 1])
+def test_pair_with_an_unfit_fd_is_refused_and_closed(
+    make: Callable[[], int], complaint: str, place: int
+) -> None:
+    before = count_fds()
+    pair = [os.eventfd(0), os.eventfd(0)]
+    os.close(pair[place])
+    pair[place] = make()
+    with pytest.raises(ProtocolError, match=complaint.replace("[", r"\[")):
+        adopt_pair(*pair)
+    assert count_fds() == before
+
+
+def test_one_eventfd_as_both_of_a_pair_is_refused_and_closed() -> None:
+    before = count_fds()
+    fd = os.eventfd(0)
+    with pytest.raises(ProtocolError, match="the same eventfd"):
+        adopt_pair(fd, os.dup(fd))
+    assert count_fds() == before
+
+
+def test_pair() -> None:
+    fds = [os.eventfd(0), os.eventfd(0)]
+    names = [identity(fd) for fd in fds]
+    pair = adopt_pair(*fds)
+    assert [identity(notifier.fd) for notifier in pair] == names
+    for notifier in pair:
+        notifier.close()
+
+
+def test_pair_is_refused_and_closed_when_no_fd_is_left_to_examine_it() -> None:
+    before = count_fds()
+    fds = [os.eventfd(0), os.eventfd(0)]
+    with no_more_fds(), pytest.raises(ProtocolError, match="can't examine an eventfd: Too many open files"):
+        adopt_pair(*fds)
+    assert count_fds() == before

@@ -128,6 +128,11 @@ class Loop:
         """Lets run() return after the present pass."""
         self._stopped = True
 
+    @property
+    def stopped(self) -> bool:
+        """Whether stop() was called: for who calls step() itself."""
+        return self._stopped
+
     def step(self, timeout: float | None = 0) -> None:
         """One pass: waits at most ``timeout`` seconds (None: until something happens), then handles it."""
         if self._timers:

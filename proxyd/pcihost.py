@@ -17,7 +17,11 @@ from common import pci
 from proxyd.irqchip import Irqchip
 from proxyd.pcidev import PciProxy
 
-__all__ = ["RESERVED_DEVFNS", "PciHost"]
+__all__ = ["RESERVED_DEVFNS", "RESET_CPU", "RESET_PORT", "PciHost"]
+
+RESET_PORT = 0xCF9
+"""reset control register (Intel 290550, 2.5.3.1): writing RESET_CPU resets the machine"""
+RESET_CPU = 0x04
 
 CONFIG_ADDRESS = 0xCF8
 CONFIG_DATA = 0xCFC

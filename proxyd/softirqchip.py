@@ -104,6 +104,8 @@ class SoftIrqchip:
     def _on_ack(self, irq: int) -> None:
         sharers = self._on_gsi(irq)
         if sharers:
+            for assignment in sharers:
+                assignment.irqfd.test_and_clear()  # KVM consumes a write when it's made: these came before the EOI
             # Lower before telling: whoever asserts again in answer must find the line low.
             self._assert(irq, False)
             for assignment in sharers:

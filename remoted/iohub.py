@@ -52,7 +52,10 @@ class Pirq:
             self.level += 1
             if self.level == 1:
                 self.raised += 1
-                if self._irqfd is not None:
+                if self._irqfd is not None and self._resamplefd is not None:
+                    # An EOI from before the rise has nothing to say about it, and must not assert it twice: the
+                    # second assertion could arrive after the guest has served the first.
+                    self.resamples += self._resamplefd.test_and_clear()
                     self._irqfd.set()
         elif self.level:
             self.level -= 1

@@ -12,20 +12,26 @@ import mmap
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
+from systemd import daemon
+
+from common.config import VmConfig
 from common.errors import UsageError
+from common.loop import Loop
+from proxyd.board import Board
 from proxyd.console import COM1_PORTS, Console
+from proxyd.irqchip import KvmIrqchip
 from proxyd.kvm import Kvm, Vm
 from proxyd.kvm_h import ExitReason
-from proxyd.pcihost import PciHost
-from proxyd.vm.multiboot import Image
+from proxyd.pcihost import RESET_CPU, RESET_PORT, PciHost
+from proxyd.vm.multiboot import Image, parse_image
 
-__all__ = ["KICK_SIGNAL", "RESET_PORT", "Machine", "VcpuThread"]
+__all__ = ["Embedded", "Machine", "VcpuThread"]
+
+GUEST_IMAGE = Path(__file__).parent / "guest.bin"
 
 RAM_SIZE = 16 << 20
-RESET_PORT = 0xCF9
-"""reset control register (Intel 290550, 2.5.3.1): a write with bit 2 set resets the machine"""
-_RESET_CPU = 0x04
 
 KICK_SIGNAL = signal.SIGUSR1
 """ends a KVM_RUN; the main thread must have a handler for it, which does nothing"""
@@ -65,7 +71,7 @@ class Machine:
     def port_out(self, port: int, size: int, value: int) -> None:
         """An I/O port write that left KVM."""
         if port == RESET_PORT and size == 1:
-            if value & _RESET_CPU:
+            if value & RESET_CPU:
                 self.reset()
         elif port in COM1_PORTS and size == 1 and self._console is not None:
             self._console.write(port, value)
@@ -116,9 +122,10 @@ class VcpuThread:
         """Ends the thread; it may be in the guest. Accesses that wait for a remote must have been aborted."""
         self._stopping = True
         self._machine.interrupt(True)
-        if self._thread.is_alive() and self._thread.ident is not None:
-            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
-        self._thread.join()
+        if self._thread.ident is not None:
+            if self._thread.is_alive():
+                signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -133,13 +140,48 @@ class VcpuThread:
             self._on_dead()
 
 
-def open_vm() -> tuple[Kvm, Vm]:
-    """/dev/kvm and a VM with PICs, IOAPIC and PIT. Raises UsageError, which names --vm soft, without KVM."""
-    kvm = Kvm()
+class Embedded:
+    """The daemon with a VM of its own on /dev/kvm."""
+
+    def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
+        """Raises UsageError, which names --vm soft where KVM is missing."""
+        self._log = logging.getLogger(program)
+        self._loop = loop
+        self._failed = False
+        image = parse_image(_read_image(GUEST_IMAGE), str(GUEST_IMAGE))
+        self._kvm = Kvm()
+        self._vm = self._kvm.create_vm()
+        self._vm.create_pit()
+        self._irqchip = KvmIrqchip(self._vm)
+        self._board = Board(program, config, loop, self._irqchip)
+        self._machine = Machine(self._vm, image, self._board.host, self._board.console)
+        self._vcpu = VcpuThread(self._machine, self._log, self._on_dead)
+
+    def run(self) -> int:
+        """Runs the guest until the loop is stopped, or until it can't go on. Returns the exit status."""
+        self._loop.on_signal(KICK_SIGNAL, lambda: None)
+        self._board.start("kvm", self._machine.tsc_khz())  # the vCPU can't be asked once it runs
+        self._vcpu.start()
+        daemon.notify("READY=1")
+        self._loop.run()
+        return 1 if self._failed else 0
+
+    def close(self) -> None:
+        """Stops the guest, then takes the irqfds out of KVM."""
+        self._board.abort()
+        self._vcpu.stop()
+        self._board.close()
+        self._irqchip.close()
+        self._vm.close()
+        self._kvm.close()
+
+    def _on_dead(self) -> None:
+        self._failed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def _read_image(path: Path) -> bytes:
     try:
-        vm = kvm.create_vm()
-        vm.create_pit()
-    except BaseException:
-        kvm.close()
-        raise
-    return kvm, vm
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; `make guest` builds it") from error

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the machines of --vm embedded and --vm soft have in common: console, PCI bus, links, control socket."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from common.config import DeviceConfig, VmConfig
+from common.control import ControlServer
+from common.errors import UsageError
+from common.journal import device_log
+from common.link import Client
+from common.loop import Loop
+from common.pci import format_devfn
+from proxyd.console import COM1_IRQ, Console
+from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.irqchip import Irqchip
+from proxyd.links import LinkKeeper
+from proxyd.pcidev import PciProxy
+from proxyd.pcihost import RESERVED_DEVFNS, PciHost
+
+__all__ = ["Board"]
+
+ROUND_TRIP_SECONDS = 2.0
+"""how long a vCPU waits for a remote before the link counts as lost"""
+
+
+class Board:
+    """Owns everything but the irqchip and the CPU."""
+
+    def __init__(self, program: str, config: VmConfig, loop: Loop, irqchip: Irqchip) -> None:
+        """Raises UsageError."""
+        self._program = program
+        self._config = config
+        self._loop = loop
+        self._irqchip = irqchip
+        self._control: ControlServer | None = None
+        self._keeper = LinkKeeper(loop, self._route)
+        self._proxies = [self._create_proxy(device) for device in config.devices]
+        self.host = PciHost(irqchip, self._proxies)
+        self.console = Console(loop, str(config.runtime_dir / "console.sock"), self._set_console_irq)
+
+    def start(self, irqchip: str, tsc_khz: int | None) -> None:
+        """Begins to connect, and to answer at the control socket; ``irqchip`` is the name given there."""
+        interface = ProxydInterface(self._config.name, self._config.vm, irqchip, tsc_khz, self._proxies)
+        path = str(self._config.runtime_dir / "proxyd.varlink")
+        self._control = ControlServer(
+            self._loop, path, INTERFACE, interface, logging.getLogger(self._program)
+        )
+        self._keeper.start(self._proxies)
+
+    def abort(self) -> None:
+        """Connects no more, and ends the round trips that a vCPU is waiting in."""
+        self._keeper.close()
+        for proxy in self._proxies:
+            proxy.abort()
+
+    def close(self) -> None:
+        """Takes the irqfds out of the irqchip one by one, and closes everything; after abort()."""
+        if self._control is not None:
+            self._control.close()
+        for proxy in self._proxies:
+            proxy.close()
+        self.console.close()
+
+    def _create_proxy(self, device: DeviceConfig) -> PciProxy:
+        if device.devfn in RESERVED_DEVFNS:
+            raise UsageError(
+                f"device {device.id}: address {format_devfn(device.devfn)} belongs to the chipset"
+            )
+        connect = partial(Client.connect, self._config.socket_path(device), ROUND_TRIP_SECONDS)
+        log = device_log(self._program, device.id)
+        return PciProxy(device.id, device.devfn, connect, self._irqchip, log, self._keeper.lost)
+
+    def _route(self) -> None:
+        self.host.route()
+
+    def _set_console_irq(self, level: bool) -> None:
+        self._irqchip.set_line(COM1_IRQ, level)

@@ -154,7 +154,6 @@ class StreamChardev(Chardev):
     def _attach(self, fd: int) -> None:
         """Takes ownership of a non-blocking fd."""
         self._fd = fd
-        self._paused = False
         self._hup.register(fd, 0)
         self._loop.add(fd, self._on_event, EPOLLIN | EPOLLET)
 
@@ -235,7 +234,8 @@ class PtyChardev(StreamChardev):
     """The master of a pseudo-terminal in raw mode. Somebody is there while the slave is open.
 
     The kernel tells when the last slave is closed, not when one is opened: that shows when something is read
-    or is to be written. Raw mode is set again when a user has gone, as he may have left echo on.
+    or is to be written. When a user has gone, what he didn't read is dropped and raw mode is set again, as he
+    may have left echo on.
     """
 
     def __init__(
@@ -259,12 +259,10 @@ class PtyChardev(StreamChardev):
 
     def _hang_up(self) -> None:
         try:
+            termios.tcflush(self._fd, termios.TCOFLUSH)
             tty.setraw(self._fd)
         except termios.error as error:
             self._log.warning("chardev pty: can't be set to raw mode: %s", error)
-        if self._output:
-            self._output.clear()
-            self._rearm()
         super()._hang_up()
 
 

@@ -202,7 +202,7 @@ class TestStreams:
         assert device.ready == 1
         device.write(b"more")
         assert stream.read_exactly(device.loop, 4) == b"more"
-        assert run_ready(device.loop) < 100
+        assert run_ready(device.loop) == 0, "an ordinary read by the user wakes nobody"
         stream.close()
 
     def test_the_buffer_is_bounded(self, user: User, device: Device) -> None:
@@ -222,6 +222,23 @@ class TestStreams:
         run_until(device.loop, lambda: device.ready)
         device.write(b"lost")
         assert run_ready(device.loop) < 100
+        stream = connect(user, device)
+        device.write(b"fresh")
+        assert stream.read_exactly(device.loop, 5) == b"fresh"
+        stream.close()
+
+    def test_input_while_output_is_held_up(self, user: User, device: Device) -> None:
+        """Input that was waiting for room is taken, and the output still goes on afterwards."""
+        stream = connect(user, device)
+        device.room = 0
+        stream.write(b"x")
+        run_ready(device.loop)
+        sent = device.fill()
+        device.make_room(1)
+        run_until(device.loop, lambda: device.received == b"x")
+        assert stream.read_exactly(device.loop, len(sent)) == sent
+        run_until(device.loop, lambda: device.ready)
+        stream.close()
 
     def test_input_waits_for_room(self, user: User, device: Device) -> None:
         stream = connect(user, device)
@@ -248,7 +265,7 @@ class TestStreams:
         assert run_ready(device.loop) == 0
 
     def test_a_user_who_left_characters_behind(self, user: User, device: Device) -> None:
-        """No busy loop although they can't be delivered, and the next user is served."""
+        """No busy loop although they can't be delivered, and the next user is served. A pty keeps them."""
         stream = connect(user, device)
         device.room = 0
         stream.write(b"behind")
@@ -261,6 +278,7 @@ class TestStreams:
         stream = user.connect()
         stream.write(b"x")
         run_until(device.loop, lambda: device.received.endswith(b"x"))
+        assert device.received == (b"behindx" if isinstance(user, PtyUser) else b"x")
         stream.close()
 
     def test_connections_are_reported(self, user: User, device: Device) -> None:

@@ -51,6 +51,7 @@ REQUIRED_CAPABILITIES = (
     Capability.REINJECT_CONTROL,
     Capability.IRQ_ROUTING,
     Capability.IRQFD,
+    Capability.GET_TSC_KHZ,
     Capability.IRQFD_RESAMPLE,
     Capability.IMMEDIATE_EXIT,
 )
@@ -340,9 +341,7 @@ class Vcpu:
         self._start(sregs, entry, stack)
 
     def tsc_khz(self) -> int | None:
-        """The guest's TSC frequency in kHz, None where KVM can't tell (capability missing, TSC unstable)."""
-        if self._vm.check_extension(Capability.GET_TSC_KHZ) == 0:
-            return None
+        """The guest's TSC frequency in kHz, None where the host's isn't stable."""
         try:
             return self._ioctl(Request.KVM_GET_TSC_KHZ) or None
         except OSError as error:

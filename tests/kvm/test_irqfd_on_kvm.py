@@ -10,9 +10,11 @@ import pytest
 
 from common.loop import Loop
 from common.notifier import EventNotifier
-from proxyd.irqchip import intx_routing
+from proxyd.irqchip import KvmIrqchip, intx_routing
+from proxyd.kvm import Kvm
 from proxyd.kvm_h import (
     KVM_IRQ_ROUTING_MSI,
+    KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
     kvm_irq_routing_entry,
@@ -133,12 +135,25 @@ def test_a_forked_child_is_told_whose_vm_it_is(bench: KvmBench) -> None:
     assert bench.take() == [IRQ10]
 
 
+def test_the_irqchip_puts_the_gsis_on_their_pins(bench: KvmBench) -> None:
+    vm = bench.machine.vm
+    vm.set_gsi_routing([])
+    bench.irqchip.set_line(11, True)
+    assert bench.irr() == 0
+    irqchip = KvmIrqchip(vm)
+    for gsi, pic_pins in ((11, 1 << 11), (5, 1 << 5), (20, 0)):
+        irqchip.set_line(gsi, True)
+        assert bench.irr() & 0xFFFB == pic_pins
+        assert vm.get_irqchip(KVM_IRQCHIP_IOAPIC).chip.ioapic.irr == 1 << gsi
+        irqchip.set_line(gsi, False)
+
+
 def test_kvm_swallows_the_events_of_a_gsi_without_a_route(bench: KvmBench) -> None:
     pair, vm = bench.pair(), bench.machine.vm
     vm.assign_irqfd(60, *pair)
     bench.fire(60, pair)
     assert not pair.irqfd.test_and_clear(), "taken, although it goes nowhere"
-    assert vm.get_irqchip(2).chip.ioapic.irr == 0
+    assert vm.get_irqchip(KVM_IRQCHIP_IOAPIC).chip.ioapic.irr == 0
     assert bench.irr() == 0
     vm.deassign_irqfd(60, pair.irqfd)
 
@@ -320,6 +335,22 @@ def test_nothing_survives_a_reset_after_the_deassign(bench: KvmBench, function: 
     assert bench.irr() & 1 << 11 == 0
     function.route(11)
     assert bench.take() == [IRQ11], "the function is still high, and routed again"
+
+
+def test_a_reset_leaves_the_state_of_a_new_vm(bench: KvmBench) -> None:
+    chips = (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC)
+    with Kvm() as kvm, kvm.create_vm() as fresh:
+        power_on = [bytes(fresh.get_irqchip(chip)) for chip in chips]
+    vm = bench.machine.vm
+    ioapic = vm.get_irqchip(KVM_IRQCHIP_IOAPIC)
+    ioapic.chip.ioapic.redirtbl[11] = 1 << 16 | 1 << 15 | 0x5B
+    ioapic.chip.ioapic.ioregsel = 0x26
+    vm.set_irqchip(ioapic)
+    bench.irqchip.set_line(11, True)
+    bench.irqchip.set_line(12, True)
+    assert bench.take() == [IRQ11]
+    bench.irqchip.reset()
+    assert [bytes(vm.get_irqchip(chip)) for chip in chips] == power_on
 
 
 @pytest.mark.parametrize("gsi", [5, 11])

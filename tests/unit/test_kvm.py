@@ -48,10 +48,6 @@ def test_all_missing_capabilities_are_named() -> None:
     assert missing_capabilities(present) == ["KVM_CAP_IRQCHIP", "KVM_CAP_IRQFD_RESAMPLE"]
 
 
-def test_the_optional_capability_is_optional() -> None:
-    assert missing_capabilities(dict.fromkeys(Capability, 1) | {Capability.GET_TSC_KHZ: 0}) == []
-
-
 def refusal(path: Path | str) -> str:
     with pytest.raises(UsageError) as caught:
         Kvm(str(path))

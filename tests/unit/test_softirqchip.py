@@ -57,6 +57,14 @@ def test_the_loop_delivers(
     assert irqchip.pic.port_in(0xA0, 1) == 0, "one event, one assertion"
 
 
+def test_an_event_that_is_pending_at_assign_asserts_without_the_loop(
+    irqchip: SoftIrqchip, irqfd: EventNotifier, resamplefd: EventNotifier
+) -> None:
+    irqfd.set()
+    irqchip.assign(11, irqfd, resamplefd)
+    assert irqchip.pic.intr
+
+
 def test_a_deassigned_irqfd_is_out_of_the_loop(
     loop: Loop, irqchip: SoftIrqchip, irqfd: EventNotifier, resamplefd: EventNotifier
 ) -> None:

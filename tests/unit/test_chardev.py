@@ -278,7 +278,7 @@ class TestStreams:
         stream = user.connect()
         stream.write(b"x")
         run_until(device.loop, lambda: device.received.endswith(b"x"))
-        assert device.received == (b"behindx" if isinstance(user, PtyUser) else b"x")
+        assert bytes(device.received) == (b"behindx" if isinstance(user, PtyUser) else b"x")
         stream.close()
 
     def test_connections_are_reported(self, user: User, device: Device) -> None:

@@ -2,10 +2,9 @@
 """System calls made by another process's main thread, under ptrace, and the thread put back exactly.
 
 The thread is stopped by PTRACE_INTERRUPT, which leaves no trace in its signals. If that interrupts a system
-call, its registers hold one of the kernel's private restart codes. They are put back, code and all, while the
-thread is stopped inside the kernel's signal handling again, so that the kernel restarts the call, or doesn't,
-as it would have done: the time that is left of a sleep lives in a restart_block that none of the calls made
-here touches.
+call, its registers hold one of the kernel's private restart codes. They are put back, code and all, before
+the thread is let go, and the kernel restarts the call, or doesn't, as it would have done: the time that is
+left of a sleep lives in a restart_block that none of the calls made here touches.
 
 Signals are blocked meanwhile and stay queued. A job control stop is let through at once: the kernel allows a
 traced thread to run within it and stops the thread again after the detach.
@@ -13,10 +12,13 @@ traced thread to run within it and stops the thread again after the detach.
 While the thread is ours, its stack pointer points at a signal frame with its own state (proxyd.sigframe),
 placed where the kernel would put one, and every call is made by an instruction pair ``syscall; ret``. So if
 this process is killed in the midst of it, the kernel detaches the thread and it returns through that frame by
-itself: one call that was begun completes, registers and signal mask come back, an interrupted call is
-restarted. What differs then: a sleep with its rest in the restart_block fails with EINTR, as after any
-handled signal. For the same reason a call that hangs can be left behind at any time: ptrace belongs to a
-thread, so the work is done in one of its own, and its end releases the traced thread.
+itself: a call that was begun completes, registers and signal mask come back, an interrupted call is
+restarted. Two things are different then. A sleep with its rest in the restart_block fails with EINTR, as
+after any handled signal. And of two moments of some microseconds, when the registers are ours and the signal
+mask isn't, an interrupted call is restarted even if a handler runs.
+
+For the same reason a call that hangs can be left behind at any time: ptrace belongs to a thread, so the work
+is done in one of its own, and its end releases the traced thread.
 """
 
 from __future__ import annotations
@@ -117,7 +119,6 @@ class StoppedThread:
         self.pid = pid
         self._gadgets = gadgets
         self._seized = False
-        self._in_syscall_stop = False
         self._regs: user_regs_struct | None = None  # set while the thread's registers aren't its own
         self._mask: int | None = None  # set while its signal mask isn't its own
         self._saved: tuple[int, bytes] | None = None  # set while its memory isn't its own
@@ -194,7 +195,6 @@ class StoppedThread:
         ptrace.setregs(self.pid, regs)
         ptrace.cont_to_syscall(self.pid)
         self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
-        self._in_syscall_stop = True
         ptrace.cont_to_syscall(self.pid)
         self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
         after = ptrace.getregs(self.pid)
@@ -212,11 +212,6 @@ class StoppedThread:
         """
         if not self._seized or self._lost is not None:
             return
-        if self._in_syscall_stop:
-            # The kernel looks for restart codes only in its signal handling: let the thread stop there.
-            ptrace.interrupt(self.pid)
-            ptrace.cont(self.pid)
-            self._wait(ptrace.cont, _is_event_stop)
         if self._mask is not None:
             ptrace.set_signal_mask(self.pid, self._mask)
         if self._regs is not None:
@@ -225,6 +220,7 @@ class StoppedThread:
             # Last, because until now it is the way home; and without it nothing of the thread's own is amiss.
             with contextlib.suppress(OSError):
                 ptrace.write_memory(self.pid, *self._saved)
+        # It wakes the thread as a signal does (__ptrace_unlink() of kernel/ptrace.c): restart codes are looked at.
         ptrace.detach(self.pid)
         self.seconds = time.monotonic() - self._began
 

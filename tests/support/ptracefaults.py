@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Lets the nth step of a tracer's work fail, or kill the tracer. A step is a call of a function of
+proxyd.ptrace.
+
+As a program it kills tracers at every step, one after the other:
+
+    python -m tests.support.ptracefaults PID calls|attach|detach
+
+with a PID of a process that is made to make system calls, or to attach and detach an irqfd of its VM. It
+prints how many steps the work has and how many tracers it had killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+from proxyd import ptrace
+from proxyd.remotecall import SCRATCH_SIZE, StoppedThread, Syscall, find_gadgets, run_stopped
+from proxyd.vm.inject import Target
+
+STEPS = (
+    *("seize", "interrupt", "cont", "cont_to_syscall", "detach", "getregs", "setregs", "get_xstate"),
+    *("get_signal_mask", "set_signal_mask", "read_memory", "write_memory", "pidfd_getfd"),
+)
+GSI = 5
+
+
+def two_calls(thread: StoppedThread) -> list[int]:
+    """Work for run_stopped() that leaves nothing behind, with as much memory as it may use."""
+    thread.put(b"\xff" * SCRATCH_SIZE)
+    return [thread.call(Syscall.getpid), thread.call(Syscall.getpid)]
+
+
+@contextmanager
+def at_step(number: int, action: Callable[[], None], *, after: bool = False) -> Iterator[list[int]]:
+    """Takes the action before (or after) the step with this number, from 1. Yields a list whose length is the
+    number of steps that were begun."""
+    begun: list[int] = []
+
+    def counting(function: Callable[..., object]) -> Callable[..., object]:
+        @wraps(function)
+        def step(*args: object) -> object:
+            begun.append(len(begun) + 1)
+            its_turn = len(begun) == number
+            if its_turn and not after:
+                action()
+            result = function(*args)
+            if its_turn and after:
+                action()
+            return result
+
+        return step
+
+    originals = {name: getattr(ptrace, name) for name in STEPS}
+    for name, function in originals.items():
+        setattr(ptrace, name, counting(function))
+    try:
+        yield begun
+    finally:
+        for name, function in originals.items():
+            setattr(ptrace, name, function)
+
+
+class StepFailedError(OSError):
+    """What fail() lets a step raise."""
+
+
+def fail() -> None:
+    """An action: the step fails."""
+    raise StepFailedError(errno.EIO, os.strerror(errno.EIO), "a test")
+
+
+def die() -> None:
+    """An action: the process is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_each_step(prepare: Callable[[], Callable[[], object]]) -> tuple[int, int]:
+    """Forks tracers that do the work which ``prepare`` returns; each but the last two dies within it.
+
+    Returns the number of steps and how many tracers were killed.
+    """
+    number = killed = 0
+    while True:
+        number += 1
+        statuses = []
+        for after in (False, True):
+            child = os.fork()
+            if child == 0:
+                _trace(prepare, number, after)
+            statuses.append(os.waitpid(child, 0)[1])
+        killed += sum(map(os.WIFSIGNALED, statuses))
+        if all(os.WIFEXITED(status) for status in statuses):
+            if any(statuses):
+                raise RuntimeError(f"a tracer that wasn't killed at step {number} failed")
+            return number - 1, killed
+
+
+def _trace(prepare: Callable[[], Callable[[], object]], number: int, after: bool) -> None:
+    try:
+        work = prepare()
+        with at_step(number, die, after=after):
+            work()
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def main(pid: int, kind: str) -> None:
+    """The program."""
+    log = logging.getLogger("ptracefaults")
+    if kind == "calls":
+        gadgets = find_gadgets(pid)
+        steps, killed = kill_at_each_step(lambda: lambda: run_stopped(pid, gadgets, two_calls))
+    elif kind == "attach":
+        target = Target.open(pid, log)
+        steps, killed = kill_at_each_step(lambda: lambda: target.attach(GSI))
+    else:
+        target = Target.open(pid, log)
+
+        def prepare() -> Callable[[], object]:
+            line = target.attach(GSI)
+            return lambda: target.detach(line)
+
+        steps, killed = kill_at_each_step(prepare)
+    print(f"{steps} steps, {killed} killed")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

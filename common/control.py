@@ -191,8 +191,8 @@ def _check_call(message: bytes) -> bool:
 def call(path: str | os.PathLike[str], method: str, **parameters: object) -> dict[str, Any]:
     """Calls a daemon's method, ``INTERFACE.NAME``, at its socket's path. Returns the reply's parameters.
 
-    Raises PeerGone when nobody answers there, ProtocolError when the answer is none, and VarlinkError for the
-    errors that the interface defines.
+    Raises PeerGone when nobody answers there, ProtocolError when the answer is no reply, and VarlinkError for
+    the errors that the interface defines.
     """
     name, _, member = method.rpartition(".")
     interface = Interface((INTERFACE_DIR / f"{name}.varlink").read_text(encoding="ascii"))
@@ -205,6 +205,6 @@ def call(path: str | os.PathLike[str], method: str, **parameters: object) -> dic
             raise PeerGone(f"{path}: no answer within {_CALL_SECONDS:g} s") from error
         except OSError as error:
             raise PeerGone(f"{path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise ProtocolError(f"{path}: the answer is no JSON") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ProtocolError(f"{path}: the answer is no reply to {method}") from error
     return dict(reply)

@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The control socket: a Varlink service that clients, honest and hostile, share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+import varlink
+
+from common.control import MAX_MESSAGE, ControlServer, call
+from common.errors import PeerGone, ProtocolError, UsageError
+from common.loop import Loop
+from remoted.control import INTERFACE, RemotedInterface
+from remoted.devices.irq_line import IrqLine
+from remoted.function import Host
+from remoted.iohub import IoHub
+from remoted.memory import GuestMemory
+from tests.support.fds import count_fds, no_more_fds
+from tests.support.loops import running
+
+STATUS = b'{"method": "org.iohub.Remoted.Status"}\0'
+CROWD = 40
+"""more connections than the service keeps"""
+
+
+class Calls:
+    """The interface of a VM without devices, which remembers what was called."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.raised: list[str] = []
+        self.vm = "vm1"
+
+    def Status(self) -> dict[str, object]:
+        self.status += 1
+        return RemotedInterface(self.vm, ()).Status()
+
+    def Raise(self, device: str) -> None:
+        self.raised.append(device)
+        RemotedInterface(self.vm, ()).Raise(device)
+
+
+class Bench:
+    """A control server on a loop that the test steps, or runs in a thread."""
+
+    def __init__(self, directory: Path) -> None:
+        self.loop = Loop()
+        self.calls = Calls()
+        self.path = str(directory / "remoted.varlink")
+        self.server = ControlServer(self.loop, self.path, INTERFACE, self.calls, logging.getLogger("control"))
+
+    def close(self) -> None:
+        self.server.close()
+        self.loop.close()
+
+    def wait(self) -> None:
+        """Steps the loop until something has happened; fails when nothing does."""
+        stuck = self.loop.call_later(10, lambda: pytest.fail("nothing happens any more"))
+        self.loop.step(None)
+        stuck.cancel()
+
+    def connect(self) -> Peer:
+        peer = Peer(self)
+        self.loop.step()
+        return peer
+
+
+class Peer:
+    """A client that speaks bytes; the test steps the loop."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.setblocking(False)
+        self.sock.connect(bench.path)
+        self._bench = bench
+        self._received = b""
+        self._pending: list[dict[str, object]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        """Sends it all, while the server reads."""
+        while data:
+            with contextlib.suppress(BlockingIOError):
+                data = data[self.sock.send(data) :]
+            self._bench.loop.step()
+
+    def replies(self) -> list[dict[str, object]]:
+        """The replies that are here."""
+        with contextlib.suppress(BlockingIOError):
+            while data := self.sock.recv(1 << 16):
+                self._received += data
+        *whole, self._received = self._received.split(b"\0")
+        return [json.loads(reply) for reply in whole]
+
+    def reply(self) -> dict[str, object]:
+        """The next reply, for which the loop is stepped."""
+        self._pending += self.replies()
+        while not self._pending:
+            assert not self.is_hung_up(), "the server hung up instead of replying"
+            self._bench.wait()
+            self._pending += self.replies()
+        return self._pending.pop(0)
+
+    def is_hung_up(self) -> bool:
+        try:
+            return self.sock.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True
+
+    def await_hang_up(self) -> None:
+        while not self.is_hung_up():
+            self._bench.wait()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    before = count_fds()
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+    assert count_fds() == before
+
+
+def call_of(method: str, **parameters: object) -> bytes:
+    return json.dumps({"method": method, "parameters": parameters}).encode() + b"\0"
+
+
+def test_another_implementation_finds_and_calls_the_interface(bench: Bench) -> None:
+    with running(bench.loop):
+        client = varlink.Client(f"unix:{bench.path}")
+        assert INTERFACE in client.get_interfaces()
+        with client.open(INTERFACE) as remoted:
+            status = remoted.Status()
+            with pytest.raises(varlink.VarlinkError) as error:
+                remoted.Raise("nope")
+    assert status == {"vm": "vm1", "pid": os.getpid(), "functions": []}
+    assert error.value.error() == "org.iohub.Remoted.NoSuchDevice"
+    assert error.value.parameters() == {"device": "nope"}
+
+
+def test_call_makes_calls(bench: Bench) -> None:
+    with running(bench.loop):
+        assert call(bench.path, f"{INTERFACE}.Status")["vm"] == "vm1"
+        with pytest.raises(varlink.VarlinkError):
+            call(bench.path, f"{INTERFACE}.Raise", device="nope")
+    assert bench.calls.raised == ["nope"]
+
+
+def test_call_to_nobody_names_the_path_and_keeps_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(PeerGone, match=r"none\.varlink: No such file") as error:
+        call(tmp_path / "none.varlink", f"{INTERFACE}.Status")
+    assert isinstance(error.value.__cause__, FileNotFoundError)
+
+
+@pytest.mark.parametrize("answer", [b"junk\0", b"5\0", b"[]\0", b"[" * 50_000 + b"\0"])
+def test_an_answer_that_is_no_reply_is_an_error(tmp_path: Path, answer: bytes) -> None:
+    path = str(tmp_path / "fake")
+    loop = Loop()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def on_connect(_events: int) -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(4096)
+                sock.sendall(answer)
+
+        loop.add(listener.fileno(), on_connect)
+        with running(loop), pytest.raises(ProtocolError, match="no reply to"):
+            call(path, f"{INTERFACE}.Status")
+        loop.close()
+
+
+def test_a_daemon_that_hangs_up_is_gone(tmp_path: Path) -> None:
+    path = str(tmp_path / "fake")
+    loop = Loop()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        loop.add(listener.fileno(), lambda _events: listener.accept()[0].close())
+        with running(loop), pytest.raises(PeerGone, match="fake: "):
+            call(path, f"{INTERFACE}.Status")
+        loop.close()
+
+
+def test_calls_that_arrive_together_are_all_answered_in_order(bench: Bench) -> None:
+    with bench.connect() as peer:
+        peer.send(STATUS + call_of("org.iohub.Remoted.Raise", device="a") + STATUS)
+        replies = [peer.reply() for _ in range(3)]
+    assert ["error" in reply for reply in replies] == [False, True, False]
+
+
+def test_a_call_may_arrive_byte_by_byte(bench: Bench) -> None:
+    with bench.connect() as peer:
+        for byte in STATUS:
+            assert peer.replies() == []
+            peer.send(bytes([byte]))
+        assert "parameters" in peer.reply()
+
+
+def test_a_half_message_holds_up_nobody_else(bench: Bench) -> None:
+    with bench.connect() as slow, bench.connect() as quick:
+        slow.send(STATUS[:-5])
+        quick.send(STATUS)
+        assert "parameters" in quick.reply()
+        assert slow.replies() == []
+        slow.send(STATUS[-5:])
+        assert "parameters" in slow.reply()
+
+
+def test_the_longest_message_is_answered(bench: Bench) -> None:
+    with bench.connect() as peer:
+        peer.send(STATUS[:-1].ljust(MAX_MESSAGE) + b"\0")
+        assert "parameters" in peer.reply()
+        peer.send(STATUS[:-1].ljust(MAX_MESSAGE))
+        peer.send(b"\0" + STATUS)
+        for _ in range(2):
+            assert "parameters" in peer.reply()
+
+
+HOSTILE = {
+    "no JSON": b"hello\0",
+    "empty": b"\0",
+    "no UTF-8": b'{"method": "\xff"}\0',
+    "byte order mark": b"\xef\xbb\xbf" + STATUS,
+    "array": b"[]\0",
+    "number": b"17\0",
+    "null": b"null\0",
+    "no method": b"{}\0",
+    "method is a number": b'{"method": 5}\0',
+    "method is null": b'{"method": null}\0',
+    "parameters are an array": b'{"method": "org.iohub.Remoted.Status", "parameters": []}\0',
+    "parameters are a number": b'{"method": "org.iohub.Remoted.Status", "parameters": 7}\0',
+    "nested deeply": b'{"method": ' + b"[" * 60_000 + b"\0",
+    "nested deeply and whole": b"[" * 30_000 + b"]" * 30_000 + b"\0",
+    "parameters nested deeply": b'{"method": "org.iohub.Remoted.Raise", "parameters": {"device": '
+    + b'{"a":' * 9_000
+    + b"0"
+    + b"}" * 9_002
+    + b"\0",
+    "an endless number": b'{"method": "org.iohub.Remoted.Status", "more": ' + b"9" * 60_000 + b"}\0",
+    "too long": STATUS[:-1].ljust(MAX_MESSAGE + 1),
+}
+
+
+@pytest.mark.parametrize("message", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_no_call_costs_its_sender_the_connection(
+    bench: Bench, caplog: pytest.LogCaptureFixture, message: bytes
+) -> None:
+    with bench.connect() as honest, bench.connect() as hostile:
+        hostile.sock.setblocking(True)
+        hostile.sock.sendall(message)
+        hostile.sock.setblocking(False)
+        hostile.await_hang_up()
+        (record,) = caplog.records
+        assert "\n" not in record.getMessage()
+        assert str(os.getpid()) in str(getattr(record, "peer", ""))
+        honest.send(STATUS)
+        assert "parameters" in honest.reply()
+
+
+WRONG_CALLS = {
+    "method": (call_of("org.iohub.Remoted.Destroy"), "org.varlink.service.MethodNotFound"),
+    "attribute": (call_of("org.iohub.Remoted.__init__"), "org.varlink.service.MethodNotFound"),
+    "error as method": (call_of("org.iohub.Remoted.NoSuchDevice"), "org.varlink.service.MethodNotFound"),
+    "interface": (call_of("org.iohub.Other.Status"), "org.varlink.service.InterfaceNotFound"),
+    "no interface": (call_of("Status"), "org.varlink.service.InterfaceNotFound"),
+    "unknown parameter": (call_of("org.iohub.Remoted.Status", x=1), "org.varlink.service.InvalidParameter"),
+    "missing parameter": (call_of("org.iohub.Remoted.Raise"), "org.varlink.service.InvalidParameter"),
+    "wrong type": (call_of("org.iohub.Remoted.Raise", device=[1]), "org.varlink.service.InvalidParameter"),
+}
+
+
+@pytest.mark.parametrize(("message", "error"), WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_a_wrong_call_gets_varlinks_error_and_the_connection_stays(
+    bench: Bench, message: bytes, error: str
+) -> None:
+    with bench.connect() as peer:
+        peer.send(message)
+        assert peer.reply()["error"] == error
+        peer.send(STATUS)
+        assert "parameters" in peer.reply()
+
+
+def test_a_one_way_call_has_no_reply_be_it_an_error(bench: Bench) -> None:
+    one_way = b'{"method": "org.iohub.Remoted.%s", "oneway": true%s}\0'
+    with bench.connect() as peer:
+        peer.send(one_way % (b"Status", b""))
+        peer.send(one_way % (b"Raise", b', "parameters": {"device": "x"}'))
+        peer.send(STATUS)
+        assert "parameters" in peer.reply()
+        bench.loop.step()
+        assert peer.replies() == []
+    assert bench.calls.raised == ["x"]
+    assert bench.calls.status == 2
+
+
+def test_a_client_that_does_not_read_is_not_read_from(bench: Bench) -> None:
+    with bench.connect() as deaf, bench.connect() as honest:
+        sent = 0
+        while True:
+            try:
+                sent += deaf.sock.send(STATUS * 100)
+            except BlockingIOError:
+                # Its socket is full: only if the server takes no more it stays so.
+                handled = bench.calls.status
+                bench.loop.step()
+                bench.loop.step()
+                if bench.calls.status == handled:
+                    break
+            bench.loop.step()
+        honest.send(STATUS)
+        assert "parameters" in honest.reply()
+        replies = 0
+        calls = sent // len(STATUS)
+        assert bench.calls.status - 1 < calls
+        while replies < calls:
+            replies += len(deaf.replies())
+            bench.loop.step()
+        assert bench.calls.status == calls + 1
+
+
+def test_one_reply_at_most_waits_for_a_slow_reader(bench: Bench) -> None:
+    calls = 8
+    bench.calls.vm = "x" * (1 << 20)  # more than the socket holds
+    with bench.connect() as slow:
+        slow.send(STATUS * calls)
+        slow.sock.shutdown(socket.SHUT_WR)
+        received = 0
+        while received < calls * len(bench.calls.vm):
+            assert bench.calls.status <= received // len(bench.calls.vm) + 2
+            received += len(slow.sock.recv(1 << 12))
+            bench.loop.step()
+
+
+def test_a_flood_costs_others_one_message_a_pass(bench: Bench) -> None:
+    with bench.connect() as flood, bench.connect() as honest:
+        flood.sock.sendall(STATUS * 1000)
+        honest.sock.sendall(STATUS)
+        bench.loop.step()
+        assert len(honest.replies()) == 1
+        assert bench.calls.status == 2
+
+
+def test_idle_connections_make_room_for_new_ones(bench: Bench) -> None:
+    with contextlib.ExitStack() as stack, bench.connect() as regular:
+        idle: list[Peer] = []
+        for _ in range(CROWD):
+            idle.append(stack.enter_context(bench.connect()))
+            assert not idle[-1].is_hung_up()
+            regular.send(STATUS)
+            assert "parameters" in regular.reply()
+        hung_up = [peer.is_hung_up() for peer in idle]
+        assert True in hung_up
+        assert hung_up == sorted(hung_up, reverse=True), "the longest idle goes first"
+
+
+def test_hanging_up_in_the_middle_leaves_nothing(bench: Bench) -> None:
+    before = count_fds()
+    for rest in (0, 5, len(STATUS)):
+        with bench.connect() as peer:
+            peer.send(STATUS + STATUS[:rest])
+        while count_fds() > before:
+            bench.wait()
+
+
+def test_a_client_may_close_its_sending_side_and_still_read(bench: Bench) -> None:
+    with bench.connect() as peer:
+        peer.sock.sendall(STATUS * 3)
+        peer.sock.shutdown(socket.SHUT_WR)
+        for _ in range(3):
+            assert "parameters" in peer.reply()
+        peer.await_hang_up()
+
+
+def test_fds_that_somebody_sends_do_not_stay(bench: Bench) -> None:
+    with bench.connect() as peer:
+        before = count_fds()
+        socket.send_fds(peer.sock, [STATUS], [peer.sock.fileno()] * 3)
+        assert "parameters" in peer.reply()
+        assert count_fds() == before
+
+
+def test_without_a_free_fd_the_client_waits(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    with Peer(bench) as peer:
+        with no_more_fds():
+            for _ in range(5):
+                bench.loop.step()
+            (record,) = caplog.records
+            assert "Too many open files" in record.getMessage()
+        peer.send(STATUS)
+        assert "parameters" in peer.reply()
+
+
+def test_closing_while_no_client_can_be_taken(bench: Bench, tmp_path: Path) -> None:
+    second = ControlServer(
+        bench.loop, str(tmp_path / "second"), INTERFACE, bench.calls, logging.getLogger("second")
+    )
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(tmp_path / "second"))
+        with no_more_fds():
+            bench.loop.step()
+        second.close()
+
+
+def test_hostile_clients_cannot_fill_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(CROWD):
+        with bench.connect() as peer:
+            peer.sock.sendall(b"junk\0")
+            peer.await_hang_up()
+    assert 0 < len(caplog.records) < CROWD
+
+
+def test_close_hangs_up_and_removes_the_socket(tmp_path: Path) -> None:
+    before = count_fds()
+    bench = Bench(tmp_path)
+    with bench.connect() as peer:
+        peer.send(STATUS[:7])
+        bench.close()
+        assert peer.is_hung_up()
+    assert not list(tmp_path.iterdir())
+    assert count_fds() == before
+
+
+def test_a_second_daemon_is_refused_the_socket(bench: Bench) -> None:
+    with pytest.raises(UsageError, match="in use by a live daemon"):
+        ControlServer(bench.loop, bench.path, INTERFACE, bench.calls, logging.getLogger("second"))
+
+
+def test_the_socket_is_private(bench: Bench) -> None:
+    assert os.stat(bench.path).st_mode & 0o077 == 0
+
+
+def test_irq_line_has_no_bars_and_starts_low() -> None:
+    loop = Loop()
+    pirq = IoHub(loop).pirqs[40]
+    function = IrqLine(Host("l", loop, logging.getLogger("l"), GuestMemory(), pirq.set_irq), {})
+    function.full_reset()
+    for offset in range(0x10, 0x28, 4):
+        function.config_write(offset, 4, 0xFFFFFFFF)
+        assert function.config_read(offset, 4) == 0
+    assert function.config_read(0x3D, 1) == 1
+    function.set_intx(True)
+    assert pirq.level == 1
+    function.full_reset()
+    assert pirq.level == 0
+    loop.close()

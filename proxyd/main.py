@@ -8,12 +8,11 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from systemd import daemon
-
 from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
 from common.journal import setup
 from common.loop import Loop
+from common.service import notify
 
 __all__ = ["main"]
 
@@ -24,7 +23,10 @@ class Vm(Protocol):
     """A way to a VM."""
 
     def run(self) -> int:
-        """Says READY=1 and serves until the loop is stopped. Returns the exit status."""
+        """Says READY=1 and serves until the loop is stopped. Returns the exit status.
+
+        Raises UsageError for a VM that can't be served.
+        """
 
     def close(self) -> None:
         """Releases the VM."""
@@ -42,6 +44,10 @@ def open_vm(config: VmConfig, loop: Loop) -> Vm:
         from proxyd.vm.scriptedguest import Soft
 
         return Soft(PROGRAM, config, loop)
+    if kind == "qmp":
+        from proxyd.vm.qmp import QemuPlugger
+
+        return QemuPlugger(PROGRAM, config, loop)
     raise UsageError(f"--vm {config.vm}: not supported")
 
 
@@ -61,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return vm.run()
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
     finally:
-        daemon.notify("STOPPING=1")
+        notify("STOPPING=1")
         vm.close()
         loop.close()

@@ -15,13 +15,13 @@ from common.errors import UsageError
 from common.journal import device_log, setup
 from common.loop import Loop
 from common.pci import format_devfn
+from common.service import notify
 from remoted.control import INTERFACE, RemotedInterface
 from remoted.function import Host, PciFunction
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.models import find_model
 from remoted.server import DeviceServer, adopt_connection
-from systemd import daemon
 
 __all__ = ["main"]
 
@@ -53,12 +53,12 @@ class Remoted:
         """Serves until SIGTERM or SIGINT, or until the last inherited link has closed."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._loop.on_signal(signum, self._loop.stop)
-        daemon.notify("READY=1")
+        notify("READY=1")
         # Everything that lives long exists by now; what comes later dies young, without the collector.
         gc.collect()
         gc.freeze()
         self._loop.run()
-        daemon.notify("STOPPING=1")
+        notify("STOPPING=1")
 
     def close(self) -> None:
         """Ends sessions, unlinks sockets, closes devices and eventfds."""

@@ -14,11 +14,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from systemd import daemon
-
 from common.config import VmConfig
 from common.errors import UsageError
 from common.loop import Loop
+from common.service import notify
 from proxyd.board import Board
 from proxyd.console import COM1_PORTS, Console
 from proxyd.irqchip import KvmIrqchip
@@ -162,7 +161,7 @@ class Embedded:
         self._loop.on_signal(KICK_SIGNAL, lambda: None)
         self._board.start("kvm", self._machine.tsc_khz())  # the vCPU can't be asked once it runs
         self._vcpu.start()
-        daemon.notify("READY=1")
+        notify("READY=1")
         self._loop.run()
         return 1 if self._failed else 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
@@ -24,13 +23,13 @@ from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log
 from common.loop import Loop
 from common.pci import format_devfn
+from common.service import notify
 from proxyd.control import INTERFACE, ProxydInterface
 from proxyd.uevents import KvmUevents
 from proxyd.vm import qemu
 from proxyd.vm.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qemu import PROXY_DRIVER, Inventory
 from proxyd.vm.slot import CONSENT_SECONDS, Function, Slot
-from systemd import daemon
 
 __all__ = ["QemuPlugger"]
 
@@ -41,14 +40,13 @@ _RETRY_SECONDS = 1.0
 class QemuPlugger:
     """The daemon beside one stock QEMU at a time."""
 
-    def __init__(self, config: VmConfig, socket: str, log: logging.Logger) -> None:
-        """``socket`` is QEMU's monitor. Raises UsageError."""
-        self.exit_status = 0
-        self._socket = socket
+    def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
+        """Raises UsageError."""
+        self._socket = config.vm.partition(":")[2]
         self._unplug_on_exit = config.unplug_on_exit
-        self._log = log
+        self._log = log = logging.getLogger(program)
         self._event_log = RateLimited(log)
-        self._loop = Loop()
+        self._loop = loop
         self._functions = {
             device.id: Function(
                 device, config.socket_path(device), self._loop, device_log(log.name, device.id)
@@ -67,12 +65,10 @@ class QemuPlugger:
         self._turn = asyncio.Lock()
         self._is_running = True
 
-    def run(self) -> None:
-        """Serves until SIGTERM or SIGINT. Raises UsageError for a QEMU that can't be served."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._loop.on_signal(signum, self._stop.set)
+    def run(self) -> int:
+        """Serves until the loop is stopped. Raises UsageError for a QEMU that can't be served."""
         asyncio.run(self._main())
-        daemon.notify("STOPPING=1")
+        return 0
 
     def close(self) -> None:
         """Closes everything; what is plugged stays so."""
@@ -81,12 +77,11 @@ class QemuPlugger:
         self._control.close()
         self._loop.remove(self._uevents.fd)
         self._uevents.close()
-        self._loop.close()
 
     async def _main(self) -> None:
         by_slot = groupby(sorted(self._functions.values(), key=_devfn), lambda function: function.devfn >> 3)
         self._slots = [Slot(list(functions)) for _, functions in by_slot]
-        stepper = _Stepper(self._loop)
+        stepper = _Stepper(self._loop, self._stop)
         serving = asyncio.create_task(self._serve())
         try:
             await asyncio.wait({serving, stepper.failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -130,7 +125,7 @@ class QemuPlugger:
             except MonitorAbsent as error:
                 if told != str(error):
                     self._log.info("no QEMU (%s): waiting for one", error)
-                    daemon.notify("READY=1\nSTATUS=Waiting for QEMU")
+                    notify("READY=1\nSTATUS=Waiting for QEMU")
                 told = str(error)
                 await self._kvm_event.wait()
             except PeerGone as error:
@@ -174,7 +169,7 @@ class QemuPlugger:
     async def _announce(self) -> None:
         for slot in self._slots:
             await slot.settled.wait()
-        daemon.notify("READY=1\nSTATUS=Attached to QEMU")
+        notify("READY=1\nSTATUS=Attached to QEMU")
 
     async def _unplug(self, monitor: Monitor) -> None:
         """Unplugs everything, as far as the guest consents in time."""
@@ -210,7 +205,9 @@ class QemuPlugger:
 class _Stepper:
     """Steps the daemon's loop whenever asyncio's finds it ready; an exception in there ends up in ``failed``."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, stopped: asyncio.Event) -> None:
+        """Sets ``stopped`` when the loop is."""
+        self._stopped = stopped
         self._asyncio = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._asyncio.create_future()
         self._loop = loop
@@ -232,6 +229,8 @@ class _Stepper:
             if not self.failed.done():
                 self.failed.set_exception(error)
             return
+        if self._loop.is_stopped:
+            self._stopped.set()
         if self._timer is not None:
             self._timer.cancel()
         seconds = self._loop.until_next_timer()

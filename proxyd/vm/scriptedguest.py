@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from systemd import daemon
-
 from common.config import VmConfig
 from common.errors import UsageError
 from common.loop import Loop
 from common.pci import PCI_COMMAND_INTX_DISABLE, PCI_STATUS_INTERRUPT, format_devfn, parse_devfn
+from common.service import notify
 from proxyd.board import Board
 from proxyd.pcihost import RESET_PORT
 from proxyd.softirqchip import SoftIrqchip
@@ -496,7 +495,7 @@ class Soft:
     def run(self) -> int:
         """Runs the guest until the loop is stopped. Returns the exit status."""
         self._board.start("userspace", TSC_KHZ)
-        daemon.notify("READY=1")
+        notify("READY=1")
         self._guest.run()
         return 0
 

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The demo, as a user starts it; and that it notices what it is there to notice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+IOHUBCTL = str(Path(sys.executable).with_name("iohubctl"))
+ROUNDS = 60
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [IOHUBCTL, "demo", f"--rounds={ROUNDS}", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.fixture(params=["embedded", "soft"])
+def vm(request: pytest.FixtureRequest) -> str:
+    if request.param == "embedded":
+        request.getfixturevalue("requires_kvm")
+    return str(request.param)
+
+
+def test_the_demo_loses_nothing(vm: str) -> None:
+    result = demo("--json", f"--vm={vm}")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["irqchip"] == {"embedded": "kvm", "soft": "soft"}[vm]
+    assert [function["addr"] for function in report["functions"]] == ["05.0", "06.0", "07.0", "09.0"]
+    gsis = [function["gsi"] for function in report["functions"]]
+    assert gsis[0] == gsis[3]
+    assert len(set(gsis)) == 3
+    for function in report["functions"]:
+        assert function["raised"] == function["served"] >= ROUNDS
+        assert function["lost"] == 0
+        assert function["resamples"] >= ROUNDS
+        assert function["reasserts"] >= ROUNDS // 4, "held rounds are asserted again after the EOI"
+        for latency in ("raise_to_handler_us", "eoi_to_reassert_us"):
+            assert 0 < function[latency]["p50"] <= function[latency]["p99"]
+    assert report["lost"] == report["stuck"] == report["failed"] == report["spurious"] == 0
+    assert len(report["steps"]) == 4
+
+
+def test_the_table_shows_the_same(vm: str) -> None:
+    result = demo(f"--vm={vm}")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:6] == ["ADDR", "DEVICE", "GSI", "RAISED", "SERVED", "RESAMPLES"]
+    assert [line.split()[1] for line in lines[1:5]] == ["edu0", "serial0", "edu1", "serial1"]
+    assert " 0 lost, 0 stuck" in lines[-1]
+    assert "SIGKILL" in result.stderr, "progress goes to stderr"
+
+
+def test_a_remote_that_loses_interrupts_makes_the_demo_fail(tmp_path: Path) -> None:
+    """With a hub that forgets the tenth rise of each line, in a sitecustomize that only the daemons' processes see."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'remoted' in sys.orig_argv:\n"
+        "    from remoted.iohub import Pirq\n"
+        "    real = Pirq.set_irq\n"
+        "    def forgetful(self, asserted):\n"
+        "        irqfd = self._irqfd\n"
+        "        if asserted and self.raised == 9:\n"
+        "            self._irqfd = None\n"
+        "        real(self, asserted)\n"
+        "        self._irqfd = irqfd\n"
+        "    Pirq.set_irq = forgetful\n"
+    )
+    result = subprocess.run(
+        [IOHUBCTL, "demo", "--rounds=20", "--vm=soft", "--json"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"},
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    report = json.loads(result.stdout)
+    assert report["lost"] > 0
+    assert report["raised"] == report["served"] + report["lost"]

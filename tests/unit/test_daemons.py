@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemons as processes: start, bad usage, takeover of sockets, end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common import mpqemu
+from common.children import Child
+from common.errors import PeerGone
+from common.link import Client
+from common.mpqemu import Command
+from tests.support.fds import count_fds
+
+END_SECONDS = 20
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def vendor(client: Client) -> int:
+    return client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 2))
+
+
+def remoted(directory: Path, *devices: str) -> Child:
+    options = [f"--device={device}" for device in devices]
+    return Child("remoted", ["--name=vm", f"--runtime-dir={directory}", *options], directory)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Child]:
+    child = remoted(tmp_path, "edu,id=edu0,addr=05.0")
+    yield child
+    child.kill()
+
+
+BAD_USAGE = {
+    "unknown model": (["--device=nothing,id=a"], "nothing"),
+    "model that does not import": (["--device=no.such:Thing,id=a"], "no.such:Thing"),
+    "model that is no function": (["--device=os:path,id=a"], "os:path"),
+    "bad address": (["--device=edu,id=a,addr=20.0"], "20.0"),
+    "two devices at one address": (["--device=edu,id=a,addr=05.0", "--device=edu,id=b,addr=05.0"], "05.0"),
+    "two devices with one id": (["--device=edu,id=a,addr=05.0", "--device=edu,id=a,addr=06.0"], "a"),
+    "unknown option of a model": (["--device=edu,id=a,colour=red"], "colour"),
+    "unknown chardev": (["--device=pci-serial,id=a,chardev=teapot"], "teapot"),
+    "unreadable configuration": (["--config=/nonexistent.toml"], "/nonexistent.toml"),
+    "an fd that is closed": (["--device=edu,id=a,fd=999"], "999"),
+    "an fd that is no socket": (["--device=edu,id=a,fd=0"], "fd=0"),
+    "a directory that can't be made": (["--device=edu,id=a", "--runtime-dir=/proc/nowhere"], "/proc/nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USAGE)
+def test_bad_usage_of_remoted_is_one_line_and_status_2(tmp_path: Path, case: str) -> None:
+    arguments, named = BAD_USAGE[case]
+    result = run("remoted", "--name=vm", f"--runtime-dir={tmp_path}", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("iohub-remoted: ")
+    assert result.stderr.count("\n") == 1
+    assert named in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--vm=hyperspace"], "hyperspace"),
+        (["--device=id=a,addr=00.0"], "00.0"),
+        (["--device=id=a,addr=01.0", "--vm=soft"], "01.0"),
+    ],
+)
+def test_bad_usage_of_proxyd_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], named: str) -> None:
+    result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("iohub-proxyd: ")
+    assert result.stderr.count("\n") == 1
+    assert named in result.stderr
+
+
+def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> None:
+    """In a mount namespace of its own, where /dev/kvm is an ordinary file."""
+    script = 'mount --bind /dev/null /dev/kvm && exec "$@"'
+    command = [sys.executable, "-m", "proxyd", "--name=vm", f"--runtime-dir={tmp_path}"]
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if "unshare" in result.stderr or "mount:" in result.stderr:
+        pytest.skip(f"needs a mount namespace and /dev/kvm to hide: {result.stderr.strip()}")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "/dev/kvm" in result.stderr
+    assert "--vm soft" in result.stderr
+
+
+def test_a_socket_of_a_live_daemon_is_refused_and_a_stale_one_taken_over(daemon: Child, tmp_path: Path) -> None:
+    result = run("remoted", "--name=vm", f"--runtime-dir={tmp_path}", "--device=edu,id=edu0")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("edu0.sock is in use by a live daemon")
+    client = Client.connect(str(tmp_path / "edu0.sock"), END_SECONDS)
+    assert vendor(client) == 0x1234, "the refused daemon has not disturbed the live one"
+    client.close()
+    daemon.kill()
+    with pytest.raises(PeerGone):
+        Client.connect(str(tmp_path / "edu0.sock"), END_SECONDS)
+    successor = remoted(tmp_path, "edu,id=edu0")
+    try:
+        client = Client.connect(str(tmp_path / "edu0.sock"), END_SECONDS)
+        assert vendor(client) == 0x1234
+        client.close()
+    finally:
+        successor.kill()
+
+
+def test_the_device_socket_is_private(daemon: Child, tmp_path: Path) -> None:
+    assert (tmp_path / "edu0.sock").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_remoted_cleanly_with_a_client_connected(daemon: Child, tmp_path: Path, signum: int) -> None:
+    client = Client.connect(str(tmp_path / "edu0.sock"), END_SECONDS)
+    irqfd, resamplefd = os.eventfd(0), os.eventfd(0)
+    assert vendor(client) == 0x1234
+    client.send(Command.SET_IRQFD, fds=(irqfd, resamplefd))
+    daemon.process.send_signal(signum)
+    assert daemon.process.wait(END_SECONDS) == 0
+    assert not list(tmp_path.glob("*.sock"))
+    assert not list(tmp_path.glob("*.varlink"))
+    with pytest.raises(PeerGone):
+        vendor(client)
+    client.close()
+    os.close(irqfd)
+    os.close(resamplefd)
+
+
+def test_a_second_client_is_refused_while_the_first_lives(daemon: Child, tmp_path: Path) -> None:
+    path = str(tmp_path / "edu0.sock")
+    first = Client.connect(path, END_SECONDS)
+    assert vendor(first) == 0x1234
+    before = count_fds(daemon.process.pid)
+    second = Client.connect(path, END_SECONDS)
+    with pytest.raises(PeerGone):
+        vendor(second)
+    second.close()
+    assert vendor(first) == 0x1234
+    assert count_fds(daemon.process.pid) == before
+    first.close()
+
+
+def test_a_daemon_with_only_an_inherited_link_ends_with_it(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "remoted", "--name=vm", f"--runtime-dir={tmp_path}",
+         f"--device=edu,id=edu0,fd={theirs.fileno()}"],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    theirs.close()
+    client = Client(ours, END_SECONDS)
+    assert vendor(client) == 0x1234
+    client.close()
+    assert process.wait(END_SECONDS) == 0
+
+
+def test_a_daemon_that_also_listens_outlives_its_inherited_link(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "remoted", "--name=vm", f"--runtime-dir={tmp_path}",
+         f"--device=edu,id=edu0,addr=05.0,fd={theirs.fileno()}", "--device=edu,id=edu1,addr=06.0"],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        theirs.close()
+        client = Client(ours, END_SECONDS)
+        assert vendor(client) == 0x1234
+        client.close()
+        other = Client.connect(str(tmp_path / "edu1.sock"), END_SECONDS)
+        assert vendor(other) == 0x1234
+        other.close()
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        assert process.wait(END_SECONDS) == 0

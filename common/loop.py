@@ -124,6 +124,11 @@ class Loop:
         """Readable when an fd is ready: for another loop to call step() then, and when a timer is due."""
         return self._epoll.fileno()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether run() would return."""
+        return self._stopped
+
     def stop(self) -> None:
         """Lets run() return after the present pass."""
         self._stopped = True

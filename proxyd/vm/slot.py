@@ -140,6 +140,7 @@ class Slot:
             await self._reconcile(monitor, inventory)
         while True:
             if any(not function.is_sound for function in self.plugged) or self._is_open():
+                self.settled.set()
                 await self._remove(monitor)
             if not await self._plug(monitor, turn):
                 break

@@ -71,6 +71,11 @@ class QemuGuest:
         self._process.wait()
         self.console.close()
 
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        return self._process.pid
+
     def vcpu_switches(self) -> int:
         """How often the vCPU's thread has left a CPU, by its own will or not (proc(5), status)."""
         for task in Path(f"/proc/{self._process.pid}/task").iterdir():

@@ -28,8 +28,6 @@ PCI_COMMAND_SERR = 0x100
 PCI_COMMAND_INTX_DISABLE = 0x400
 PCI_STATUS = 0x06
 PCI_STATUS_INTERRUPT = 0x08
-PCI_STATUS_ERRORS = 0xF900
-"""the write-one-to-clear bits: parity, target and master aborts, system error, detected parity"""
 PCI_REVISION_ID = 0x08
 PCI_CLASS_PROG = 0x09
 PCI_CLASS_DEVICE = 0x0A

@@ -86,7 +86,6 @@ class PciFunction:
         self._failures: set[str] = set()
         self._config = bytearray(pci.PCI_CONFIG_SIZE)
         self._wmask = bytearray(pci.PCI_CONFIG_SIZE)
-        self._w1cmask = bytearray(pci.PCI_CONFIG_SIZE)
         self._init_config()
 
     def reset(self) -> None:
@@ -127,13 +126,13 @@ class PciFunction:
         """
         self.set_intx(False)
         for start, length in (
-            (pci.PCI_COMMAND, 4),
+            (pci.PCI_COMMAND, 2),
             (pci.PCI_CACHE_LINE_SIZE, 1),
             (pci.PCI_BASE_ADDRESS_0, 4 * pci.PCI_NUM_BARS),
             (pci.PCI_INTERRUPT_LINE, 1),
         ):
             for offset in range(start, start + length):
-                self._config[offset] &= ~(self._wmask[offset] | self._w1cmask[offset])
+                self._config[offset] &= ~self._wmask[offset]
         self._config_changed()
         try:
             self.reset()
@@ -150,11 +149,11 @@ class PciFunction:
         """Writes ``size`` (1, 2 or 4) bytes of config space through its write masks; False out of range."""
         if size not in (1, 2, 4) or addr + size > pci.PCI_CONFIG_SIZE:
             return False
-        config, wmask, w1cmask = self._config, self._wmask, self._w1cmask
+        config, wmask = self._config, self._wmask
         for offset in range(addr, addr + size):
             byte = value & 0xFF
             mask = wmask[offset]
-            config[offset] = (config[offset] & ~mask | byte & mask) & ~(byte & w1cmask[offset])
+            config[offset] = config[offset] & ~mask | byte & mask
             value >>= 8
         if addr < _BARS_END and addr + size > pci.PCI_COMMAND:
             self._config_changed()
@@ -212,7 +211,6 @@ class PciFunction:
             | pci.PCI_COMMAND_SERR
             | pci.PCI_COMMAND_INTX_DISABLE,
         )
-        _put(self._w1cmask, pci.PCI_STATUS, 2, pci.PCI_STATUS_ERRORS)
         wmask[pci.PCI_CACHE_LINE_SIZE] = 0xFF
         wmask[pci.PCI_INTERRUPT_LINE] = 0xFF
         for offset in range(pci.PCI_STD_HEADER_SIZE, pci.PCI_CONFIG_SIZE):

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Logging: what reaches journald and stderr, and that neither a peer nor a stalled journald gets at the daemon."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.journal import JournalHandler, RateLimited, StderrFormatter, device_log, printable
+
+PROGRAM = "iohub-test"
+HOSTILE = "a\nb\r\x1b[31m\0\x85\u2028\u202e\udcff"
+ESCAPED = r"a\nb\r\x1b[31m\x00\x85\u2028\u202e\udcff"
+
+
+class Journald:
+    """The receiving end of the native protocol, decoded as its specification says."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.bind(str(path))
+
+    def receive(self) -> dict[str, str]:
+        """The next record. Raises BlockingIOError when there is none."""
+        data = self._socket.recv(1 << 20)
+        fields: dict[str, str] = {}
+        while data:
+            line, _, data = data.partition(b"\n")
+            name, equals, value = line.partition(b"=")
+            if not equals:
+                size = int.from_bytes(data[:8], "little")
+                value, data = data[8 : 8 + size], data[8 + size :]
+                assert data[:1] == b"\n"
+                data = data[1:]
+            assert name.decode() not in fields
+            fields[name.decode()] = value.decode()
+        return fields
+
+    def receive_all(self) -> list[dict[str, str]]:
+        records = []
+        try:
+            while True:
+                records.append(self.receive())
+        except BlockingIOError:
+            return records
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "socket"
+
+
+@pytest.fixture
+def journald(path: Path) -> Iterator[Journald]:
+    journald = Journald(path)
+    yield journald
+    journald.close()
+
+
+@pytest.fixture
+def log(path: Path) -> Iterator[logging.Logger]:
+    """A program's logger that speaks to the journal."""
+    logger = logging.getLogger(PROGRAM)
+    handler = JournalHandler(PROGRAM, "vm1", str(path))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield logger
+    logger.removeHandler(handler)
+    handler.close()
+
+
+def stderr_text(level: int, message: str, device: str = "", peer: str = "", vm: str = "vm1") -> str:
+    record = logging.LogRecord(PROGRAM, level, __file__, 1, message, (), None)
+    if device:
+        record.device = device
+    if peer:
+        record.peer = peer
+    return StderrFormatter(PROGRAM, vm).format(record)
+
+
+def test_a_record_has_its_fields(journald: Journald, log: logging.Logger) -> None:
+    RateLimited(device_log(PROGRAM, "edu0")).warning("half a %s", "message", peer="qemu[12]")
+    assert journald.receive() == {
+        "MESSAGE": "vm1 edu0: qemu[12]: half a message",
+        "PRIORITY": "4",
+        "SYSLOG_IDENTIFIER": PROGRAM,
+        "IOHUB_VM": "vm1",
+        "IOHUB_DEVICE": "edu0",
+        "IOHUB_PEER": "qemu[12]",
+    }
+
+
+def test_what_is_unknown_has_no_field(journald: Journald, log: logging.Logger) -> None:
+    log.info("started")
+    assert journald.receive() == {
+        "MESSAGE": "vm1 started",
+        "PRIORITY": "6",
+        "SYSLOG_IDENTIFIER": PROGRAM,
+        "IOHUB_VM": "vm1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("level", "priority"),
+    [
+        (logging.CRITICAL, "2"),
+        (logging.ERROR, "3"),
+        (logging.WARNING, "4"),
+        (logging.INFO, "6"),
+        (logging.DEBUG, "7"),
+    ],
+)
+def test_levels_are_syslogs(journald: Journald, log: logging.Logger, level: int, priority: str) -> None:
+    log.log(level, "text")
+    assert journald.receive()["PRIORITY"] == priority
+
+
+def test_a_peers_text_stays_in_its_line_and_field(journald: Journald, log: logging.Logger) -> None:
+    RateLimited(device_log(PROGRAM, "edu0")).warning("got %s", HOSTILE, peer="p\nPRIORITY=0")
+    record = journald.receive()
+    assert record["MESSAGE"] == rf"vm1 edu0: p\nPRIORITY=0: got {ESCAPED}"
+    assert record["IOHUB_PEER"] == r"p\nPRIORITY=0"
+    assert record["PRIORITY"] == "4"
+
+
+def test_a_traceback_follows_its_line(journald: Journald, log: logging.Logger) -> None:
+    try:
+        raise ValueError(f"odd\n{HOSTILE}")
+    except ValueError:
+        device_log(PROGRAM, "edu0").exception("failed")
+    first, *rest = journald.receive()["MESSAGE"].split("\n")
+    assert first == "vm1 edu0: failed"
+    assert rest[0] == "Traceback (most recent call last):"
+    assert "ValueError: odd" in rest
+    assert all(printable(line) == line for line in rest)
+
+
+def test_any_record_fits_into_a_datagram(journald: Journald, log: logging.Logger) -> None:
+    wide = "\U0001f600" * 100_000
+    try:
+        raise ValueError("\n".join([wide] * 100))
+    except ValueError:
+        log.exception(wide)
+    message = journald.receive()["MESSAGE"]
+    assert message.startswith("vm1 \U0001f600")
+    log.info("next")
+    assert journald.receive()["MESSAGE"] == "vm1 next"
+
+
+def test_a_stalled_journald_costs_lines_but_no_time(journald: Journald, log: logging.Logger) -> None:
+    sent = 2000  # far more than net.unix.max_dgram_qlen
+    for number in range(sent):
+        log.info("line %d", number)
+    taken = journald.receive_all()
+    assert 0 < len(taken) < sent
+    assert [record["MESSAGE"] for record in taken] == [f"vm1 line {number}" for number in range(len(taken))]
+    log.info("again")
+    assert journald.receive()["MESSAGE"] == f"vm1 again (journald did not take {sent - len(taken)} before)"
+    log.info("again")
+    assert journald.receive()["MESSAGE"] == "vm1 again"
+
+
+def test_journald_may_come_and_go(path: Path, log: logging.Logger) -> None:
+    log.info("nobody listens")
+    for dropped in (1, 0):
+        journald = Journald(path)
+        log.info("text")
+        suffix = f" (journald did not take {dropped} before)" if dropped else ""
+        assert journald.receive()["MESSAGE"] == f"vm1 text{suffix}"
+        journald.close()
+        path.unlink()
+
+
+def test_a_record_that_does_not_format_ends_nobody(
+    journald: Journald,
+    log: logging.Logger,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(log, "propagate", False)  # pytest's own handler raises
+    log.info("%d", "text")
+    assert "Logging error" in capsys.readouterr().err
+    assert journald.receive_all() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (stderr_text(logging.INFO, "text"), "iohub-test[vm1]: text"),
+        (stderr_text(logging.INFO, "text", vm=""), "iohub-test: text"),
+        (stderr_text(logging.INFO, "text", "edu0"), "iohub-test[vm1] edu0: text"),
+        (stderr_text(logging.INFO, "text", "edu0", "qemu[12]"), "iohub-test[vm1] edu0: qemu[12]: text"),
+        (stderr_text(logging.WARNING, "text", "edu0"), "iohub-test[vm1] edu0: warning: text"),
+        (stderr_text(logging.ERROR, "text"), "iohub-test[vm1]: error: text"),
+        (stderr_text(logging.INFO, HOSTILE, "edu0"), f"iohub-test[vm1] edu0: {ESCAPED}"),
+        (stderr_text(logging.INFO, "text", peer="a\nb"), r"iohub-test[vm1] a\nb: text"),
+    ],
+)
+def test_lines_on_stderr(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def run_setup(stderr: int, environ: dict[str, str], journal: Path) -> None:
+    """A process of its own whose program and whose library log a line of each kind."""
+    code = (
+        "import logging, sys; from common.journal import device_log, setup\n"
+        "setup('iohub-test', 'vm1', sys.argv[1])\n"
+        "device_log('iohub-test', 'edu0').info('ready')\n"
+        "logging.getLogger('iohub-test').debug('detail')\n"
+        "logging.getLogger('library').info('chatter')\n"
+        "logging.getLogger('library').warning('odd')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(journal)],
+        stderr=stderr,
+        env={**os.environ, **environ},
+        check=True,
+    )
+
+
+def test_setup_on_a_plain_stderr(tmp_path: Path, path: Path, journald: Journald) -> None:
+    with open(tmp_path / "stderr", "w+b") as stderr:
+        run_setup(stderr.fileno(), {"JOURNAL_STREAM": "1:1"}, path)
+        stderr.seek(0)
+        lines = stderr.read().decode().splitlines()
+    assert lines == ["iohub-test[vm1] edu0: ready", "iohub-test[vm1]: warning: odd"]
+    assert journald.receive_all() == []
+
+
+def test_setup_below_journald(tmp_path: Path, path: Path, journald: Journald) -> None:
+    with open(tmp_path / "stderr", "w+b") as stderr:
+        status = os.fstat(stderr.fileno())
+        run_setup(stderr.fileno(), {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}, path)
+        stderr.seek(0)
+        assert stderr.read() == b""
+    assert [record["MESSAGE"] for record in journald.receive_all()] == ["vm1 edu0: ready", "vm1 odd"]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_rate_limit(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    limited = RateLimited(logging.getLogger(PROGRAM), burst=2, interval=5.0, clock=clock)
+    caplog.set_level(logging.INFO)
+    for number in range(5):
+        limited.warning("line %d", number)
+    clock.now = 4.9
+    limited.info("suppressed")
+    clock.now = 5.0
+    limited.warning("100%")
+    limited.info("100 %s", "%d")
+    limited.info("suppressed")
+    clock.now = 100.0
+    limited.info("100%")
+    limited.info("last")
+    assert [record.getMessage() for record in caplog.records] == [
+        "line 0",
+        "line 1",
+        "100% (4 more suppressed before)",
+        "100 %d",
+        "100% (1 more suppressed before)",
+        "last",
+    ]
+    assert [record.levelno for record in caplog.records] == [30, 30, 30, 20, 20, 20]
+
+
+def test_default_rate_limit(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    limited = RateLimited(logging.getLogger(PROGRAM), clock=clock)
+    for _ in range(100):
+        limited.warning("text")
+    assert len(caplog.records) == 10
+    clock.now = 5.0
+    limited.warning("text")
+    assert len(caplog.records) == 11

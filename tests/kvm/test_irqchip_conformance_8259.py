@@ -101,6 +101,14 @@ def test_special_fully_nested_mode_lets_the_slave_interrupt_itself(bench: IrqBen
     assert bench.isr() == 1 << 14 | 1 << 9 | 1 << 2
 
 
+def test_special_fully_nested_mode_means_nothing_to_the_slave(bench: IrqBench) -> None:
+    bench.init_pics(ICW4_8086 | ICW4_SFNM)
+    pulse(bench, 10)
+    assert bench.take() == vectors(10)
+    pulse(bench, 11)
+    assert bench.take() == [], "IR2 of the slave is no cascade, and in service"
+
+
 def test_masks(bench: IrqBench) -> None:
     bench.outb(M_DATA, 0xAA)
     bench.outb(S_DATA, 0x55)
@@ -221,6 +229,15 @@ def test_a_poll_answers_one_read_of_either_port(bench: IrqBench) -> None:
     assert bench.inb(M_DATA) == 0x81
     bench.outb(M_CMD, POLL)
     assert bench.inb(M_CMD) == 0x07, "no request"
+
+
+def test_a_poll_without_request_takes_back_a_stale_int(bench: IrqBench) -> None:
+    pulse(bench, 3)
+    bench.outb(M_CMD, 0x10)  # drops the request of the edge, but INT stays up until the pair looks again
+    bench.outb(M_DATA, MASTER_BASE)
+    bench.outb(M_DATA, 4)
+    assert bench.poll(M_CMD) is None
+    assert bench.take() == []
 
 
 def test_the_cascade_pin_has_no_slave_to_ask(bench: IrqBench) -> None:

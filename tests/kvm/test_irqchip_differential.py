@@ -140,7 +140,7 @@ def machine_steps(random_: random.Random) -> Iterator[Step]:
     yield "take", 1
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(8))
 def test_kvm_and_soft_give_the_same_answers(kvm_bench: KvmBench, seed: int) -> None:
     random_ = random.Random(seed)
     soft_bench = SoftBench()

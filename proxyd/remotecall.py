@@ -14,7 +14,7 @@ placed where the kernel would put one, and every call is made by an instruction 
 this process is killed in the midst of it, the kernel detaches the thread and it returns through that frame by
 itself: a call that was begun completes, registers and signal mask come back, an interrupted call is
 restarted. Two things are different then. A sleep with its rest in the restart_block fails with EINTR, as
-after any handled signal. And of two moments of some microseconds, when the registers are ours and the signal
+after any handled signal. And in two moments of some microseconds, when the registers are ours and the signal
 mask isn't, an interrupted call is restarted even if a handler runs.
 
 For the same reason a call that hangs can be left behind at any time: ptrace belongs to a thread, so the work

@@ -21,8 +21,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from select import EPOLLIN
+from typing import Protocol
 
-__all__ = ["Loop", "Timer"]
+__all__ = ["EventLoop", "Loop", "Timer"]
 
 Handler = Callable[[int], None]
 
@@ -30,6 +31,22 @@ _COMPACT_TIMERS = 64
 """the number of timers from which on cancelled ones are weeded out"""
 _SETTLE_ROUNDS = 64
 """How often one pass goes back to links that stay readable, so that a flood on one can't starve the rest."""
+
+
+class EventLoop(Protocol):
+    """What a device uses of a loop."""
+
+    def add(self, fd: int, callback: Handler, events: int = EPOLLIN, *, first: bool = False) -> None:
+        """See Loop."""
+
+    def modify(self, fd: int, events: int) -> None:
+        """See Loop."""
+
+    def remove(self, fd: int) -> None:
+        """See Loop."""
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """See Loop."""
 
 
 class Timer:

@@ -24,7 +24,7 @@ from common.errors import UsageError
 from common.journal import Log, RateLimited
 from common.link import peer_credentials
 from common.listen import UnixListener
-from common.loop import Loop
+from common.loop import EventLoop
 
 __all__ = ["Chardev", "Frontend", "open_chardev"]
 
@@ -63,7 +63,7 @@ class Chardev:
 
 
 def open_chardev(
-    spec: str, loop: Loop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+    spec: str, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
 ) -> Chardev:
     """Opens the far end that the text describes. ``on_connected`` is told when somebody comes or goes.
 
@@ -112,7 +112,7 @@ class StreamChardev(Chardev):
     connected = False
 
     def __init__(
-        self, loop: Loop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+        self, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
     ) -> None:
         self._loop = loop
         self._log = RateLimited(log)
@@ -239,7 +239,7 @@ class PtyChardev(StreamChardev):
     """
 
     def __init__(
-        self, loop: Loop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+        self, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
     ) -> None:
         """Opens the pseudo-terminal and logs its name. Raises UsageError."""
         super().__init__(loop, log, frontend, on_connected)
@@ -270,7 +270,7 @@ class UnixChardev(StreamChardev):
     """A listening UNIX socket. One client at a time; the next one waits until the first has gone."""
 
     def __init__(
-        self, path: str, loop: Loop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+        self, path: str, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
     ) -> None:
         """Binds and listens. Raises UsageError."""
         super().__init__(loop, log, frontend, on_connected)

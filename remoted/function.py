@@ -10,37 +10,22 @@ counts calls instead, and a line that counts wrong storms or loses interrupts.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from common import pci
-from common.loop import Loop
+from common.errors import UsageError
 from common.pci import Bar, BarKind
-from remoted.memory import GuestMemory
+from remoted.host import Failures, Host
 
 __all__ = ["Bar", "BarKind", "Host", "PciFunction"]
 
 ALL_ONES = 0xFFFFFFFFFFFFFFFF
+_SMALLEST_IO_BAR = 4
+_SMALLEST_MEMORY_BAR = 16
 _ACCESS_SIZES = frozenset((1, 2, 4, 8))
-_MAX_FAILURES = 64
-"""how many different failures of a device's code are logged"""
 _BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What the daemon gives to a device."""
-
-    name: str
-    """the device's id"""
-    loop: Loop
-    log: logging.Logger | logging.LoggerAdapter[logging.Logger]
-    memory: GuestMemory
-    """the RAM of the guest that is connected, for DMA"""
-    set_irq: Callable[[bool], None]
-    """drives the function's pirq; devices use set_intx()"""
 
 
 @dataclass(slots=True)
@@ -83,7 +68,8 @@ class PciFunction:
         self._level = False
         self._asserted = False
         self._windows: list[_Window] = []
-        self._failures: set[str] = set()
+        self._failures = Failures(host.log)
+        self._check_declaration()
         self._config = bytearray(pci.PCI_CONFIG_SIZE)
         self._wmask = bytearray(pci.PCI_CONFIG_SIZE)
         self._init_config()
@@ -137,7 +123,7 @@ class PciFunction:
         try:
             self.reset()
         except Exception:  # noqa: BLE001 - a device author's bug
-            self._device_failed("reset")
+            self._failures.report("reset")
 
     def config_read(self, addr: int, size: int) -> int:
         """``size`` (1, 2 or 4) bytes of config space; all ones when they don't lie within its 256 bytes."""
@@ -168,7 +154,7 @@ class PciFunction:
                     try:
                         return self.bar_read(window.bar, offset, size) & ((1 << 8 * size) - 1)
                     except Exception:  # noqa: BLE001 - a device author's bug
-                        self._device_failed(f"reading {size} bytes at BAR {window.bar} + {offset:#x}")
+                        self._failures.report(f"reading {size} bytes at BAR {window.bar} + {offset:#x}")
                 break
         return ALL_ONES
 
@@ -181,17 +167,25 @@ class PciFunction:
                     try:
                         self.bar_write(window.bar, offset, size, value & ((1 << 8 * size) - 1))
                     except Exception:  # noqa: BLE001 - a device author's bug
-                        self._device_failed(f"writing {size} bytes at BAR {window.bar} + {offset:#x}")
+                        self._failures.report(f"writing {size} bytes at BAR {window.bar} + {offset:#x}")
                         return False
                     return True
                 break
         return False
 
-    def _device_failed(self, doing: str) -> None:
-        """Logs an error in the device's own code, with its traceback, once for each thing it was doing."""
-        if doing not in self._failures and len(self._failures) < _MAX_FAILURES:
-            self._failures.add(doing)
-            self.host.log.exception("the device's code failed: %s", doing)
+    def _check_declaration(self) -> None:
+        """Raises UsageError when the class attributes describe no possible function."""
+        if self.INTERRUPT_PIN not in range(5):
+            raise UsageError(f"INTERRUPT_PIN {self.INTERRUPT_PIN} is not 0 to 4")
+        taken: set[int] = set()
+        for number, bar in self.BARS.items():
+            smallest = _SMALLEST_IO_BAR if bar.kind is BarKind.IO else _SMALLEST_MEMORY_BAR
+            if bar.size < smallest or bar.size & bar.size - 1:
+                raise UsageError(f"BAR {number}: a size of {bar.size} is no power of two from {smallest} up")
+            occupied = {number, number + 1} if bar.kind is BarKind.MEM64 else {number}
+            if occupied & taken or not occupied <= set(range(pci.PCI_NUM_BARS)):
+                raise UsageError(f"BAR {number} has no room among the {pci.PCI_NUM_BARS} BARs")
+            taken |= occupied
 
     def _init_config(self) -> None:
         config, wmask = self._config, self._wmask

@@ -17,7 +17,8 @@ from common.loop import Loop
 from common.pci import format_devfn
 from common.service import notify
 from remoted.control import INTERFACE, RemotedInterface
-from remoted.function import Host, PciFunction
+from remoted.function import PciFunction
+from remoted.host import Failures, GuardedLoop, Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.models import find_model
@@ -76,7 +77,8 @@ class Remoted:
             raise UsageError(f"device {device.id}: model {device.model} has no option {', '.join(unknown)}")
         log = device_log(PROGRAM, device.id)
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
-        host = Host(device.id, self._loop, log, GuestMemory(), pirq.set_irq)
+        loop = GuardedLoop(self._loop, Failures(log))
+        host = Host(device.id, loop, log, GuestMemory(), pirq.set_irq)
         function = self._power_on(model, host, device)
         server = DeviceServer(self._loop, function, pirq, self._on_idle)
         try:
@@ -96,6 +98,9 @@ class Remoted:
             function = model(host, device.properties)
         except UsageError as error:
             raise UsageError(f"device {device.id}: {error}") from error
+        except Exception as error:  # a stranger's constructor may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise UsageError(f"device {device.id}: model {device.model} can't be created: {reason}") from error
         function.full_reset()
         return function
 

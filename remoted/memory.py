@@ -3,16 +3,22 @@
 
 A client sends the whole table each time, up to eight regions with one fd each; what it replaces is unmapped
 before the next message is looked at. One memory serves one client: with its session the mappings go.
+
+The files stay the client's, which may truncate them at any time. A process that touches a page that is gone
+dies of SIGBUS, while the kernel, copying on its behalf, answers EFAULT: so bytes go through a file of our own,
+and RAM itself is only shown where a seal keeps it from shrinking (memfd_create(2), fcntl(2)).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import mmap
 import os
 import stat
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,6 +26,9 @@ from common import mpqemu
 from common.errors import IohubError, ProtocolError
 
 __all__ = ["DmaError", "GuestMemory"]
+
+
+_COPY_SIZE = 1 << 16
 
 
 class DmaError(IohubError):
@@ -30,6 +39,16 @@ class _Region(NamedTuple):
     start: int
     end: int
     ram: mmap.mmap
+    can_shrink: bool
+    """whether its file may be truncated"""
+
+
+class _Piece(NamedTuple):
+    """A part of a region: offsets into it."""
+
+    region: _Region
+    start: int
+    end: int
 
 
 class GuestMemory:
@@ -38,6 +57,8 @@ class GuestMemory:
     def __init__(self) -> None:
         self._regions: list[_Region] = []
         self._starts: list[int] = []
+        self._copy = -1
+        """a memfd that bytes go through, as long as there is RAM"""
 
     @property
     def regions(self) -> list[tuple[int, int]]:
@@ -62,7 +83,10 @@ class GuestMemory:
         regions: list[_Region] = []
         try:
             for start, size, offset, fd in wanted:
-                regions.append(_Region(start, start + size, mmap.mmap(fd, size, offset=offset)))
+                ram = mmap.mmap(fd, size, offset=offset)
+                regions.append(_Region(start, start + size, ram, _can_shrink(fd)))
+            if self._copy == -1 and regions:
+                self._copy = os.memfd_create("dma", os.MFD_CLOEXEC)
         except (OSError, ValueError, OverflowError) as error:
             _unmap(regions)
             raise ProtocolError(f"RAM at {start:#x}: {error}") from error
@@ -74,21 +98,31 @@ class GuestMemory:
         """Unmaps everything."""
         old, self._regions, self._starts = self._regions, [], []
         _unmap(old)
+        copy, self._copy = self._copy, -1
+        if copy != -1:
+            os.close(copy)
 
     def read(self, address: int, size: int) -> bytes:
         """Copies bytes out of RAM; they may span regions that adjoin. Raises DmaError, for all or nothing."""
-        return b"".join(bytes(ram[start:end]) for ram, start, end in self._pieces(address, size))
+        return b"".join(self._read_piece(piece) for piece in self._pieces(address, size))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Copies bytes into RAM; they may span regions that adjoin. Raises DmaError, and writes nothing then."""
+        """Copies bytes into RAM; they may span regions that adjoin.
+
+        Raises DmaError: nothing is written then, unless it is because a file was truncated.
+        """
         view = memoryview(data).cast("B")
         done = 0
-        for ram, start, end in self._pieces(address, len(view)):
-            ram[start:end] = view[done : done + end - start]
-            done += end - start
+        for piece in self._pieces(address, len(view)):
+            size = piece.end - piece.start
+            self._write_piece(piece, view[done : done + size])
+            done += size
 
     def view(self, address: int, size: int) -> memoryview:
-        """RAM itself, within one region. Raises DmaError.
+        """RAM itself, within one region.
+
+        Raises DmaError, also for RAM whose file isn't sealed against shrinking. That of QEMU's
+        memory-backend-memfd is, by default.
 
         Valid until the device's handler returns, and to be released by then (use it in a with statement): a view
         that is kept keeps an old mapping alive.
@@ -96,11 +130,13 @@ class GuestMemory:
         pieces = self._pieces(address, size)
         if len(pieces) != 1:
             raise DmaError(f"no single region of RAM holds {size} bytes at {address:#x}")
-        ram, start, end = pieces[0]
-        with memoryview(ram) as whole:
+        region, start, end = pieces[0]
+        if region.can_shrink:
+            raise DmaError(f"RAM at {address:#x} may be truncated, it can't be viewed")
+        with memoryview(region.ram) as whole:
             return whole[start:end]
 
-    def _pieces(self, address: int, size: int) -> list[tuple[mmap.mmap, int, int]]:
+    def _pieces(self, address: int, size: int) -> list[_Piece]:
         """The parts of regions that make up a range, which must be covered without a gap."""
         pieces = []
         position, end = address, address + size
@@ -110,9 +146,49 @@ class GuestMemory:
                 raise DmaError(f"no RAM at {position:#x}")
             region = self._regions[index]
             stop = min(end, region.end)
-            pieces.append((region.ram, position - region.start, stop - region.start))
+            pieces.append(_Piece(region, position - region.start, stop - region.start))
             position = stop
         return pieces
+
+    def _read_piece(self, piece: _Piece) -> bytes:
+        region, start, end = piece
+        chunks = []
+        with memoryview(region.ram) as ram:
+            for offset in range(start, end, _COPY_SIZE):
+                with ram[offset : min(offset + _COPY_SIZE, end)] as chunk, _as_dma_error(region, offset):
+                    _expect(os.pwrite(self._copy, chunk, 0), len(chunk))
+                    chunks.append(os.pread(self._copy, len(chunk), 0))
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _write_piece(self, piece: _Piece, data: memoryview) -> None:
+        region, start, end = piece
+        with memoryview(region.ram) as ram:
+            for offset in range(start, end, _COPY_SIZE):
+                with ram[offset : min(offset + _COPY_SIZE, end)] as chunk, _as_dma_error(region, offset):
+                    done = offset - start
+                    os.pwrite(self._copy, data[done : done + len(chunk)], 0)
+                    _expect(os.preadv(self._copy, [chunk], 0), len(chunk))
+
+
+@contextlib.contextmanager
+def _as_dma_error(region: _Region, offset: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DmaError(f"RAM at {region.start + offset:#x} is gone: {error.strerror}") from error
+
+
+def _expect(copied: int, wanted: int) -> None:
+    if copied != wanted:  # the kernel got as far as the file still goes
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+
+def _can_shrink(fd: int) -> bool:
+    """Whether the file may be truncated: it lacks that seal, or its filesystem knows none."""
+    try:
+        return not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    except OSError:
+        return True
 
 
 def _check_region(start: int, size: int, offset: int, fd: int) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""edu: the device for driver lessons of QEMU's docs/specs/edu.rst, INTx only; details as in hw/misc/edu.c."""
+"""edu: the device for driver lessons of QEMU's docs/specs/edu.rst, INTx only; details as in hw/misc/edu.c.
+
+The option ``dma_mask`` is QEMU's: what the DMA engine can address, 28 bits unless told otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from common.loop import Loop, Timer
-from remoted.function import Bar, BarKind, Host, PciFunction
+from common.loop import EventLoop, Timer
+from remoted.function import Bar, BarKind, PciFunction
+from remoted.host import Host
 
 __all__ = ["Edu"]
 
@@ -19,69 +23,19 @@ REG_STATUS = 0x20
 REG_IRQ_STATUS = 0x24
 REG_IRQ_RAISE = 0x60
 REG_IRQ_ACKNOWLEDGE = 0x64
-REG_DMA_SOURCE = 0x80
-REG_DMA_DESTINATION = 0x88
-REG_DMA_COUNT = 0x90
-REG_DMA_COMMAND = 0x98
 
 IDENTIFICATION = 0x010000ED
 STATUS_COMPUTING = 0x01
 STATUS_IRQFACT = 0x80
 FACT_IRQ = 0x00000001
-DMA_IRQ = 0x00000100
-DMA_RUN = 0x1
-DMA_RAISE_IRQ = 0x4
 
+_MASK = re.compile(r"0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19}", re.ASCII)
 _DMA_AREA = 0x80
 """from here on accesses may have 8 bytes"""
 _ALL_ONES = 0xFFFFFFFFFFFFFFFF
 _MASK32 = 0xFFFFFFFF
 _FACTORIAL_ENDS = 34
 """34! is the first that is a multiple of 2 to the 32nd, so it and every later one is 0 in 32 bits"""
-
-
-class DmaEngine:
-    """The DMA registers of a device that reaches no memory.
-
-    A started transfer ends at once and moves nothing, as when every cycle ends in a master abort; the run bit
-    and the interrupt behave as after a transfer, so that no driver waits for ever.
-    """
-
-    def __init__(self, loop: Loop, raise_irq: Callable[[int], None]) -> None:
-        self._loop = loop
-        self._raise_irq = raise_irq
-        self._registers: dict[int, int] = {}
-        self._running: Timer | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        """Stops a transfer and clears the registers."""
-        self._registers = dict.fromkeys(
-            (REG_DMA_SOURCE, REG_DMA_DESTINATION, REG_DMA_COUNT, REG_DMA_COMMAND), 0
-        )
-        if self._running is not None:
-            self._running.cancel()
-            self._running = None
-
-    def read(self, offset: int) -> int:
-        """The 64-bit register; all ones where there is none."""
-        return self._registers.get(offset, _ALL_ONES)
-
-    def write(self, offset: int, value: int) -> None:
-        """Writes a register. Nothing can be written while a transfer runs, nor a command that starts none."""
-        if offset not in self._registers or self._running is not None:
-            return
-        if offset == REG_DMA_COMMAND:
-            if not value & DMA_RUN:
-                return
-            self._running = self._loop.call_later(0, self._finish)
-        self._registers[offset] = value
-
-    def _finish(self) -> None:
-        self._running = None
-        command = self._registers[REG_DMA_COMMAND] = self._registers[REG_DMA_COMMAND] & ~DMA_RUN
-        if command & DMA_RAISE_IRQ:
-            self._raise_irq(DMA_IRQ)
 
 
 class Edu(PciFunction):
@@ -92,10 +46,13 @@ class Edu(PciFunction):
     REVISION = 0x10
     CLASS_CODE = 0x00FF00
     BARS: ClassVar = {0: Bar(BarKind.MEM32, 1 << 20)}
+    PROPERTIES = frozenset({"dma_mask"})
 
     def __init__(self, host: Host, properties: Mapping[str, str]) -> None:
+        """Raises UsageError."""
         super().__init__(host, properties)
-        self._dma = DmaEngine(host.loop, self._raise_irq)
+        mask = _parse_mask(properties["dma_mask"]) if "dma_mask" in properties else DEFAULT_MASK
+        self._dma = DmaEngine(host, mask, self._is_master, self._raise_irq)
         self._computing: Timer | None = None
         self.reset()
 
@@ -160,3 +117,12 @@ class Edu(PciFunction):
     def _raise_irq(self, value: int) -> None:
         self._irq_status |= value
         self.set_intx(self._irq_status != 0)
+
+    def _is_master(self) -> bool:
+        return bool(self.config_read(pci.PCI_COMMAND, 2) & pci.PCI_COMMAND_MASTER)
+
+
+def _parse_mask(text: str) -> int:
+    if not _MASK.fullmatch(text) or int(text, 0) > _ALL_ONES:
+        raise UsageError(f"dma_mask={text}: must be a number of up to 64 bits, decimal or 0x hexadecimal")
+    return int(text, 0)

@@ -9,7 +9,8 @@ from typing import ClassVar
 from common.errors import UsageError
 from common.uart import UART_MSR_CTS, UART_MSR_DCD, UART_MSR_DSR, Uart16550
 from remoted.chardev import open_chardev
-from remoted.function import Bar, BarKind, Host, PciFunction
+from remoted.function import Bar, BarKind, PciFunction
+from remoted.host import Host
 
 __all__ = ["PciSerial"]
 

@@ -63,7 +63,7 @@ def test_the_table_shows_the_same(vm: str) -> None:
 
 
 def test_a_remote_that_loses_interrupts_makes_the_demo_fail(tmp_path: Path) -> None:
-    """With a hub that forgets the tenth rise of each line, in a sitecustomize that only the daemons' processes see."""
+    """With a hub that forgets the tenth rise of each line, by a sitecustomize that only the daemons see."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if 'remoted' in sys.orig_argv:\n"

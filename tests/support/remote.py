@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.loop import Loop
-from remoted.function import Host, PciFunction
+from remoted.function import PciFunction
+from remoted.host import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.server import DeviceServer

@@ -7,10 +7,14 @@ The option ``dma_mask`` is QEMU's: what the DMA engine can address, 28 bits unle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from typing import ClassVar
 
-from common.loop import EventLoop, Timer
+from common import pci
+from common.errors import UsageError
+from common.loop import Timer
+from remoted.devices.edu_dma import DEFAULT_MASK, DmaEngine
 from remoted.function import Bar, BarKind, PciFunction
 from remoted.host import Host
 

@@ -88,6 +88,6 @@ $(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml
 	test -z "$$optional" || echo "Without $$optional its tests will be skipped; as root: $(APT_INSTALL) $$optional"
 	echo "Installing the Python packages into $(VENV)"
 	$(VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-input --no-cache-dir --disable-pip-version-check \
+	$(VENV)/bin/python -m pip install --quiet --no-input --no-cache-dir --disable-pip-version-check --use-pep517 \
 		--editable .$(if $(filter test.stamp,$(@F)),[test])
 	touch $@

@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,14 @@ def proxyd(*devices: str) -> VmConfig:
 
 def addresses(config: VmConfig) -> dict[str, str]:
     return {device.id: format_devfn(device.devfn) for device in config.devices}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home() -> Iterator[None]:
+    """So that users other than root have a default runtime directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+        yield
 
 
 @pytest.fixture

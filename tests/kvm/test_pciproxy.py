@@ -208,6 +208,8 @@ def test_a_kick_brings_a_lost_assertion_back_and_does_nothing_to_a_low_line(boar
     proxy = board.proxies["b"]
     proxy.quiesce()
     assert board.bench.irr() & 1 << 11 == 0
+    assert board.take() == [15], "the slave had asked for the CPU before its line dropped"
+    board.guest.outb(M_CMD, EOI)
     proxy.set_route(None)
     proxy.set_route(11)
     assert board.take() == [11]

@@ -88,7 +88,7 @@ class Monitor:
 
         Raises MonitorAbsent, PeerGone, and UsageError for a path that can't be a monitor's.
         """
-        sock = _connect(path, on_silence)
+        sock = _connect(path)
         client = _Client(sock)
 
         def dispatch(event: Message) -> bool:
@@ -159,7 +159,7 @@ class Monitor:
                 self._client.passenger = None
 
 
-def _connect(path: str, on_silence: Callable[[str], None]) -> socket.socket:
+def _connect(path: str) -> socket.socket:
     """A connected, non-blocking socket; asyncio would take EAGAIN, a full queue, for being connected."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -169,8 +169,7 @@ def _connect(path: str, on_silence: Callable[[str], None]) -> socket.socket:
         raise MonitorAbsent(f"{path}: {error.strerror}") from error
     except BlockingIOError as error:
         sock.close()
-        on_silence(f"QEMU's monitor {path} is busy: other clients are waiting for it already")
-        raise PeerGone(f"{path}: too many clients") from error
+        raise PeerGone(f"QEMU's monitor {path} is busy: others are waiting for it already") from error
     except (OSError, ValueError) as error:
         sock.close()
         raise UsageError(f"--vm qmp:{path}: {getattr(error, 'strerror', None) or error}") from error

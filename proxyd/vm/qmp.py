@@ -25,7 +25,7 @@ from common.loop import Loop
 from common.pci import format_devfn
 from common.service import notify
 from proxyd.control import INTERFACE, ProxydInterface
-from proxyd.uevents import KvmUevents
+from proxyd.uevents import KvmEvents
 from proxyd.vm import qemu
 from proxyd.vm.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qemu import PROXY_DRIVER, Inventory
@@ -56,8 +56,8 @@ class QemuPlugger:
         _check_ids(self._functions)
         self._stop = asyncio.Event()
         self._kvm_event = asyncio.Event()
-        self._uevents = KvmUevents()
-        self._loop.add(self._uevents.fd, self._on_uevent)
+        self._uevents = KvmEvents()
+        self._loop.add(self._uevents.fileno(), self._on_uevent)
         interface = ProxydInterface(config.name, config.vm, "kvm", None, list(self._functions.values()))
         path = str(config.runtime_dir / "proxyd.varlink")
         self._control = ControlServer(self._loop, path, INTERFACE, interface, log)
@@ -75,7 +75,7 @@ class QemuPlugger:
         for function in self._functions.values():
             function.release()
         self._control.close()
-        self._loop.remove(self._uevents.fd)
+        self._loop.remove(self._uevents.fileno())
         self._uevents.close()
 
     async def _main(self) -> None:
@@ -121,7 +121,7 @@ class QemuPlugger:
         while True:
             self._kvm_event.clear()
             try:
-                return await Monitor.connect(self._socket, self._on_event, self._log.warning)
+                return await Monitor.connect(self._socket, self._on_event, self._on_silence)
             except MonitorAbsent as error:
                 if told != str(error):
                     self._log.info("no QEMU (%s): waiting for one", error)
@@ -133,6 +133,10 @@ class QemuPlugger:
                     self._log.warning("%s", error)
                 told = str(error)
                 await asyncio.sleep(_RETRY_SECONDS)
+
+    def _on_silence(self, line: str) -> None:
+        self._log.warning("%s", line)
+        notify("READY=1\nSTATUS=Waiting for QEMU's monitor")
 
     async def _attend(self, monitor: Monitor) -> None:
         """Serves one QEMU until it goes, or until told to stop.
@@ -198,7 +202,9 @@ class QemuPlugger:
             self._event_log.info("the machine was %s (%s)", verb, data.get("reason", "unknown reason"))
 
     def _on_uevent(self, _events: int) -> None:
-        if self._uevents.read():
+        lost = self._uevents.lost
+        created = any(event.kind == "create" for event in self._uevents.read())
+        if created or self._uevents.lost != lost:
             self._kvm_event.set()
 
 

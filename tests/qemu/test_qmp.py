@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""proxyd beside a running stock QEMU: what it plugs, adopts, replaces and unplugs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.monitorclient import MonitorClient
+from tests.support.qmpbench import QmpBench, count_fds_of
+from tests.support.wait import wait_until
+
+pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
+
+PLUGGED = {"edu0": "child<x-pci-proxy-dev>", "com1": "child<x-pci-proxy-dev>"}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[QmpBench]:
+    bench = QmpBench(tmp_path)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def monitor(bench: QmpBench) -> MonitorClient:
+    """remoted and QEMU run; proxyd doesn't, yet."""
+    bench.start_remoted()
+    return bench.start_guest()
+
+
+def test_plugs_devices_whose_interrupts_arrive(bench: QmpBench, monitor: MonitorClient) -> None:
+    bench.start_proxyd()
+    assert monitor.plugged() == PLUGGED
+    bench.run_guest(rounds=100)
+    for function in bench.status("proxyd").values():
+        assert function["connected"]
+        assert function["remote_pid"] == bench.remoted.process.pid
+
+
+def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
+    bench: QmpBench, monitor: MonitorClient
+) -> None:
+    bench.start_proxyd()
+    bench.run_guest()
+    fds = count_fds_of(bench.remoted.process.pid), count_fds_of(bench.guest.pid)
+    assert bench.end_proxyd() == 0
+    bench.check_interrupts()
+    bench.start_proxyd()
+    bench.check_interrupts()
+    bench.proxyd.kill()
+    bench.check_interrupts()
+    bench.start_proxyd()
+    # No setup: a device that had been plugged anew would have lost its addresses.
+    bench.check_interrupts()
+    assert monitor.plugged() == PLUGGED
+    assert bench.log("proxyd").count("found plugged at 05.0, served by") == 2
+    assert (count_fds_of(bench.remoted.process.pid), count_fds_of(bench.guest.pid)) == fds
+
+
+def test_unplugs_at_its_end_when_told_to(bench: QmpBench, monitor: MonitorClient) -> None:
+    bench.start_proxyd("--unplug-on-exit")
+    bench.run_guest()
+    bench.proxyd.process.send_signal(signal.SIGTERM)
+    bench.eject(5, 6)
+    assert bench.proxyd.process.wait(60.0) == 0
+    assert monitor.plugged() == {}
+    assert bench.addresses().isdisjoint({"05.0", "06.0"})
+
+
+def test_twenty_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
+    bench: QmpBench, monitor: MonitorClient
+) -> None:
+    pids = bench.remoted.process.pid, bench.guest.pid
+    fds = [count_fds_of(pid) for pid in pids]
+    for _ in range(20):
+        bench.start_proxyd("--unplug-on-exit")
+        bench.run_guest(rounds=4)
+        bench.proxyd.process.send_signal(signal.SIGTERM)
+        bench.eject(5, 6)
+        assert bench.proxyd.process.wait(60.0) == 0
+    wait_until(lambda: [count_fds_of(pid) for pid in pids] == fds, "remoted and QEMU close what they got")
+
+
+def test_replaces_twenty_times_what_has_lost_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:
+    bench.start_proxyd()
+    bench.run_guest(rounds=4)
+    pids = bench.proxyd.process.pid, bench.guest.pid
+    fds = [count_fds_of(pid) for pid in pids]
+    for number in range(1, 21):
+        bench.remoted.kill()
+        bench.eject(5, 6)
+        bench.start_remoted()
+        bench.wait_linked(number)
+        bench.run_guest(rounds=4)
+    wait_until(lambda: [count_fds_of(pid) for pid in pids] == fds, "proxyd and QEMU close what they got")
+
+
+def test_replaces_an_adopted_function_that_loses_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:
+    bench.start_proxyd()
+    bench.proxyd.kill()
+    bench.start_proxyd()
+    bench.remoted.kill()
+    bench.eject(5, 6)
+    bench.start_remoted()
+    bench.wait_linked(1)
+    bench.run_guest()
+
+
+def test_replaces_what_it_finds_plugged_without_a_link(bench: QmpBench, monitor: MonitorClient) -> None:
+    bench.start_proxyd()
+    bench.proxyd.kill()
+    bench.remoted.kill()
+    bench.start_remoted()
+    bench.start_proxyd()
+    assert bench.log("proxyd").count("found plugged without a link") == 2
+    bench.eject(5, 6)
+    bench.wait_linked(1)
+    bench.run_guest()
+
+
+def test_functions_of_one_slot_come_and_go_together(tmp_path: Path) -> None:
+    bench = QmpBench(tmp_path, ("edu", "id=edu0", "addr=05.0"), ("pci-serial", "id=com1", "addr=05.1"))
+    try:
+        bench.start_remoted()
+        monitor = bench.start_guest()
+        bench.start_proxyd()
+        assert bench.addresses() >= {"05.0", "05.1"}
+        bench.run_guest()
+        bench.remoted.kill()
+        bench.eject(5)
+        bench.start_remoted()
+        bench.wait_linked(1)
+        assert bench.addresses() >= {"05.0", "05.1"}
+        bench.run_guest()
+        bench.proxyd.kill()
+        monitor.execute("device_del", id="com1")
+        bench.eject(5)
+        assert monitor.plugged() == {}
+        bench.start_proxyd()
+        bench.run_guest()
+    finally:
+        bench.close()

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What happens to QEMU and its guest while proxyd is beside them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.monitorclient import MonitorClient
+from tests.support.qmpbench import QmpBench
+from tests.support.wait import wait_until
+
+pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[QmpBench]:
+    bench = QmpBench(tmp_path)
+    bench.start_remoted()
+    yield bench
+    bench.close()
+
+
+def test_waits_for_qemu_and_for_the_next_one(bench: QmpBench) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(bench.monitor_path))
+    bench.start_proxyd()
+    assert "Connection refused" in bench.log("proxyd")
+    bench.monitor_path.unlink()
+    for number in (1, 2):
+        bench.start_guest()
+        bench.wait_log("proxyd", "plugged at 06.0", number)
+        bench.run_guest()
+        bench.guest.close()
+        bench.wait_log("proxyd", "has gone", number)
+    assert {f["connected"] for f in bench.status("proxyd").values()} == {False}
+    wait_until(
+        lambda: {f["link"] for f in bench.status("remoted").values()} == {"waiting"},
+        "remoted sees that QEMU has gone",
+    )
+
+
+def test_a_guest_that_was_stopped_and_continued_works_on(bench: QmpBench) -> None:
+    monitor = bench.start_guest()
+    bench.start_proxyd()
+    bench.command("setup")
+    monitor.execute("stop")
+    bench.wait_log("proxyd", "QEMU has stopped the guest")
+    monitor.execute("cont")
+    bench.wait_log("proxyd", "QEMU has gone on")
+    bench.check_interrupts()
+
+
+def test_ten_resets_while_a_line_is_high(bench: QmpBench) -> None:
+    monitor = bench.start_guest()
+    bench.start_proxyd()
+    for number in range(1, 11):
+        bench.run_guest()
+        bench.command("hold 05.0")
+        bench.command("hold 06.0")
+        assert {f["asserted"] for f in bench.status("remoted").values()} == {True}
+        if number % 2:
+            bench.command("reboot")
+        else:
+            monitor.execute("system_reset")
+        bench.guest.console.wait_ready(60.0)
+        assert {f["asserted"] for f in bench.status("remoted").values()} == {False}
+    bench.run_guest()
+    bench.wait_log("proxyd", "the machine was reset (guest-reset)")
+    bench.wait_log("proxyd", "the machine was reset (host-qmp-system-reset)")
+
+
+def test_says_that_the_guest_does_not_consent(bench: QmpBench) -> None:
+    monitor = bench.start_guest()
+    bench.start_proxyd("--unplug-on-exit")
+    bench.run_guest()
+    assert bench.end_proxyd() == 0
+    assert bench.log("proxyd").count("the guest hasn't let it go in 5 s: it stays plugged") == 2
+    assert set(monitor.plugged()) == {"edu0", "com1"}
+    bench.check_interrupts()
+    monitor.execute("system_reset")
+    monitor.wait_event("DEVICE_DELETED", device="edu0")
+
+
+def test_says_that_a_stopped_guest_can_not_consent(bench: QmpBench) -> None:
+    monitor = bench.start_guest()
+    monitor.execute("stop")
+    bench.start_proxyd("--unplug-on-exit")
+    assert bench.end_proxyd() == 0
+    assert bench.log("proxyd").count("the guest is stopped and can't let it go in 5 s: it stays plugged") == 2
+    assert set(monitor.plugged()) == {"edu0", "com1"}
+
+
+def test_a_reset_lets_go_of_what_has_lost_its_remoted(bench: QmpBench) -> None:
+    monitor = bench.start_guest()
+    bench.start_proxyd()
+    bench.remoted.kill()
+    wait_until(lambda: bench.asked_to_eject(5) and bench.asked_to_eject(6), "QEMU asks the guest to eject")
+    monitor.execute("system_reset")
+    bench.guest.console.wait_ready(60.0)
+    bench.start_remoted()
+    bench.wait_linked(1)
+    bench.run_guest()
+
+
+def test_what_somebody_else_unplugs_stays_out(bench: QmpBench) -> None:
+    monitor = bench.start_guest()
+    bench.start_proxyd()
+    bench.command("setup")
+    monitor.execute("device_del", id="edu0")
+    bench.eject(5)
+    bench.wait_log("proxyd", "edu0: warning: unplugged, not by this daemon")
+    wait_until(
+        lambda: bench.status("remoted")["edu0"]["link"] == "waiting", "remoted may have another client"
+    )
+    assert set(monitor.plugged()) == {"com1"}
+    assert bench.end_proxyd() == 0
+    bench.start_proxyd()
+    bench.run_guest()
+
+
+def test_a_busy_monitor_is_told_and_waited_for(bench: QmpBench) -> None:
+    bench.start_guest()
+    with MonitorClient(bench.monitor_path):
+        bench.start_proxyd()
+        assert f"QEMU's monitor {bench.monitor_path} doesn't answer" in bench.log("proxyd")
+    bench.wait_linked(0)
+    bench.run_guest()
+    assert bench.end_proxyd() == 0
+
+
+def test_sigterm_ends_it_while_the_monitor_is_busy(bench: QmpBench) -> None:
+    bench.start_guest()
+    with MonitorClient(bench.monitor_path):
+        bench.start_proxyd()
+        assert f"QEMU's monitor {bench.monitor_path} doesn't answer" in bench.log("proxyd")
+        assert bench.end_proxyd() == 0

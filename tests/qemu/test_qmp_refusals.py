@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a QEMU must be for proxyd to serve it; otherwise one line says what to change, and nothing is plugged."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.monitorclient import MonitorClient
+from tests.support.qmpbench import RAM
+
+pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
+
+GOOD = ("-accel", "kvm", *RAM, "-machine", "memory-backend=ram0")
+
+
+def refuse(directory: Path, qemu: Sequence[str], device: str = "id=dev0,addr=05.0") -> str:
+    """Starts a stopped QEMU and a proxyd for it; the one line that proxyd says before it ends with status 2."""
+    path = directory / "qmp"
+    arguments = ["--name", "test", "--runtime-dir", str(directory), "--vm", f"qmp:{path}", "--device", device]
+    with subprocess.Popen(
+        [
+            *("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-m", "64", *qemu),
+            *("-qmp", f"unix:{path},server=on,wait=off", "-qmp", f"unix:{path}.test,server=on,wait=off"),
+        ]
+    ) as process:
+        try:
+            with MonitorClient(directory / "qmp.test") as monitor:
+                before = monitor.plugged()
+                ended = subprocess.run(
+                    [sys.executable, "-m", "proxyd", *arguments],
+                    capture_output=True,
+                    text=True,
+                    timeout=60.0,
+                    check=False,
+                )
+                assert monitor.plugged() == before
+        finally:
+            process.kill()
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    match = re.fullmatch(rf"iohub-proxyd: \S+\[{process.pid}\] at {path}: (.*)", line)
+    assert match is not None, line
+    return match[1]
+
+
+@pytest.mark.parametrize(
+    ("qemu", "change"),
+    [
+        (("-accel", "tcg", *GOOD[2:]), "start it with -accel kvm"),
+        ((*GOOD, "-machine", "kernel-irqchip=split"), "start it with -machine kernel-irqchip=on"),
+        ((*GOOD, "-machine", "kernel-irqchip=off"), "start it with -machine kernel-irqchip=on"),
+        ((*GOOD, "-machine", "q35"), "start it with -machine pc"),
+        ((*GOOD, "-machine", "isapc"), "start it with -machine pc"),
+        (
+            (*GOOD, "-global", "PIIX4_PM.acpi-root-pci-hotplug=off"),
+            "start it with ACPI (no -no-acpi) and with -global PIIX4_PM.acpi-root-pci-hotplug=on",
+        ),
+        (
+            ("-accel", "kvm"),
+            "start it with -object memory-backend-memfd,id=ram0,size=64M,share=on -machine memory-backend=ram0",
+        ),
+        (
+            ("-accel", "kvm", *RAM),
+            "start it with -object memory-backend-memfd,id=ram0,size=64M,share=on -machine memory-backend=ram0",
+        ),
+        (
+            (*GOOD, "-object", "memory-backend-memfd,id=dimm0,size=64M,share=off"),
+            "its RAM 'dimm0' is private, devices would write to copies: add share=on to it",
+        ),
+    ],
+)
+def test_says_what_to_change_on_the_command_line(tmp_path: Path, qemu: Sequence[str], change: str) -> None:
+    assert refuse(tmp_path, qemu).endswith(change)
+
+
+def test_a_machine_without_acpi_takes_no_devices(tmp_path: Path) -> None:
+    assert "start it with ACPI" in refuse(tmp_path, (*GOOD, "-no-acpi"))
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("id=dev0,addr=07.0", "device dev0: 07.0 is taken by net7: choose another addr="),
+        ("id=dev0,addr=08.0", "device dev0: 08.0 is taken by Ethernet controller: choose another addr="),
+        ("id=net7,addr=05.0", "device net7: it has a rtl8139 of that id: choose another id="),
+    ],
+)
+def test_ids_and_addresses_of_other_devices_are_theirs(tmp_path: Path, device: str, reason: str) -> None:
+    others = ("-device", "rtl8139,id=net7,addr=7,romfile=", "-device", "rtl8139,addr=8,romfile=")
+    assert refuse(tmp_path, (*GOOD, *others), device) == reason

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The test's own monitor of a QEMU: blocking, and nothing of the code under test."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.support.wait import wait_until
+
+_TIMEOUT = 60.0
+
+
+class CommandRefused(Exception):
+    """QEMU answered with an error."""
+
+
+class MonitorClient:
+    """One QMP connection; ``events`` are those that came so far and nobody waited for."""
+
+    def __init__(self, path: Path) -> None:
+        """Connects, as soon as somebody listens, and waits for the greeting."""
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(_TIMEOUT)
+        wait_until(lambda: self._socket.connect_ex(str(path)) == 0, f"a monitor at {path}")
+        self._lines = self._socket.makefile("r")
+        self.events: list[dict[str, Any]] = []
+        self._read()
+        self.execute("qmp_capabilities")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def execute(self, command: str, **arguments: object) -> Any:
+        """The command's result. Raises CommandRefused."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while True:
+            answer = self._read()
+            if "error" in answer:
+                raise CommandRefused(answer["error"]["desc"])
+            if "return" in answer:
+                return answer["return"]
+            self.events.append(answer)
+
+    def wait_event(self, name: str, **data: object) -> None:
+        """Waits for an event with these data, and forgets it and those before it."""
+        while True:
+            while self.events:
+                event = self.events.pop(0)
+                if event["event"] == name and data.items() <= event.get("data", {}).items():
+                    return
+            self.events.append(self._read())
+
+    def plugged(self) -> dict[str, str]:
+        """The drivers of what has an id, by id."""
+        entries = self.execute("qom-list", path="/machine/peripheral")
+        return {entry["name"]: entry["type"] for entry in entries if entry["type"].startswith("child<")}
+
+    def _read(self) -> Any:
+        line = self._lines.readline()
+        if not line:
+            raise EOFError("the monitor was closed")
+        return json.loads(line)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""remoted, proxyd with ``--vm qmp:`` and a stock QEMU with the guest, started and ended by a test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from common.children import Child
+from common.control import call
+from common.guestconsole import Reply
+from tests.support.monitorclient import MonitorClient
+from tests.support.qemuguest import QemuGuest
+from tests.support.wait import wait_until
+
+EDU = ("edu", "id=edu0", "addr=05.0")
+SERIAL = ("pci-serial", "id=com1", "addr=06.0")
+RAM = ("-object", "memory-backend-memfd,id=ram0,size=64M,share=on")
+
+_EJECT_BASE = 0xAE00
+"""the registers of PIIX4's ACPI PCI hot-plug (QEMU's docs/specs/acpi_pci_hotplug.rst)"""
+_DOWN, _EJECT, _SELECT = 0x4, 0x8, 0x10
+
+
+class QmpBench:
+    """One VM. The guest does no ACPI: eject() does for it what its tables would tell it to."""
+
+    def __init__(self, directory: Path, *devices: Sequence[str]) -> None:
+        """``devices``: model, id and addr of each."""
+        self.directory = directory
+        self._devices = devices or (EDU, SERIAL)
+        self._stack = ExitStack()
+        self.remoted: Child | None = None
+        self.proxyd: Child | None = None
+        self.guest: QemuGuest | None = None
+
+    def close(self) -> None:
+        """Ends everything that still runs."""
+        for child in (self.proxyd, self.remoted):
+            if child is not None:
+                child.kill()
+        self._stack.close()
+        if self.guest is not None:
+            self.guest.close()
+
+    @property
+    def monitor_path(self) -> Path:
+        """proxyd's monitor."""
+        return self.directory / "qmp"
+
+    def start_remoted(self) -> Child:
+        options = [option for device in self._devices for option in ("--device", ",".join(device))]
+        self.remoted = Child("remoted", [*self._common(), *options], self.directory)
+        return self.remoted
+
+    def start_proxyd(self, *options: str) -> Child:
+        """Returns when everything that can be plugged is plugged, or when it waits for QEMU."""
+        self.proxyd = Child("proxyd", self.proxyd_arguments(*options), self.directory)
+        return self.proxyd
+
+    def proxyd_arguments(self, *options: str) -> list[str]:
+        devices = [option for device in self._devices for option in ("--device", ",".join(device[1:]))]
+        return [*self._common(), "--vm", f"qmp:{self.monitor_path}", *devices, *options]
+
+    def start_guest(self) -> MonitorClient:
+        """The test's own monitor of it."""
+        ours = self.directory / "qmp.test"
+        arguments = [*RAM, "-qmp", f"unix:{self.monitor_path},server=on,wait=off"]
+        self.guest = QemuGuest(
+            [*arguments, "-qmp", f"unix:{ours},server=on,wait=off"], machine=",memory-backend=ram0"
+        )
+        return self._stack.enter_context(MonitorClient(ours))
+
+    def command(self, line: str) -> Reply:
+        """The guest's answer, which must be ok."""
+        assert self.guest is not None
+        reply = self.guest.console.command(line, timeout=60.0)
+        assert reply.ok, f"{line}: {reply.reason}, {reply.records}"
+        return reply
+
+    def run_guest(self, rounds: int = 8) -> None:
+        """The guest sets up all functions; each of their interrupts must be served, and no others may come."""
+        assert self.command("setup").result.number("functions") == len(self._devices)
+        self.check_interrupts(rounds)
+
+    def check_interrupts(self, rounds: int = 8) -> None:
+        """The same, after a setup that was before."""
+        before = self._counts()
+        self.command(f"run {rounds} held 4")
+        counts = {key: count - before[key] for key, count in self._counts().items()}
+        expected = rounds * len(self._devices)
+        assert counts == {"served": expected, "lost": 0, "redone": 0, "spurious": 0, "stuck": 0, "vectors": 0}
+
+    def eject(self, *slots: int) -> None:
+        """The guest lets slots go as soon as QEMU asks for all of them."""
+        mask = sum(1 << slot for slot in slots)
+        self.command(f"out 32 {_EJECT_BASE + _SELECT:#x} 0")
+        wait_until(lambda: self._asked() & mask == mask, "QEMU asks the guest to eject")
+        for slot in slots:
+            self.command(f"out 32 {_EJECT_BASE + _EJECT:#x} {1 << slot:#x}")
+
+    def asked_to_eject(self, slot: int) -> bool:
+        """Whether QEMU has asked the guest to let a slot go."""
+        self.command(f"out 32 {_EJECT_BASE + _SELECT:#x} 0")
+        return bool(self._asked() >> slot & 1)
+
+    def addresses(self) -> set[str]:
+        """What the guest finds on its bus."""
+        return {record.text("addr") for record in self.command("lspci").of_kind("pci")}
+
+    def end_proxyd(self) -> int:
+        """SIGTERM; the exit status, however long it takes."""
+        assert self.proxyd is not None
+        self.proxyd.process.send_signal(signal.SIGTERM)
+        return self.proxyd.process.wait(60.0)
+
+    def run_proxyd_to_its_end(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """For a proxyd that must refuse."""
+        arguments = [sys.executable, "-m", "proxyd", *self.proxyd_arguments(*options)]
+        return subprocess.run(arguments, capture_output=True, text=True, timeout=60.0, check=False)
+
+    def log(self, name: str) -> str:
+        """What ``proxyd`` or ``remoted`` has logged so far."""
+        return (self.directory / f"{name}.log").read_text()
+
+    def wait_log(self, name: str, text: str, count: int = 1) -> None:
+        """Waits for a line that contains the text, or for so many of them."""
+        wait_until(lambda: self.log(name).count(text) >= count, f"{text!r} in the log of {name}")
+
+    def status(self, daemon: str) -> dict[str, dict[str, Any]]:
+        """The functions by id, as the daemon's control socket tells."""
+        interface = f"org.iohub.{daemon.capitalize()}"
+        reply = call(self.directory / f"{daemon}.varlink", f"{interface}.Status")
+        return {function["id"]: function for function in reply["functions"]}
+
+    def wait_linked(self, times: int) -> None:
+        """Waits until all functions are plugged and linked, each after having been replaced so many times."""
+        wait_until(
+            lambda: all(
+                function["connected"] and function["reconnects"] == times
+                for function in self.status("proxyd").values()
+            ),
+            f"all functions are linked and were replaced {times} times",
+        )
+
+    def _asked(self) -> int:
+        return self.command(f"in 32 {_EJECT_BASE + _DOWN:#x}").result.number("value")
+
+    def _common(self) -> list[str]:
+        return ["--name", "test", "--runtime-dir", str(self.directory)]
+
+    def _counts(self) -> dict[str, int]:
+        stats = self.command("stats")
+        functions, irqs, (vectors,) = (
+            stats.of_kind("function"),
+            stats.of_kind("irq"),
+            stats.of_kind("vectors"),
+        )
+        counts = {key: sum(f.number(key) for f in functions) for key in ("served", "lost", "redone")}
+        counts |= {key: sum(irq.number(key) for irq in irqs) for key in ("spurious", "stuck")}
+        counts["vectors"] = vectors.number("spurious7") + vectors.number("spurious15")
+        return counts
+
+
+def count_fds_of(pid: int) -> int:
+    """How many file descriptors a process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))

@@ -125,6 +125,10 @@ class PciFunction:
         except Exception:  # noqa: BLE001 - a device author's bug
             self._failures.report("reset")
 
+    def set_multifunction(self) -> None:
+        """Tells guests that the slot has other functions (PCI Local Bus 3.0, 6.2.1); for each of them."""
+        self._config[pci.PCI_HEADER_TYPE] |= pci.PCI_HEADER_TYPE_MULTIFUNCTION
+
     def config_read(self, addr: int, size: int) -> int:
         """``size`` (1, 2 or 4) bytes of config space; all ones when they don't lie within its 256 bytes."""
         if size not in (1, 2, 4) or addr + size > pci.PCI_CONFIG_SIZE:

@@ -80,6 +80,8 @@ class Remoted:
         loop = GuardedLoop(self._loop, Failures(log))
         host = Host(device.id, loop, log, GuestMemory(), pirq.set_irq)
         function = self._power_on(model, host, device)
+        if sum(other.devfn >> 3 == device.devfn >> 3 for other in config.devices) > 1:
+            function.set_multifunction()
         server = DeviceServer(self._loop, function, pirq, self._on_idle)
         try:
             if device.fd is not None:

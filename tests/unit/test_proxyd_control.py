@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""org.iohub.Proxyd: what it tells is what the guest programmed and the links did."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import DeviceConfig, VmConfig
+from common.control import call
+from common.loop import Loop
+from common.pci import parse_devfn
+from proxyd.board import Board
+from proxyd.control import INTERFACE
+from proxyd.softirqchip import SoftIrqchip
+from remoted.devices.irq_line import IrqLine
+from tests.support.fds import count_fds
+from tests.support.remote import RemoteThread
+from tests.support.steploop import run_until
+
+ADDRESSES = {"line0": "05.0", "line1": "06.0"}
+PIIX3 = 0x80000800
+PIRQ_ROUTES = 0x60
+CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
+
+
+class IrqLineOnPinC(IrqLine):
+    INTERRUPT_PIN = 3
+
+
+class Bench:
+    """proxyd's board with the userspace irqchip, and a remote in a thread that comes and goes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.loop = Loop()
+        self._irqchip = SoftIrqchip(self.loop)
+        devices = tuple(
+            DeviceConfig(name, None, parse_devfn(addr), None, None, None, {})
+            for name, addr in ADDRESSES.items()
+        )
+        config = VmConfig("vm1", directory, "soft", devices)
+        self.board = Board("iohub-proxyd", config, self.loop, self._irqchip)
+
+    def status(self) -> dict[str, Any]:
+        """Status, called from outside."""
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(call, self.directory / "proxyd.varlink", f"{INTERFACE}.Status")
+            run_until(self.loop, answer.done)
+            return answer.result()
+
+    def functions(self) -> dict[str, dict[str, Any]]:
+        return {function["id"]: function for function in self.status()["functions"]}
+
+    def route(self, pirq: int, gsi: int) -> None:
+        """The guest's write to one of the PIIX3's PIRQ route registers."""
+        self.board.host.pio_write(CONFIG_ADDRESS, 4, PIIX3 + PIRQ_ROUTES)
+        self.board.host.pio_write(CONFIG_DATA + pirq, 1, gsi)
+
+    def close(self) -> None:
+        self.board.abort()
+        self.board.close()
+        self._irqchip.close()
+        self.loop.close()
+
+
+def remote_in(directory: Path) -> RemoteThread:
+    remote = RemoteThread(directory)
+    remote.add(IrqLine, "line0", parse_devfn("05.0"))
+    remote.add(IrqLineOnPinC, "line1", parse_devfn("06.0"))
+    remote.start()
+    return remote
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    before = count_fds()
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+    assert count_fds() == before
+
+
+def test_the_vm_is_described(bench: Bench) -> None:
+    bench.board.start("userspace", None)
+    status = bench.status()
+    status.pop("functions")
+    assert status == {"vm": "vm1", "pid": os.getpid(), "kind": "soft", "irqchip": "userspace"}
+
+
+def test_the_guests_tsc_frequency_is_told_where_it_is_known(bench: Bench) -> None:
+    bench.board.start("kvm", 2_600_000)
+    assert bench.status()["tsc_khz"] == 2_600_000
+
+
+def test_functions_without_a_remote(bench: Bench) -> None:
+    bench.board.start("userspace", None)
+    assert bench.status()["functions"] == [
+        {"id": name, "addr": addr, "pin": 0, "connected": False, "reconnects": 0}
+        for name, addr in ADDRESSES.items()
+    ]
+
+
+def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
+    remote = remote_in(bench.directory)
+    bench.board.start("userspace", None)
+    line0, line1 = bench.functions().values()
+    assert (line0["pin"], line1["pin"]) == (1, 3)
+    assert "gsi" not in line0
+    bench.route(0, 10)  # 05.0 INTA is on PIRQA
+    assert bench.functions()["line0"]["gsi"] == 10
+    bench.route(0, 11)
+    line0, line1 = bench.functions().values()
+    assert line0["gsi"] == 11
+    assert line0["remote_pid"] == os.getpid()
+    assert line0["remote_name"] == Path("/proc/self/comm").read_text().rstrip("\n")
+    bench.route(0, 0x80)
+    assert "gsi" not in bench.functions()["line0"]
+    remote.close()
+
+
+def test_a_lost_remote_is_told_and_its_return_counted(bench: Bench) -> None:
+    remote = remote_in(bench.directory)
+    bench.board.start("userspace", None)
+    bench.route(0, 10)
+    for times in range(1, 3):
+        remote.close()
+        run_until(bench.loop, lambda: not any(f["connected"] for f in bench.functions().values()))
+        line0 = bench.functions()["line0"]
+        assert "gsi" not in line0
+        assert "remote_pid" not in line0
+        assert line0["pin"] == 1
+        remote = remote_in(bench.directory)
+        run_until(bench.loop, lambda: all(f["connected"] for f in bench.functions().values()))
+        line0 = bench.functions()["line0"]
+        assert (line0["reconnects"], line0["gsi"]) == (times, 10)
+    remote.close()
+
+
+def test_close_removes_the_socket(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.board.start("userspace", None)
+    assert (tmp_path / "proxyd.varlink").exists()
+    bench.close()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""org.iohub.Remoted: what it tells is what clients and lines did."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import varlink
+
+from common.config import DeviceConfig, VmConfig
+from common.control import INTERFACE_DIR, ControlServer, call
+from common.errors import UsageError
+from common.mpqemu import Command
+from common.pci import parse_devfn
+from remoted.control import INTERFACE, RemotedInterface
+from remoted.devices.irq_line import IrqLine
+from remoted.main import Remoted
+from remoted.server import DeviceServer
+from tests.support.fds import count_fds
+from tests.support.loops import running
+from tests.support.remotebench import LineDevice, RemoteBench
+
+DEVICES = {"line0": ("irq-line", "05.0", IrqLine), "dev0": ("line-device", "06.1", LineDevice)}
+
+
+def config_of(name: str, model: str, addr: str, fd: int | None = None) -> DeviceConfig:
+    return DeviceConfig(name, model, parse_devfn(addr), None, fd, None, {})
+
+
+class Bench(RemoteBench):
+    """The devices, and the interface as the control socket has it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        devices: list[tuple[DeviceConfig, DeviceServer]] = []
+        for name, (model, addr, cls) in DEVICES.items():
+            self.add(cls, name, parse_devfn(addr))
+            devices.append((config_of(name, model, addr), self.servers[name]))
+        self.interface = RemotedInterface("vm1", devices)
+
+    def status(self, name: str = "dev0") -> dict[str, Any]:
+        """What Status says about a device."""
+        functions = self.interface.Status()["functions"]
+        assert isinstance(functions, list)
+        (found,) = [function for function in functions if function["id"] == name]
+        return dict(found)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+
+
+def test_an_unused_function(bench: Bench) -> None:
+    assert bench.status("dev0") == {
+        "id": "dev0",
+        "addr": "06.1",
+        "model": "line-device",
+        "level": False,
+        "asserted": False,
+        "raised": 0,
+        "resamples": 0,
+        "reasserts": 0,
+        "rejected": 0,
+        "refused": 0,
+        "has_irqfd": False,
+        "link": "waiting",
+    }
+
+
+def test_the_interfaces_definition_and_the_answer_have_the_same_fields(bench: Bench, tmp_path: Path) -> None:
+    server = ControlServer(
+        bench.loop, str(tmp_path / "control"), INTERFACE, bench.interface, logging.getLogger("control")
+    )
+    with bench.connect("dev0"):
+        with running(bench.loop):
+            answer = call(tmp_path / "control", f"{INTERFACE}.Status")
+        # call() drops what the definition lacks, and Status itself is what the daemon has.
+        assert answer == bench.interface.Status()
+        definition = varlink.Interface((INTERFACE_DIR / f"{INTERFACE}.varlink").read_text(encoding="ascii"))
+        assert set(definition.members["Function"].type.fields) == set(bench.status("dev0"))
+    server.close()
+
+
+def test_the_client_is_told_by_pid_and_name_while_it_is_connected(bench: Bench) -> None:
+    with bench.connect("dev0"):
+        status = bench.status("dev0")
+        assert status["link"] == "connected"
+        assert status["client_pid"] == os.getpid()
+        assert status["client_name"] == Path("/proc/self/comm").read_text().rstrip("\n")
+        assert bench.status("line0")["link"] == "waiting"
+    bench.settle()
+    assert bench.status("dev0")["link"] == "waiting"
+    assert "client_pid" not in bench.status("dev0")
+
+
+def test_counters_are_what_happened_on_the_eventfds(bench: Bench) -> None:
+    with bench.connect("dev0") as client:
+        client.enable()
+        client.drive(True)
+        pair = client.set_irqfd()
+        assert bench.status()["has_irqfd"] is True
+        assert bench.status()["reasserts"] == 1  # the level was high when the irqfd came
+        for _ in range(3):
+            pair.resamplefd.set()
+            bench.settle()
+        client.drive(False)
+        pair.resamplefd.set()
+        bench.settle()
+        client.drive(True)
+        status = bench.status()
+        assert (status["raised"], status["resamples"], status["reasserts"]) == (2, 4, 4)
+        assert int.from_bytes(os.read(pair.irqfd.fd, 8), "little") == 1 + 3 + 1
+    bench.settle()
+    status = bench.status()
+    assert status["has_irqfd"] is False
+    assert (status["raised"], status["level"]) == (2, True)
+
+
+def test_a_line_behind_intx_disable_is_high_but_not_asserted(bench: Bench) -> None:
+    with bench.connect("dev0") as client:
+        client.enable()
+        client.drive(True)
+        assert (bench.status()["level"], bench.status()["asserted"]) == (True, True)
+        client.disable_intx(True)
+        assert (bench.status()["level"], bench.status()["asserted"]) == (True, False)
+
+
+def test_rejected_messages_are_counted_over_all_sessions(bench: Bench) -> None:
+    with bench.connect("dev0") as client:
+        client.send(Command.SET_IRQFD)  # dropped, the session goes on
+        bench.settle()
+        assert bench.status()["rejected"] == 1
+        client.send_bytes(b"\xff" * 40)
+        assert client.has_ended
+    assert bench.status()["rejected"] == 2
+    with bench.connect("dev0") as client:
+        assert bench.status()["rejected"] == 2
+        client.send_bytes(b"\xff" * 40)
+        assert client.has_ended
+    assert bench.status()["rejected"] == 3
+    assert bench.status("line0")["rejected"] == 0
+
+
+def test_refused_clients_are_counted(bench: Bench) -> None:
+    with bench.connect("dev0"), bench.connect("dev0") as second, bench.connect("dev0") as third:
+        assert second.has_ended
+        assert third.has_ended
+        assert bench.status()["refused"] == 2
+        assert bench.status()["link"] == "connected"
+
+
+@pytest.mark.parametrize("name", ["line0", "05.0", "5"])
+def test_raise_and_lower_drive_the_line_and_its_irqfd(bench: Bench, name: str) -> None:
+    with bench.connect("line0") as client:
+        pair = client.set_irqfd()
+        bench.interface.Raise(name)
+        assert pair.irqfd.test_and_clear()
+        assert (bench.status("line0")["level"], bench.status("line0")["asserted"]) == (True, True)
+        bench.interface.Raise(name)
+        assert not pair.irqfd.test_and_clear()
+        assert bench.status("line0")["raised"] == 1
+        bench.interface.Lower(name)
+        assert bench.status("line0")["level"] is False
+        bench.interface.Raise(name)
+        assert pair.irqfd.test_and_clear()
+        client.call(Command.DEVICE_RESET)
+        assert bench.status("line0")["level"] is False
+
+
+def test_raise_and_lower_leave_other_models_alone(bench: Bench) -> None:
+    for method in (bench.interface.Raise, bench.interface.Lower):
+        with pytest.raises(varlink.VarlinkError) as error:
+            method("06.1")
+        assert error.value.error() == f"{INTERFACE}.NotDrivable"
+        assert error.value.parameters() == {"device": "dev0", "model": "line-device"}
+    assert bench.status("dev0")["raised"] == 0
+
+
+@pytest.mark.parametrize("name", ["", "07.0", "06.0", "nope", "line0 ", "20.0", "\n", "05.0\0"])
+def test_an_unknown_device_is_an_error_of_the_interface(bench: Bench, name: str) -> None:
+    with pytest.raises(varlink.VarlinkError) as error:
+        bench.interface.Raise(name)
+    assert error.value.error() == f"{INTERFACE}.NoSuchDevice"
+    assert error.value.parameters() == {"device": name}
+
+
+def daemon_of(directory: Path, *devices: DeviceConfig) -> Remoted:
+    return Remoted(VmConfig("vm1", directory, "embedded", devices))
+
+
+def test_the_daemon_answers_in_its_runtime_directory_until_it_is_closed(tmp_path: Path) -> None:
+    before = count_fds()
+    daemon = daemon_of(tmp_path, config_of("line0", "remoted.devices.irq_line:IrqLine", "05.0"))
+    path = tmp_path / "remoted.varlink"
+    with running(daemon._loop):
+        call(path, f"{INTERFACE}.Raise", device="line0")
+        (function,) = call(path, f"{INTERFACE}.Status")["functions"]
+    assert (function["addr"], function["asserted"]) == ("05.0", True)
+    daemon.close()
+    assert not list(tmp_path.iterdir())
+    assert count_fds() == before
+
+
+def test_an_inherited_connection_that_has_ended_is_closed(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    model = "remoted.devices.irq_line:IrqLine"
+    daemon = daemon_of(
+        tmp_path, config_of("line0", model, "05.0", theirs.detach()), config_of("line1", model, "06.0")
+    )
+    path = tmp_path / "remoted.varlink"
+    with running(daemon._loop), ours:
+        functions = call(path, f"{INTERFACE}.Status")["functions"]
+        assert [function["link"] for function in functions] == ["connected", "waiting"]
+        ours.close()
+        # The end arrives before a call that comes after it: links go first.
+        functions = call(path, f"{INTERFACE}.Status")["functions"]
+        assert [function["link"] for function in functions] == ["closed", "waiting"]
+    daemon.close()
+
+
+def test_a_second_daemon_in_the_same_runtime_directory_is_refused(tmp_path: Path) -> None:
+    first = daemon_of(tmp_path)
+    before = count_fds()
+    with pytest.raises(UsageError, match=r"remoted\.varlink is in use by a live daemon"):
+        daemon_of(tmp_path)
+    assert count_fds() == before
+    first.close()

@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What tests need from the machine; without it they are skipped, and the summary says why."""
+"""What tests need from the machine. Without KVM or QEMU they are skipped, and the summary says why."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import shutil
 
 import pytest
 
 _KVM_GET_API_VERSION = 0xAE00
 _KVM_API_VERSION = 12
+
+_FDS = 4096
+"""enough for a hub with all its 256 lines wired"""
+
+
+def pytest_configure() -> None:
+    """Lifts the soft limit of open files, which is 1024 on most systems."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < _FDS <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_FDS, hard))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class GuardedLoop:
                 callback(ready)
             except Exception:  # noqa: BLE001 - a device author's bug
                 self._failures.report(f"handling fd {fd} in {callback.__qualname__}()")
-                self._loop.remove(fd)
+                with contextlib.suppress(KeyError, OSError):  # it may have gone before it failed
+                    self._loop.remove(fd)
 
         self._loop.add(fd, guarded, events, first=first)
 

@@ -115,10 +115,14 @@ def adopt_connection(fd: int, device: str) -> socket.socket:
         sock = socket.socket(fileno=fd)
     except OSError as error:
         raise UsageError(f"{where}: {error.strerror}") from error
-    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-        raise UsageError(f"{where} is no UNIX stream socket")
     try:
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise UsageError(f"{where} is no UNIX stream socket")
         sock.getpeername()
     except OSError as error:
+        sock.close()
         raise UsageError(f"{where} is not connected") from error
+    except UsageError:
+        sock.close()
+        raise
     return sock

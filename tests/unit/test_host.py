@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A device's callbacks that fail: logged, and nobody else's concern."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from common.loop import Loop
+from remoted.host import Failures, GuardedLoop
+from tests.support.fds import count_fds
+from tests.support.remotebench import Clock, Recorder
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.loop = Loop(self.clock)
+        self.log = Recorder()
+        self.guarded = GuardedLoop(self.loop, Failures(self.log.logger))
+        self.fd = os.eventfd(1)
+
+    def step(self) -> None:
+        for _ in range(3):
+            self.loop.step()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    before = count_fds()
+    bench = Bench()
+    yield bench
+    os.close(bench.fd)
+    bench.loop.close()
+    assert count_fds() == before
+
+
+def test_fd_whose_callback_fails_is_watched_no_more(bench: Bench) -> None:
+    calls = []
+
+    def fails(events: int) -> None:
+        calls.append(events)
+        raise ZeroDivisionError
+
+    bench.guarded.add(bench.fd, fails)
+    bench.step()
+    assert len(calls) == 1
+    assert [record.exc_info is not None for record in bench.log.records] == [True]
+    bench.guarded.add(bench.fd, calls.append)
+    bench.loop.step()
+    assert len(calls) == 2
+
+
+def test_callback_that_fails_after_it_removed_its_fd(bench: Bench) -> None:
+    def fails(_events: int) -> None:
+        bench.guarded.remove(bench.fd)
+        raise ZeroDivisionError
+
+    bench.guarded.add(bench.fd, fails)
+    bench.step()
+    assert len(bench.log.records) == 1
+
+
+def test_timer_that_fails_is_logged_once(bench: Bench) -> None:
+    calls = []
+
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    for _ in range(3):
+        bench.guarded.call_later(1, fails)
+    bench.guarded.call_later(2, lambda: calls.append("next"))
+    bench.clock.now += 2
+    bench.step()
+    assert calls == ["next"]
+    assert len(bench.log.records) == 1
+
+
+def test_what_works_is_passed_through(bench: Bench) -> None:
+    calls: list[object] = []
+    bench.guarded.add(bench.fd, calls.append)
+    bench.guarded.modify(bench.fd, 0)
+    bench.step()
+    assert calls == []
+    bench.guarded.remove(bench.fd)
+    bench.guarded.call_later(1, lambda: calls.append("kept"))
+    bench.guarded.call_later(1, lambda: calls.append("cancelled")).cancel()
+    bench.clock.now += 1
+    bench.step()
+    assert calls == ["kept"]
+    assert bench.log.records == []

@@ -202,9 +202,7 @@ class QemuPlugger:
             self._event_log.info("the machine was %s (%s)", verb, data.get("reason", "unknown reason"))
 
     def _on_uevent(self, _events: int) -> None:
-        lost = self._uevents.lost
-        created = any(event.kind == "create" for event in self._uevents.read())
-        if created or self._uevents.lost != lost:
+        if any(event.kind != "destroy" for event in self._uevents.read()):
             self._kvm_event.set()
 
 

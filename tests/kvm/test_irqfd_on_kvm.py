@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from common.loop import Loop
-from common.notifier import EventNotifier
 from proxyd.irqchip import KvmIrqchip, intx_routing
 from proxyd.kvm import Kvm
 from proxyd.kvm_h import (
@@ -20,65 +18,17 @@ from proxyd.kvm_h import (
     kvm_irq_routing_entry,
     kvm_irqchip,
 )
-from remoted.iohub import IoHub
 from tests.support.irqbench import ELCR1, ELCR2, M_CMD, S_CMD, SLAVE_BASE, SPECIFIC_EOI, KvmBench, Pair
+from tests.support.irqpeer import PIRQ, Function, Peer
 
 IRQ10, IRQ11 = SLAVE_BASE + 2, SLAVE_BASE + 3
 SPURIOUS_SLAVE = SLAVE_BASE + 7
-PIRQ = 0x28
 
 
 @pytest.fixture
 def bench(kvm_bench: KvmBench) -> KvmBench:
     kvm_bench.init_pics(level=(5, 9, 10, 11))
     return kvm_bench
-
-
-class Peer:
-    """The device's side: an IOHub with one function, holding duplicates of the eventfds."""
-
-    def __init__(self, pair: Pair) -> None:
-        self._loop = Loop()
-        self.hub = IoHub(self._loop)
-        self.hub.set_irqfd(PIRQ, *(EventNotifier(os.dup(notifier.fd)) for notifier in pair))
-
-    def set_level(self, level: bool) -> None:
-        self.hub.set_irq(PIRQ, level)
-
-    def serve(self) -> None:
-        """Handles the resamples that have come."""
-        self._loop.step(0)
-
-    def close(self) -> None:
-        self.hub.finalize()
-        self._loop.close()
-
-
-class Function:
-    """One function as the proxy sees it: a pair, its peer, and the GSI it is on."""
-
-    def __init__(self, bench: KvmBench) -> None:
-        self._bench = bench
-        self.pair = bench.pair()
-        self.peer = Peer(self.pair)
-        self.gsi: int | None = None
-
-    def route(self, gsi: int | None) -> None:
-        """Deassign, drain, assign, kick."""
-        if self.gsi is not None:
-            self._bench.irqchip.deassign(self.gsi, self.pair.irqfd)
-            self.pair.irqfd.test_and_clear()
-        self.gsi = gsi
-        if gsi is not None:
-            self._bench.assign(gsi, self.pair)
-            self.pair.resamplefd.set()
-        self.settle()
-
-    def settle(self) -> None:
-        """Lets the peer see its resamples, and its events arrive."""
-        self.peer.serve()
-        if self.gsi is not None:
-            self._bench.settle(self.gsi, self.pair)
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ class GuardedLoop:
             try:
                 callback(ready)
             except Exception:  # noqa: BLE001 - a device author's bug
-                self._failures.report(f"handling fd {fd} in {callback.__qualname__}()")
+                self._failures.report(f"handling fd {fd} in {_name(callback)}()")
                 with contextlib.suppress(KeyError, OSError):  # it may have gone before it failed
                     self._loop.remove(fd)
 
@@ -69,9 +69,14 @@ class GuardedLoop:
             try:
                 callback()
             except Exception:  # noqa: BLE001 - a device author's bug
-                self._failures.report(f"running the timer's {callback.__qualname__}()")
+                self._failures.report(f"running the timer's {_name(callback)}()")
 
         return self._loop.call_later(seconds, guarded)
+
+
+def _name(callback: Callable[..., None]) -> str:
+    """A partial() has no name of its own."""
+    return getattr(callback, "__qualname__", type(callback).__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -20,7 +21,7 @@ class Bench:
         self.loop = Loop(self.clock)
         self.log = Recorder()
         self.guarded = GuardedLoop(self.loop, Failures(self.log.logger))
-        self.fd = os.eventfd(1)
+        self.fd = os.eventfd(1, os.EFD_NONBLOCK)
 
     def step(self) -> None:
         for _ in range(3):
@@ -76,6 +77,14 @@ def test_timer_that_fails_is_logged_once(bench: Bench) -> None:
     bench.step()
     assert calls == ["next"]
     assert len(bench.log.records) == 1
+
+
+def test_callback_without_a_name_may_fail_as_well(bench: Bench) -> None:
+    bench.guarded.add(bench.fd, partial(divmod, "no number"))
+    bench.guarded.call_later(1, partial(divmod, 1, 0))
+    bench.clock.now += 1
+    bench.step()
+    assert len(bench.log.records) == 2
 
 
 def test_what_works_is_passed_through(bench: Bench) -> None:

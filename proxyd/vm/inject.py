@@ -12,7 +12,7 @@ pair that the process makes and closes again.
 
 What a proxyd leaves that is killed within the millisecond of an attach or detach: the process lives, see
 proxyd.remotecall, but keeps the fds that it had just opened, three at most, until it exits. An irqfd among
-them is one that nobody writes to.
+them is one that nobody writes to; but with a second one on its GSI KVM leaves lowering the line to the EOI.
 """
 
 from __future__ import annotations
@@ -141,7 +141,12 @@ class Target:
         """
         if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
             raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
-        line, seconds = self._run(lambda thread: self._assign(thread, gsi))
+        made = ExitStack()
+        try:
+            line, seconds = self._run(lambda thread: self._assign(thread, gsi, made))
+        except BaseException:
+            made.close()  # it may have been made, and the process not have been let go
+            raise
         self._log.info(
             "pid:%d: attached to GSI %d, the process stood still for %.0f us", self.pid, gsi, seconds * 1e6
         )
@@ -191,25 +196,24 @@ class Target:
     def _check_irqchip(self, thread: StoppedThread) -> None:
         self._vm_ioctl(thread, Request.KVM_GET_IRQCHIP, kvm_irqchip(KVM_IRQCHIP_PIC_MASTER))
 
-    def _assign(self, thread: StoppedThread, gsi: int) -> Line:
-        with ExitStack() as theirs, ExitStack() as ours:
+    def _assign(self, thread: StoppedThread, gsi: int, made: ExitStack) -> Line:
+        """``made`` closes the line."""
+        with ExitStack() as ours, ExitStack() as theirs:
             pair = []
+            copies = []
             for _ in range(2):
                 fd = thread.call(Syscall.eventfd2, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 theirs.callback(thread.call, Syscall.close, fd)
                 pair.append(fd)
-            irqfd, resamplefd = pair
-            self._vm_ioctl(thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, gsi, IrqfdFlag.RESAMPLE, resamplefd))
-            copies = []
-            for fd in pair:
                 copy = ptrace.pidfd_getfd(self._process.pidfd, fd)
                 ours.callback(os.close, copy)
                 copies.append(copy)
-            ours.pop_all()
-            line = Line(gsi, *adopt_pair(*copies))
-            ours.callback(line.close)
+            resamplefd, irqfd = pair  # the irqfd is the first to be closed
+            self._vm_ioctl(thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, gsi, IrqfdFlag.RESAMPLE, resamplefd))
             theirs.close()
             ours.pop_all()
+            line = Line(gsi, *adopt_pair(copies[1], copies[0]))
+            made.callback(line.close)
             return line
 
     def _deassign(self, thread: StoppedThread, line: Line) -> None:

@@ -40,15 +40,14 @@ def two_calls(thread: StoppedThread) -> list[int]:
 
 
 @contextmanager
-def at_step(number: int, action: Callable[[], None], *, after: bool = False) -> Iterator[list[int]]:
-    """Takes the action before (or after) the step with this number, from 1. Yields a list whose length is the
-    number of steps that were begun."""
-    begun: list[int] = []
+def at_step(number: int, action: Callable[[], None], *, after: bool = False) -> Iterator[list[str]]:
+    """Takes the action before (or after) the step with this number, from 1. Yields the steps that were begun."""
+    begun: list[str] = []
 
     def counting(function: Callable[..., object]) -> Callable[..., object]:
         @wraps(function)
         def step(*args: object) -> object:
-            begun.append(len(begun) + 1)
+            begun.append(function.__name__)
             its_turn = len(begun) == number
             if its_turn and not after:
                 action()

@@ -48,7 +48,9 @@ def open_vm(config: VmConfig, loop: Loop) -> Vm:
         from proxyd.vm.qmp import QemuPlugger
 
         return QemuPlugger(PROGRAM, config, loop)
-    raise UsageError(f"--vm {config.vm}: not supported")
+    from proxyd.vm.pid import Attached
+
+    return Attached(PROGRAM, config, loop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""--vm pid:PID: lines of devices at remoted, wired to GSIs of any running KVM process.
+
+The VM has no PCI function for them; a guest's driver knows the GSI. While a device's remoted is gone its irqfd is
+out of the VM, so the line is low.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from common import mpqemu, pci
+from common.config import DeviceConfig, VmConfig
+from common.control import ControlServer
+from common.errors import IohubError, PeerGone, ProtocolError, UsageError
+from common.journal import RateLimited, device_log
+from common.link import Client, PeerCredentials
+from common.loop import Loop
+from common.mpqemu import Command
+from common.service import notify
+from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.kvm_h import KVM_IOAPIC_NUM_PINS
+from proxyd.links import LinkKeeper
+from proxyd.vm.inject import Line, Target
+
+__all__ = ["Attached"]
+
+_ROUND_TRIP_SECONDS = 2.0
+
+
+class _Function:
+    """One device at remoted and its GSI."""
+
+    def __init__(
+        self,
+        device: DeviceConfig,
+        gsi: int,
+        path: str,
+        target: Target,
+        log: logging.LoggerAdapter[logging.Logger],
+        on_lost: Callable[[_Function], None],
+    ) -> None:
+        self.name = device.id
+        self.devfn = device.devfn
+        self.reconnects = -1
+        self.pin = 0
+        self.log = RateLimited(log)
+        self._gsi = gsi
+        self._path = path
+        self._target = target
+        self._on_lost = on_lost
+        self._client: Client | None = None
+        self._lost: Client | None = None
+        self._line: Line | None = None
+
+    @property
+    def gsi(self) -> int | None:
+        return None if self._line is None else self._gsi
+
+    @property
+    def remote(self) -> PeerCredentials | None:
+        return None if self._client is None else self._client.peer
+
+    def fileno(self) -> int:
+        return -1 if self._client is None else self._client.fileno()
+
+    def attach(self) -> None:
+        """Connects, then has the process make and assign the irqfd, then sends it, then kicks.
+
+        Raises PeerGone, also when the process refuses, and ProtocolError.
+        """
+        client = Client.connect(self._path, _ROUND_TRIP_SECONDS)
+        try:
+            self.pin = (
+                client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(pci.PCI_INTERRUPT_PIN, 0, 1)) & 0xFF
+            )
+            if not 1 <= self.pin <= 4:
+                raise ProtocolError(f"the device has no interrupt pin (register {self.pin})")
+            try:
+                self._line = self._target.attach(self._gsi)
+            except IohubError as error:
+                raise PeerGone(str(error)) from error
+            client.send(Command.SET_IRQFD, fds=(self._line.irqfd.fd, self._line.resamplefd.fd))
+            self._line.resamplefd.set()
+        except BaseException:
+            client.close()
+            self.detach()
+            raise
+        self._client = client
+        self.reconnects += 1
+
+    def check_link(self) -> None:
+        """Takes the line out of the VM when the link has ended."""
+        try:
+            if self._client is not None:
+                self._client.check_quiet()
+        except (PeerGone, ProtocolError) as error:
+            self.log.warning("link lost: %s", error)
+            self._lost, self._client = self._client, None
+            self.detach()
+            self._on_lost(self)
+
+    def reap(self) -> None:
+        """Closes a lost link."""
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            lost.close()
+
+    def close(self, *, exited: bool) -> None:
+        """Takes the line out of the VM, and closes the link."""
+        self.detach(exited=exited)
+        self._lost, self._client = self._client or self._lost, None
+        self.reap()
+
+    def detach(self, *, exited: bool = False) -> None:
+        """Has the process deassign the irqfd; if it can't, having exited say, the last close of it does."""
+        line, self._line = self._line, None
+        if line is not None and exited:
+            line.close()
+        elif line is not None:
+            try:
+                self._target.detach(line)
+            except IohubError as error:
+                self.log.warning("not detached in order: %s", error)
+
+
+def _check_gsi(device: DeviceConfig) -> int:
+    """The device's GSI. Raises UsageError without one, or one that isn't a pin of KVM's irqchip."""
+    if device.gsi is None:
+        raise UsageError(f"device {device.id}: --vm pid:PID needs gsi=N")
+    if device.gsi >= KVM_IOAPIC_NUM_PINS:
+        raise UsageError(f"device {device.id}: gsi={device.gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
+    return device.gsi
+
+
+class Attached:
+    """The daemon beside one process."""
+
+    def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
+        """Raises UsageError, one line that says what is in the way; the process is what it was then."""
+        self._log = logging.getLogger(program)
+        self._loop = loop
+        self._exited = False
+        gsis = {device.id: _check_gsi(device) for device in config.devices}
+        self._target = Target.open(int(config.vm.partition(":")[2]), self._log)
+        self._keeper = LinkKeeper(loop, lambda: None)
+        try:
+            self._functions = [
+                _Function(
+                    device,
+                    gsis[device.id],
+                    config.socket_path(device),
+                    self._target,
+                    device_log(program, device.id),
+                    self._keeper.lost,
+                )
+                for device in config.devices
+            ]
+            interface = ProxydInterface(config.name, config.vm, "kvm", None, self._functions)
+            path = str(config.runtime_dir / "proxyd.varlink")
+            self._control = ControlServer(loop, path, INTERFACE, interface, self._log)
+        except BaseException:
+            self._target.close()
+            raise
+        loop.add(self._target.fileno(), self._on_exit)
+
+    def run(self) -> int:
+        """Attaches, and serves until the loop is stopped or the process exits. Returns the exit status."""
+        self._keeper.start(self._functions)
+        notify("READY=1")
+        self._loop.run()
+        return 0
+
+    def close(self) -> None:
+        """Takes every line out of the VM, and lets go of the process."""
+        self._keeper.close()
+        for function in self._functions:
+            function.close(exited=self._exited)
+        self._control.close()
+        self._loop.remove(self._target.fileno())
+        self._target.close()
+
+    def _on_exit(self, _events: int) -> None:
+        self._log.info("pid:%d has exited", self._target.pid)
+        self._exited = True
+        self._loop.stop()

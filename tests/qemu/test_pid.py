@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``--vm pid:PID`` whole: both daemons, an irq-line device, a stock QEMU whose guest tells of interrupts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.children import Child
+from common.control import call
+from tests.support.countguest import CountGuest
+from tests.support.fds import count_fds
+from tests.support.wait import wait_until
+
+GSI = 10
+SPURIOUS = 15
+ASSERTIONS = 2000
+DEVICE = "line0"
+
+
+class Pair:
+    """Both daemons beside one QEMU."""
+
+    def __init__(self, directory: Path, guest: CountGuest) -> None:
+        self._directory = directory
+        self._guest = guest
+        self.remoted = self.start_remoted()
+        self.proxyd = self.start_proxyd()
+
+    def start_remoted(self) -> Child:
+        return Child("remoted", [*self._common, f"--device=irq-line,id={DEVICE},addr=05.0"], self._directory)
+
+    def start_proxyd(self) -> Child:
+        options = [*self._common, f"--vm=pid:{self._guest.pid}", f"--device=id={DEVICE},addr=05.0,gsi={GSI}"]
+        return Child("proxyd", options, self._directory)
+
+    def drive(self, method: str) -> None:
+        call(self._directory / "remoted.varlink", f"org.iohub.Remoted.{method}", device=DEVICE)
+
+    def status(self, daemon: str) -> dict[str, Any]:
+        interface = f"org.iohub.{daemon.capitalize()}.Status"
+        function: dict[str, Any] = call(self._directory / f"{daemon}.varlink", interface)["functions"][0]
+        return function
+
+    def is_attached(self) -> bool:
+        return self.status("proxyd").get("gsi") == GSI and bool(self.status("remoted")["has_irqfd"])
+
+    def assert_and_serve(self) -> None:
+        """One assertion; until it is lowered it may be served, and asserted again after the EOI, several times."""
+        self.drive("Raise")
+        assert self._guest.served() == GSI
+        self.drive("Lower")
+        self.settle()
+
+    def settle(self) -> None:
+        """Returns when the line is low, with the interrupts until then forgotten."""
+        wait_until(lambda: not is_high(self._guest), "the line is low")
+        while not self._guest.served_nothing():
+            assert self._guest.served() == GSI
+
+    def close(self) -> None:
+        self.proxyd.kill()
+        self.remoted.kill()
+
+    @property
+    def _common(self) -> list[str]:
+        return ["--name=vm", f"--runtime-dir={self._directory}"]
+
+
+@pytest.fixture
+def guest(requires_kvm: None, requires_qemu: None) -> Iterator[CountGuest]:
+    with CountGuest() as guest:
+        yield guest
+
+
+@pytest.fixture
+def pair(guest: CountGuest, tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(tmp_path, guest)
+    wait_until(pair.is_attached, "the line is attached")
+    yield pair
+    pair.close()
+
+
+def is_high(guest: CountGuest) -> bool:
+    return bool(guest.requested() >> GSI & 1)
+
+
+def test_every_assertion_is_served(guest: CountGuest, pair: Pair) -> None:
+    fds = (count_fds(pair.remoted.process.pid), count_fds(pair.proxyd.process.pid), guest.fds())
+    for _ in range(ASSERTIONS):
+        pair.assert_and_serve()
+    assert pair.status("remoted")["raised"] == ASSERTIONS
+    assert guest.served_nothing()
+    assert fds == (count_fds(pair.remoted.process.pid), count_fds(pair.proxyd.process.pid), guest.fds())
+
+
+@pytest.mark.parametrize("killed", [("proxyd",), ("remoted",), ("proxyd", "remoted")], ids="+".join)
+def test_a_kill_leaves_a_low_line_and_a_running_vm(
+    guest: CountGuest, pair: Pair, killed: tuple[str, ...]
+) -> None:
+    """The guest stands still with the line high, so that only the end of the irqfd can lower it."""
+    fds = {number: what for number, what in guest.fds().items() if what == "anon_inode:[eventfd]"}
+    guest.qmp("stop")
+    pair.drive("Raise")
+    wait_until(lambda: is_high(guest), "the line is high")
+    for daemon in killed:
+        getattr(pair, daemon).kill()
+    wait_until(lambda: not is_high(guest), "the line is low")
+    assert {n: what for n, what in guest.fds().items() if what == "anon_inode:[eventfd]"} == fds
+    guest.qmp("cont")
+    if "remoted" in killed:
+        pair.remoted = pair.start_remoted()
+    if "proxyd" in killed:
+        pair.proxyd = pair.start_proxyd()
+    wait_until(pair.is_attached, "the successors have attached")
+    if "remoted" not in killed:
+        # A level that is high when the irqfd arrives is signalled to it.
+        assert served_irq(guest) == GSI
+        pair.drive("Lower")
+    elif not guest.served_nothing():
+        assert guest.served() == SPURIOUS
+    pair.settle()
+    pair.assert_and_serve()
+
+
+def served_irq(guest: CountGuest) -> int:
+    """What the guest served, but for the spurious interrupt that a line makes that falls before it is taken."""
+    irq = guest.served()
+    return guest.served() if irq == SPURIOUS else irq
+
+
+def test_sigterm_takes_the_line_out_of_the_vm(guest: CountGuest, pair: Pair) -> None:
+    guest.qmp("stop")
+    pair.drive("Raise")
+    wait_until(lambda: is_high(guest), "the line is high")
+    assert pair.proxyd.end() == 0
+    assert not is_high(guest)
+    assert "stood still for" in (pair.proxyd.log).read_text()
+
+
+def test_the_daemon_ends_with_the_process(guest: CountGuest, pair: Pair) -> None:
+    guest.process.kill()
+    assert pair.proxyd.process.wait(20) == 0
+    assert "has exited" in pair.proxyd.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("vm", "device", "named"),
+    [
+        ("pid:1", "id=line0", "needs gsi=N"),
+        ("pid:1", "id=line0,gsi=24", "gsi=24"),
+        ("pid:1", "id=line0,gsi=10", "pid:1"),
+        ("pid:999999999", "id=line0,gsi=10", "No such process"),
+    ],
+)
+def test_a_refusal_is_one_line(tmp_path: Path, vm: str, device: str, named: str) -> None:
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "proxyd",
+            "--name=vm",
+            f"--runtime-dir={tmp_path}",
+            f"--vm={vm}",
+            f"--device={device}",
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert named in result.stderr

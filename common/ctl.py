@@ -15,7 +15,7 @@ from varlink import VarlinkError
 
 from common.config import check_name, default_runtime_dir
 from common.control import call
-from common.errors import IohubError, PeerGone, UsageError
+from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.options import Parser
 from common.pci import format_devfn, parse_devfn
 from common.statustable import render
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns 0, 1 when a daemon doesn't answer or refuses, 2 for bad usage."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        options = _parser(argv).parse_args(argv)
+        options = _parse(argv)
         status: int = options.run(options)
     except UsageError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
@@ -78,6 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises UsageError."""
+    parser = _parser(argv)
+    options, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-") and getattr(options, "addr", "") is None:
+        # argparse settles an optional argument with the first of them: in "VM --json ADDR" ADDR is left over.
+        options.addr = rest.pop(0)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser(argv: Sequence[str]) -> Parser:
@@ -145,18 +157,23 @@ def _status(options: argparse.Namespace) -> int:
             answers[daemon] = _call(directory, daemon, f"{interface}.Status")
         except IohubError as error:
             errors[daemon] = str(error)
-    if options.addr is not None and answers:
-        _select(answers, options.addr, options.vm)
-    if options.json:
-        print(json.dumps({"vm": options.vm, **dict.fromkeys(_DAEMONS), **answers, "errors": errors}))
-    elif not answers:
-        raise PeerGone(f"VM {options.vm}: {'; '.join(errors.values())}")
-    else:
-        print(render(options.vm, answers, errors), end="")
+    try:
+        if options.addr is not None and answers:
+            _select(answers, options.addr, options.vm, errors)
+        if options.json:
+            print(json.dumps({"vm": options.vm, **dict.fromkeys(_DAEMONS), **answers, "errors": errors}))
+        elif not answers:
+            raise PeerGone(f"VM {options.vm}: {'; '.join(errors.values())}")
+        else:
+            print(render(options.vm, answers, errors), end="")
+    except KeyError as error:
+        raise ProtocolError(
+            f"VM {options.vm}: no {error} in a daemon's answer; is it of another version than {PROGRAM}?"
+        ) from error
     return 1 if errors else 0
 
 
-def _select(answers: dict[str, Any], addr: str, vm: str) -> None:
+def _select(answers: dict[str, Any], addr: str, vm: str, errors: dict[str, str]) -> None:
     """Leaves only the function of that address or id. Raises IohubError when nobody has it."""
     try:
         wanted = format_devfn(parse_devfn(addr))
@@ -172,7 +189,7 @@ def _select(answers: dict[str, Any], addr: str, vm: str) -> None:
         ]
     if not any(answer["functions"] for answer in answers.values()):
         have = ", ".join(f"{address} ({name})" for address, name in sorted(known.items())) or "none"
-        raise IohubError(f"VM {vm}: no function {addr}; there is {have}")
+        raise IohubError("; ".join((f"VM {vm}: no function {addr}, there is {have}", *errors.values())))
 
 
 def _drive(options: argparse.Namespace) -> int:

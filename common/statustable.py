@@ -89,10 +89,12 @@ def _remoted_cells(function: Mapping[str, Any] | None, silent: bool) -> tuple[st
 def _proxyd_cells(function: Mapping[str, Any] | None, silent: bool) -> tuple[str, ...]:
     if function is None:
         return (_UNKNOWN if silent else _NONE,) * _PROXYD_COLUMNS
+    gsi = function.get("gsi")
     link = "down"
     if function["connected"]:
         link = _process(function.get("remote_name"), function["remote_pid"])
-    return (_PINS[function["pin"]], str(function.get("gsi", _NONE)), link, str(function["reconnects"]))
+    route = _NONE if gsi is None else str(gsi)
+    return (_PINS[function["pin"]], route, link, str(function["reconnects"]))
 
 
 def _process(name: str | None, pid: int) -> str:

@@ -39,6 +39,7 @@ class Bench:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.loop = Loop()
+        self._remote: RemoteThread | None = None
         self._irqchip = SoftIrqchip(self.loop)
         devices = tuple(
             DeviceConfig(name, None, parse_devfn(addr), None, None, None, {})
@@ -62,19 +63,23 @@ class Bench:
         self.board.host.pio_write(CONFIG_ADDRESS, 4, PIIX3 + PIRQ_ROUTES)
         self.board.host.pio_write(CONFIG_DATA + pirq, 1, gsi)
 
+    def start_remote(self) -> None:
+        self._remote = RemoteThread(self.directory)
+        self._remote.add(IrqLine, "line0", parse_devfn("05.0"))
+        self._remote.add(IrqLineOnPinC, "line1", parse_devfn("06.0"))
+        self._remote.start()
+
+    def stop_remote(self) -> None:
+        remote, self._remote = self._remote, None
+        if remote is not None:
+            remote.close()
+
     def close(self) -> None:
+        self.stop_remote()
         self.board.abort()
         self.board.close()
         self._irqchip.close()
         self.loop.close()
-
-
-def remote_in(directory: Path) -> RemoteThread:
-    remote = RemoteThread(directory)
-    remote.add(IrqLine, "line0", parse_devfn("05.0"))
-    remote.add(IrqLineOnPinC, "line1", parse_devfn("06.0"))
-    remote.start()
-    return remote
 
 
 @pytest.fixture
@@ -107,7 +112,7 @@ def test_functions_without_a_remote(bench: Bench) -> None:
 
 
 def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
-    remote = remote_in(bench.directory)
+    bench.start_remote()
     bench.board.start("userspace", None)
     line0, line1 = bench.functions().values()
     assert (line0["pin"], line1["pin"]) == (1, 3)
@@ -121,25 +126,23 @@ def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
     assert line0["remote_name"] == Path("/proc/self/comm").read_text().rstrip("\n")
     bench.route(0, 0x80)
     assert "gsi" not in bench.functions()["line0"]
-    remote.close()
 
 
 def test_a_lost_remote_is_told_and_its_return_counted(bench: Bench) -> None:
-    remote = remote_in(bench.directory)
+    bench.start_remote()
     bench.board.start("userspace", None)
     bench.route(0, 10)
     for times in range(1, 3):
-        remote.close()
+        bench.stop_remote()
         run_until(bench.loop, lambda: not any(f["connected"] for f in bench.functions().values()))
         line0 = bench.functions()["line0"]
         assert "gsi" not in line0
         assert "remote_pid" not in line0
         assert line0["pin"] == 1
-        remote = remote_in(bench.directory)
+        bench.start_remote()
         run_until(bench.loop, lambda: all(f["connected"] for f in bench.functions().values()))
         line0 = bench.functions()["line0"]
         assert (line0["reconnects"], line0["gsi"]) == (times, 10)
-    remote.close()
 
 
 def test_close_removes_the_socket(tmp_path: Path) -> None:

@@ -120,5 +120,5 @@ def _malformed(what: str) -> Iterator[None]:
     """Turns what comes of an answer of another shape than QEMU's into a ProtocolError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ProtocolError(f"QEMU's monitor speaks strangely of {what}: {error!r}") from error

@@ -20,7 +20,7 @@ from typing import Any
 from common.config import VmConfig
 from common.control import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
-from common.journal import RateLimited, device_log
+from common.journal import RateLimited, device_log, printable
 from common.loop import Loop
 from common.pci import format_devfn
 from common.service import notify
@@ -166,7 +166,7 @@ class QemuPlugger:
             for function in self._functions.values():
                 _check_place(function, inventory)
         except UsageError as error:
-            raise UsageError(f"{monitor.name} at {self._socket}: {error}") from error
+            raise UsageError(printable(f"{monitor.name} at {self._socket}: {error}")) from error
         self._is_running = await qemu.is_running(monitor)
         return inventory
 

@@ -55,6 +55,8 @@ class Function:
         self.is_plugged = False
         self.handover: Handover | None = None
         """the link, from when it is there until QEMU has none any more"""
+        self.is_broken = False
+        """whether QEMU's link was ended from here"""
         self.log = RateLimited(log)
         self.on_change: Callable[[], None] = lambda: None
         self._loop = loop
@@ -73,6 +75,7 @@ class Function:
     def plugged(self, handover: Handover) -> None:
         """QEMU has a proxy now, with a duplicate of this link: watches its end."""
         self.is_plugged = True
+        self.is_broken = False
         # Not EPOLLIN: every reply to QEMU would wake this process.
         self._watch(handover.client.fileno(), EPOLLRDHUP, handover.client.peer)
 
@@ -98,6 +101,7 @@ class Function:
         """Ends the link for QEMU, too, which may be waiting for an answer from it."""
         if self.handover is not None:
             self.handover.client.shutdown()
+            self.is_broken = True
 
     def _watch(self, fd: int, events: int, remote: PeerCredentials) -> None:
         self._loop.add(fd, self._on_end, events)
@@ -186,10 +190,10 @@ class Slot:
                 with contextlib.suppress(CommandError):
                     await monitor.execute("closefd", fdname=function.fdname)
                 continue
-            server = await asyncio.to_thread(find_server, function.path)
+            server = None if function.is_broken else await asyncio.to_thread(find_server, function.path)
             if server is None:
                 function.is_plugged = True
-                function.log.warning("found plugged without a link: %s serves nobody", function.path)
+                function.log.warning("found plugged without a link to %s", function.path)
             else:
                 function.adopt(server)
                 function.log.info("found plugged at %s, served by %s", format_devfn(function.devfn), server)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 import socket
 from pathlib import Path
@@ -45,7 +46,16 @@ class MonitorClient:
 
     def execute(self, command: str, **arguments: object) -> Any:
         """The command's result. Raises CommandRefused."""
-        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        return self._execute(command, arguments, [])
+
+    def getfd(self, name: str, fd: int) -> None:
+        """Leaves a duplicate of an fd in QEMU."""
+        self._execute("getfd", {"fdname": name}, [fd])
+
+    def _execute(self, command: str, arguments: dict[str, object], fds: list[int]) -> Any:
+        request = json.dumps({"execute": command, "arguments": arguments}).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._socket.sendmsg([request], rights)
         while True:
             answer = self._read()
             if "error" in answer:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,50 +34,63 @@ class QmpBench:
         self.directory = directory
         self._devices = devices or (EDU, SERIAL)
         self._stack = ExitStack()
-        self.remoted: Child | None = None
-        self.proxyd: Child | None = None
-        self.guest: QemuGuest | None = None
+        self._remoted: Child | None = None
+        self._proxyd: Child | None = None
+        self._guest: QemuGuest | None = None
 
     def close(self) -> None:
         """Ends everything that still runs."""
-        for child in (self.proxyd, self.remoted):
+        for child in (self._proxyd, self._remoted):
             if child is not None:
                 child.kill()
         self._stack.close()
-        if self.guest is not None:
-            self.guest.close()
+        if self._guest is not None:
+            self._guest.close()
+
+    @property
+    def remoted(self) -> Child:
+        """The one that was started last."""
+        assert self._remoted is not None
+        return self._remoted
+
+    @property
+    def proxyd(self) -> Child:
+        """The one that was started last."""
+        assert self._proxyd is not None
+        return self._proxyd
+
+    @property
+    def guest(self) -> QemuGuest:
+        """The one that was started last."""
+        assert self._guest is not None
+        return self._guest
 
     @property
     def monitor_path(self) -> Path:
         """proxyd's monitor."""
         return self.directory / "qmp"
 
-    def start_remoted(self) -> Child:
+    def start_remoted(self) -> None:
         options = [option for device in self._devices for option in ("--device", ",".join(device))]
-        self.remoted = Child("remoted", [*self._common(), *options], self.directory)
-        return self.remoted
+        self._remoted = Child("remoted", [*self._common(), *options], self.directory)
 
-    def start_proxyd(self, *options: str) -> Child:
+    def start_proxyd(self, *options: str) -> None:
         """Returns when everything that can be plugged is plugged, or when it waits for QEMU."""
-        self.proxyd = Child("proxyd", self.proxyd_arguments(*options), self.directory)
-        return self.proxyd
-
-    def proxyd_arguments(self, *options: str) -> list[str]:
         devices = [option for device in self._devices for option in ("--device", ",".join(device[1:]))]
-        return [*self._common(), "--vm", f"qmp:{self.monitor_path}", *devices, *options]
+        arguments = [*self._common(), "--vm", f"qmp:{self.monitor_path}", *devices, *options]
+        self._proxyd = Child("proxyd", arguments, self.directory, deadline=60.0)
 
     def start_guest(self) -> MonitorClient:
         """The test's own monitor of it."""
         ours = self.directory / "qmp.test"
         arguments = [*RAM, "-qmp", f"unix:{self.monitor_path},server=on,wait=off"]
-        self.guest = QemuGuest(
+        self._guest = QemuGuest(
             [*arguments, "-qmp", f"unix:{ours},server=on,wait=off"], machine=",memory-backend=ram0"
         )
         return self._stack.enter_context(MonitorClient(ours))
 
     def command(self, line: str) -> Reply:
         """The guest's answer, which must be ok."""
-        assert self.guest is not None
         reply = self.guest.console.command(line, timeout=60.0)
         assert reply.ok, f"{line}: {reply.reason}, {reply.records}"
         return reply
@@ -116,14 +127,8 @@ class QmpBench:
 
     def end_proxyd(self) -> int:
         """SIGTERM; the exit status, however long it takes."""
-        assert self.proxyd is not None
         self.proxyd.process.send_signal(signal.SIGTERM)
         return self.proxyd.process.wait(60.0)
-
-    def run_proxyd_to_its_end(self, *options: str) -> subprocess.CompletedProcess[str]:
-        """For a proxyd that must refuse."""
-        arguments = [sys.executable, "-m", "proxyd", *self.proxyd_arguments(*options)]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=60.0, check=False)
 
     def log(self, name: str) -> str:
         """What ``proxyd`` or ``remoted`` has logged so far."""

@@ -159,7 +159,13 @@ class PciFunction:
                         return self.bar_read(window.bar, offset, size) & ((1 << 8 * size) - 1)
                     except Exception:  # noqa: BLE001 - a device author's bug
                         self._failures.report(f"reading {size} bytes at BAR {window.bar} + {offset:#x}")
+                        return ALL_ONES
                 break
+        if self._is_cut(memory, addr, size):
+            half = size // 2
+            ones = (1 << 8 * half) - 1
+            low, high = (self.bus_read(memory, part, half) & ones for part in (addr, addr + half))
+            return high << 8 * half | low
         return ALL_ONES
 
     def bus_write(self, memory: bool, addr: int, size: int, value: int) -> bool:
@@ -175,7 +181,30 @@ class PciFunction:
                         return False
                     return True
                 break
+        if self._is_cut(memory, addr, size):
+            half = size // 2
+            low = self.bus_write(memory, addr, half, value)
+            high = self.bus_write(memory, addr + half, half, value >> 8 * half)
+            return low or high
         return False
+
+    def _is_cut(self, memory: bool, addr: int, size: int) -> bool:
+        """Whether an I/O access lies within a BAR with one part and outside with another.
+
+        A host bridge makes two of it (PCI Local Bus 3.0, 3.2.2.1, and no BAR ends within a dword), so that a
+        function sees only what is its own; what is nobody's reads as all ones.
+        """
+        return (
+            not memory
+            and size in _ACCESS_SIZES
+            and any(
+                not window.memory
+                and window.start < addr + size
+                and addr < window.end
+                and not window.start <= addr <= addr + size <= window.end
+                for window in self._windows
+            )
+        )
 
     def _check_declaration(self) -> None:
         """Raises UsageError when the class attributes describe no possible function."""

@@ -168,12 +168,39 @@ def test_bar_is_decoded_at_its_address_and_nowhere_else(
     assert function.bus_read(memory, base + size - 8, 8) == 0x8877665544332211
     assert function.bus_read(memory, base + size - 8, 4) == 0x44332211
     assert function.bus_read(memory, base + size - 1, 1) == 0x88
-    for addr, width in ((base - 1, 1), (base + size, 1), (base - 1, 2), (base + size - 1, 2), (base - 8, 8)):
+    nowhere = [(base - 1, 1), (base + size, 1), (base - 2, 2), (base + size, 4), (base - 8, 8)]
+    for addr, width in nowhere + [(base - 1, 2), (base + size - 1, 2), (base + size - 4, 8)] * memory:
         assert function.bus_read(memory, addr, width) == ONES
         assert not function.bus_write(memory, addr, width, 0)
     assert function.bus_read(not memory, base, 1) == ONES
     assert not function.bus_write(not memory, base, 1, 0)
     assert function.bus_read(memory, base + size - 8, 8) == 0x8877665544332211
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "read"),
+    [
+        (-1, 2, 0x01FF),
+        (-3, 4, 0x01FFFFFF),
+        (-2, 4, 0x0201FFFF),
+        (-4, 8, 0x04030201FFFFFFFF),
+        (15, 2, 0xFF10),
+        (13, 4, 0xFF100F0E),
+        (14, 4, 0xFFFF100F),
+        (15, 8, 0xFFFFFFFFFFFFFF10),
+    ],
+)
+def test_io_access_that_is_only_in_part_its_own(board: Board, start: int, size: int, read: int) -> None:
+    """The rest is nobody's."""
+    function = board.function
+    board.enable()
+    for n in range(16):
+        function.bus_write(False, IO_BASE + n, 1, n + 1)
+    assert function.bus_read(False, IO_BASE + start, size) == read
+    assert function.bus_write(False, IO_BASE + start, size, 0xA8A7A6A5A4A3A2A1)
+    for n in range(16):
+        written = start <= n < start + size
+        assert function.bus_read(False, IO_BASE + n, 1) == (0xA1 + n - start if written else n + 1)
 
 
 @pytest.mark.parametrize("size", [0, 3, 5, 7, 16, 0xFFFFFFFF])

@@ -285,7 +285,7 @@ def test_config_access_out_of_range_is_answered_with_all_ones(peer: Peer, addr: 
     [
         *itertools.product([False, True], [0, 0xC010, 0xFEB01000, MEM64_BASE - 1, ONES], [1, 8]),
         *itertools.product([True], [MEM_BASE, MEM64_BASE], [0, 3, 16, 0xFFFFFFFF]),
-        (False, IO_BASE + 15, 2),
+        (False, IO_BASE + 16, 2),
         (True, MEM_BASE + 4095, 8),
         (True, IO_BASE, 1),
         (False, MEM_BASE, 1),

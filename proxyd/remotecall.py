@@ -39,14 +39,17 @@ from proxyd.ptrace import user_regs_struct
 
 __all__ = ["Gadgets", "StoppedThread", "Syscall", "find_gadgets", "match_gadgets", "run_stopped"]
 
-STOP_DEADLINE = 1.0
+STOP_DEADLINE = 5.0
 """Seconds that a thread gets to come to each stop; in uninterruptible sleep it can't."""
+
+LOOK_SECONDS = 0.1
+"""How soon a stop is seen whose SIGCHLD went to another thread, one that doesn't block it. Looking every
+millisecond from the target's CPU kept KVM's kernel threads off it for seconds when the machine was busy."""
 
 SCRATCH_SIZE = 1024
 """Bytes for the arguments of the calls of one stop."""
 
 _RED_ZONE = 128  # System V ABI, AMD64 supplement, 3.2.2: below the stack pointer, yet in use
-_LOOK_SECONDS = 0.001
 _STAT_PROCESSOR = 36  # fields after the name in proc_pid_stat(5)
 _MINUS_1 = (1 << 64) - 1
 _SYSCALL_RET = b"\x0f\x05\xc3"
@@ -272,8 +275,7 @@ def _wait_status(pid: int, deadline: float) -> int | None:
         left = deadline - time.monotonic()
         if left <= 0:
             return None
-        # A stop raises SIGCHLD. Should another thread take it, the next look is not far off.
-        signal.sigtimedwait({signal.SIGCHLD}, min(left, _LOOK_SECONDS))
+        signal.sigtimedwait({signal.SIGCHLD}, min(left, LOOK_SECONDS))  # every stop raises it
 
 
 def _run_beside(pid: int) -> None:

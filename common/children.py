@@ -18,7 +18,7 @@ from common.errors import IohubError
 
 __all__ = ["Child", "ChildFailed"]
 
-_END_SECONDS = 5.0
+_END_SECONDS = 20.0
 
 
 class ChildFailed(IohubError):

@@ -290,7 +290,7 @@ class _Demo:
     def _connect_console(self) -> GuestConsole:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.connect(str(self._directory / "console.sock"))
+            sock.connect(str(self._directory / "proxyd.console"))
         except OSError as error:
             sock.close()
             raise PeerGone(f"the guest's console: {error.strerror}") from error

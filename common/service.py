@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 
 from systemd import daemon
 
-__all__ = ["notify"]
+__all__ = ["notify", "raise_fd_limit"]
 
 
 def notify(state: str) -> None:
     """Tells the manager, if there is one; one that doesn't listen (any more) is no reason to fail."""
     with contextlib.suppress(OSError):
         daemon.notify(state)
+
+
+def raise_fd_limit() -> None:
+    """Raises the soft limit of open fds to the hard one: 256 functions with client and eventfds are over 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 
 from common.config import DeviceConfig, VmConfig
@@ -20,17 +21,26 @@ from proxyd.links import LinkKeeper
 from proxyd.pcidev import PciProxy
 from proxyd.pcihost import RESERVED_DEVFNS, PciHost
 
-__all__ = ["Board"]
+__all__ = ["Board", "check_addresses"]
 
 ROUND_TRIP_SECONDS = 2.0
 """how long a vCPU waits for a remote before the link counts as lost"""
+
+
+def check_addresses(devices: Iterable[DeviceConfig]) -> None:
+    """Raises UsageError for a device at an address that the chipset has."""
+    for device in devices:
+        if device.devfn in RESERVED_DEVFNS:
+            raise UsageError(
+                f"device {device.id}: address {format_devfn(device.devfn)} belongs to the chipset"
+            )
 
 
 class Board:
     """Owns everything but the irqchip and the CPU."""
 
     def __init__(self, program: str, config: VmConfig, loop: Loop, irqchip: Irqchip) -> None:
-        """Raises UsageError."""
+        """``config`` has passed check_addresses(). Raises UsageError."""
         self._program = program
         self._config = config
         self._loop = loop
@@ -39,7 +49,7 @@ class Board:
         self._keeper = LinkKeeper(loop, self._route)
         self._proxies = [self._create_proxy(device) for device in config.devices]
         self.host = PciHost(irqchip, self._proxies)
-        self.console = Console(loop, str(config.runtime_dir / "console.sock"), self._set_console_irq)
+        self.console = Console(loop, str(config.runtime_dir / "proxyd.console"), self._set_console_irq)
 
     def start(self, irqchip: str, tsc_khz: int | None) -> None:
         """Begins to connect, and to answer at the control socket; ``irqchip`` is the name given there."""
@@ -65,10 +75,6 @@ class Board:
         self.console.close()
 
     def _create_proxy(self, device: DeviceConfig) -> PciProxy:
-        if device.devfn in RESERVED_DEVFNS:
-            raise UsageError(
-                f"device {device.id}: address {format_devfn(device.devfn)} belongs to the chipset"
-            )
         connect = partial(Client.connect, self._config.socket_path(device), ROUND_TRIP_SECONDS)
         log = device_log(self._program, device.id)
         return PciProxy(device.id, device.devfn, connect, self._irqchip, log, self._keeper.lost)

@@ -12,7 +12,7 @@ from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
 from common.journal import setup
 from common.loop import Loop
-from common.service import notify
+from common.service import notify, raise_fd_limit
 
 __all__ = ["main"]
 
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, 1 when the guest died, 2 for bad usage."""
     loop = Loop()
     try:
+        raise_fd_limit()
         config = parse_proxyd(argv)
         setup(PROGRAM, config.name)
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from common.config import DeviceConfig, VmConfig, parse_remoted
 from common.control import ControlServer
 from common.errors import UsageError
-from common.journal import device_log, setup
+from common.journal import device_log, printable, setup
 from common.loop import Loop
 from common.pci import format_devfn
-from common.service import notify
+from common.service import notify, raise_fd_limit
 from remoted.control import INTERFACE, RemotedInterface
 from remoted.function import PciFunction
 from remoted.host import Failures, GuardedLoop, Host
@@ -72,9 +72,6 @@ class Remoted:
 
     def _create(self, config: VmConfig, device: DeviceConfig) -> DeviceServer:
         model = find_model(device.model or "", device.id)
-        unknown = sorted(set(device.properties) - model.PROPERTIES)
-        if unknown:
-            raise UsageError(f"device {device.id}: model {device.model} has no option {', '.join(unknown)}")
         log = device_log(PROGRAM, device.id)
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
         loop = GuardedLoop(self._loop, Failures(log))
@@ -96,14 +93,20 @@ class Remoted:
 
     @staticmethod
     def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> PciFunction:
+        name = f"model {device.model}"
         try:
+            unknown = sorted(set(device.properties).difference(model.PROPERTIES))
+            if unknown:
+                known = ", ".join(sorted(model.PROPERTIES)) or "none"
+                raise UsageError(f"{name} has no option {', '.join(unknown)}; it has {known}")
             function = model(host, device.properties)
+            function.full_reset()  # fails if the class overrides __init__() without calling this one
         except UsageError as error:
             raise UsageError(f"device {device.id}: {error}") from error
-        except Exception as error:  # a stranger's constructor may raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise UsageError(f"device {device.id}: model {device.model} can't be created: {reason}") from error
-        function.full_reset()
+        except Exception as error:  # a stranger's code may raise anything
+            host.log.exception("the device's code failed: %s()", model.__name__)
+            reason = printable(f"{type(error).__name__}: {error}")
+            raise UsageError(f"device {device.id}: {name} can't be created: {reason}") from error
         return function
 
     def _on_idle(self) -> None:
@@ -115,6 +118,7 @@ class Remoted:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, or 2 for bad usage."""
     try:
+        raise_fd_limit()
         config = parse_remoted(argv)
         setup(PROGRAM, config.name)
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from common.config import VmConfig
 from common.errors import UsageError
 from common.loop import Loop
 from common.service import notify
-from proxyd.board import Board
+from proxyd.board import Board, check_addresses
 from proxyd.console import COM1_PORTS, Console
 from proxyd.irqchip import KvmIrqchip
 from proxyd.kvm import Kvm, Vm
@@ -147,6 +147,7 @@ class Embedded:
         self._log = logging.getLogger(program)
         self._loop = loop
         self._failed = False
+        check_addresses(config.devices)
         image = parse_image(_read_image(GUEST_IMAGE), str(GUEST_IMAGE))
         self._kvm = Kvm()
         self._vm = self._kvm.create_vm()

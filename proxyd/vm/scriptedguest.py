@@ -17,7 +17,7 @@ from common.errors import UsageError
 from common.loop import Loop
 from common.pci import PCI_COMMAND_INTX_DISABLE, PCI_STATUS_INTERRUPT, format_devfn, parse_devfn
 from common.service import notify
-from proxyd.board import Board
+from proxyd.board import Board, check_addresses
 from proxyd.pcihost import RESET_PORT
 from proxyd.softirqchip import SoftIrqchip
 from proxyd.vm.scripteddrivers import DRIVERS, Driver
@@ -487,6 +487,7 @@ class Soft:
 
     def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
         """Raises UsageError."""
+        check_addresses(config.devices)
         self._irqchip = SoftIrqchip(loop)
         self._board = Board(program, config, loop, self._irqchip)
         machine = SoftMachine(loop, self._irqchip, self._board.host, self._board.console)

@@ -12,6 +12,7 @@ serves the control socket and watches the links, is stepped from it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from itertools import groupby
@@ -96,15 +97,17 @@ class QemuPlugger:
         while (monitor := await self._find()) is not None:
             try:
                 await self._attend(monitor)
+                self._event_log.info("detached from %s", monitor.name)
             except (PeerGone, ProtocolError) as error:
-                self._event_log.warning("%s: %s", monitor.name, error)
+                self._event_log.warning("lost %s: %s", monitor.name, error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), _RETRY_SECONDS)
             finally:
                 for slot in self._slots:
                     slot.close()
                 await monitor.close()
             if self._stop.is_set():
                 return
-            self._event_log.info("%s has gone", monitor.name)
 
     async def _find(self) -> Monitor | None:
         """QEMU's monitor, however long that takes; None when told to stop meanwhile."""

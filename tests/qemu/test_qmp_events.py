@@ -30,12 +30,17 @@ def test_waits_for_qemu_and_for_the_next_one(bench: QmpBench) -> None:
     bench.start_proxyd()
     assert "Connection refused" in bench.log("proxyd")
     bench.monitor_path.unlink()
-    for number in (1, 2):
-        bench.start_guest()
-        bench.wait_log("proxyd", "plugged at 06.0", number)
-        bench.run_guest()
-        bench.guest.close()
-        bench.wait_log("proxyd", "has gone", number)
+    monitor = bench.start_guest()
+    bench.wait_log("proxyd", "plugged at 06.0")
+    bench.run_guest()
+    monitor.execute("quit")
+    bench.wait_log("proxyd", "the machine was shut down (host-qmp-quit)")
+    bench.wait_log("proxyd", "detached from qemu-system")
+    bench.start_guest()
+    bench.wait_log("proxyd", "plugged at 06.0", 2)
+    bench.run_guest()
+    bench.guest.close()
+    bench.wait_log("proxyd", "detached from qemu-system", 2)
     assert {f["connected"] for f in bench.status("proxyd").values()} == {False}
     wait_until(
         lambda: {f["link"] for f in bench.status("remoted").values()} == {"waiting"},

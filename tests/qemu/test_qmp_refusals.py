@@ -95,3 +95,16 @@ def test_a_machine_without_acpi_takes_no_devices(tmp_path: Path) -> None:
 def test_ids_and_addresses_of_other_devices_are_theirs(tmp_path: Path, device: str, reason: str) -> None:
     others = ("-device", "rtl8139,id=net7,addr=7,romfile=", "-device", "rtl8139,addr=8,romfile=")
     assert refuse(tmp_path, (*GOOD, *others), device) == reason
+
+
+def test_qemu_can_not_have_every_id(tmp_path: Path) -> None:
+    arguments = ["--name", "test", "--runtime-dir", str(tmp_path), "--vm", "qmp:/none", "--device", "id=0dev"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "proxyd", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60.0,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "iohub-proxyd: device 0dev: an id in QEMU begins with a letter\n"

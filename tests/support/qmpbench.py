@@ -81,7 +81,9 @@ class QmpBench:
         self._proxyd = Child("proxyd", arguments, self.directory, deadline=60.0)
 
     def start_guest(self) -> MonitorClient:
-        """The test's own monitor of it."""
+        """The test's own monitor of it. One that was before is ended."""
+        if self._guest is not None:
+            self._guest.close()
         ours = self.directory / "qmp.test"
         arguments = [*RAM, "-qmp", f"unix:{self.monitor_path},server=on,wait=off"]
         self._guest = QemuGuest(

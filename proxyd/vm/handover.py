@@ -32,7 +32,6 @@ class Handover(NamedTuple):
     client: Client
     vendor: int
     device: int
-    pin: int
     remarks: tuple[str, ...]
     """what a guest will find different from the device itself, behind QEMU's proxy"""
 
@@ -62,7 +61,7 @@ def open_link(path: str) -> Handover:
     except BaseException:
         client.close()
         raise
-    return Handover(client, ids & 0xFFFF, ids >> 16, pin, tuple(remarks))
+    return Handover(client, ids & 0xFFFF, ids >> 16, tuple(remarks))
 
 
 def find_server(path: str) -> PeerCredentials | None:

@@ -40,15 +40,15 @@ _LAST_RETRY_SECONDS = 1.0
 class Function:
     """One configured device, and QEMU's proxy of it."""
 
+    pin = 0
     gsi = None
-    """the route is known to QEMU alone"""
+    """the route is QEMU's to know"""
 
     def __init__(self, config: DeviceConfig, path: str, loop: Loop, log: Log) -> None:
         """``path`` is its device's socket."""
         self.name = config.id
         self.devfn = config.devfn
         self.path = path
-        self.pin = 0
         self.reconnects = 0
         self.remote: PeerCredentials | None = None
         """the process at the other end of QEMU's link; None unless the function is plugged and its link good"""

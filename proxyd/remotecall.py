@@ -127,6 +127,7 @@ class StoppedThread:
         self._saved: tuple[int, bytes] | None = None  # set while its memory isn't its own
         self._frame = 0
         self._scratch = self._scratch_end = 0
+        self._in_call = False  # stopped where the kernel is about to make the call that orig_rax names
         self._lost: IohubError | None = None  # why the thread is no longer known to be stopped
         self._began = 0.0
         self.seconds = 0.0
@@ -198,8 +199,8 @@ class StoppedThread:
         ptrace.setregs(self.pid, regs)
         ptrace.cont_to_syscall(self.pid)
         self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
-        ptrace.cont_to_syscall(self.pid)
-        self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
+        self._in_call = True
+        self._finish_call()
         after = ptrace.getregs(self.pid)
         if after is None:
             raise IohubError(f"process {self.pid} left 64-bit code")
@@ -215,6 +216,8 @@ class StoppedThread:
         """
         if not self._seized or self._lost is not None:
             return
+        if self._in_call:
+            self._finish_call()
         if self._mask is not None:
             ptrace.set_signal_mask(self.pid, self._mask)
         if self._regs is not None:
@@ -226,6 +229,11 @@ class StoppedThread:
         # It wakes the thread as a signal does (__ptrace_unlink() of kernel/ptrace.c): restart codes are looked at.
         ptrace.detach(self.pid)
         self.seconds = time.monotonic() - self._began
+
+    def _finish_call(self) -> None:
+        ptrace.cont_to_syscall(self.pid)
+        self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
+        self._in_call = False
 
     def _borrowed(self, rip: int) -> user_regs_struct:
         regs = user_regs_struct.from_buffer_copy(self._regs or user_regs_struct())

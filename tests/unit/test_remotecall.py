@@ -146,8 +146,8 @@ def test_a_signal_that_comes_before_the_stop_is_delivered(monkeypatch: pytest.Mo
 
     interrupt = ptrace.interrupt
     monkeypatch.setattr(ptrace, "interrupt", signal_and_interrupt)
-    with TargetProcess("ppoll") as target, pytest.raises(PeerGone, match=f"process {target.pid} has exited"):
-        run_stopped(target.pid, find_gadgets(target.pid), two_calls)
+    with program_with_threads(1) as pid, pytest.raises(PeerGone, match=f"process {pid} has exited"):
+        run_stopped(pid, find_gadgets(pid), two_calls)
 
 
 def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +187,13 @@ def test_a_target_that_is_killed_meanwhile(threads: int) -> None:
         os.kill(thread.pid, signal.SIGKILL)
         return two_calls(thread)
 
+    with program_with_threads(threads) as pid, pytest.raises((PeerGone, ProcessLookupError)):
+        run_stopped(pid, find_gadgets(pid), kill_and_call)
+
+
+@contextlib.contextmanager
+def program_with_threads(threads: int) -> Iterator[int]:
+    """The process id of a program that waits for input."""
     program = ["cat"] if threads == 1 else [str(build("target.c", "-pthread")), "read"]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -194,8 +201,8 @@ def test_a_target_that_is_killed_meanwhile(threads: int) -> None:
         process.stdin.write(b"ready\n")
         process.stdin.flush()
         assert process.stdout.readline() == b"ready\n"
-        with pytest.raises((PeerGone, ProcessLookupError)):
-            run_stopped(process.pid, find_gadgets(process.pid), kill_and_call)
+        yield process.pid
+        process.kill()
 
 
 def test_no_thread_is_left() -> None:

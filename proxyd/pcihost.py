@@ -144,17 +144,12 @@ class PciHost:
             self._address = 0
 
     def _router_written(self) -> None:
-        """The guest has programmed the router, whose outputs are all level-triggered.
-
-        Setting ELCR rewrites the PIC's state, and an assertion that falls into that moment may be lost: kicked
-        functions assert again.
-        """
-        irqs = {self._isa_bridge.irq(pirq) for pirq in range(len(PIRQ_REGISTERS))} - {None}
-        changed = [irq for irq in irqs if irq is not None and self._irqchip.set_level_triggered(irq)]
+        """The guest has programmed the router, whose outputs are all level-triggered."""
+        for pirq in range(len(PIRQ_REGISTERS)):
+            irq = self._isa_bridge.irq(pirq)
+            if irq is not None:
+                self._irqchip.set_level_triggered(irq)
         self.route()
-        if changed:
-            for proxy in self._proxies.values():
-                proxy.kick()
 
     def _route(self, proxy: PciProxy) -> int | None:
         if not proxy.pin:
@@ -168,6 +163,10 @@ class PciHost:
         return function, self._address & 0xFC | port & 3
 
     def _bar_read(self, memory: bool, addr: int, size: int) -> int:
+        if not memory and addr % size:
+            # PCI has no I/O access across a doubleword (PCI 3.0, 3.2.2.1): a bridge makes several of it.
+            half = size // 2
+            return self._bar_read(memory, addr + half, half) << 8 * half | self._bar_read(memory, addr, half)
         for proxy in self._proxies.values():
             for window in proxy.windows:
                 if window.start <= addr < window.end and window.memory is memory:
@@ -175,6 +174,11 @@ class PciHost:
         return (1 << 8 * size) - 1
 
     def _bar_write(self, memory: bool, addr: int, size: int, value: int) -> None:
+        if not memory and addr % size:
+            half = size // 2
+            self._bar_write(memory, addr, half, value & (1 << 8 * half) - 1)
+            self._bar_write(memory, addr + half, half, value >> 8 * half)
+            return
         for proxy in self._proxies.values():
             for window in proxy.windows:
                 if window.start <= addr < window.end and window.memory is memory:

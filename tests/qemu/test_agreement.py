@@ -208,7 +208,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     bench = RemoteBench(tmp_path)
     bench.add(PciSerial, "com1", 0x28)
     client, link = socket.socketpair()
-    with StockRemote(tmp_path, link, ["-S"]) as remote, bench.connect("com1") as peer:
+    with StockRemote(link, ["-S"]) as remote, bench.connect("com1") as peer:
         stock = Client(client, deadline=20.0)
         yield Pair(peer, remote, stock)
         stock.close()

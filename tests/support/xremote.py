@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.support.monitorclient import MonitorClient
-
 __all__ = ["StockRemote"]
+
+_TIMEOUT = 60.0
 
 
 class StockRemote:
@@ -22,27 +22,30 @@ class StockRemote:
     that was programmed meanwhile. Its monitor answers from the main loop, which begins after that reset.
     """
 
-    def __init__(self, directory: Path, link: socket.socket, args: Sequence[str] = ()) -> None:
-        """Takes ownership of the socket; returns when the reset is over. A monitor's socket is left behind."""
-        monitor = directory / "x-remote.qmp"
-        monitor.unlink(missing_ok=True)
-        with link:
+    def __init__(self, link: socket.socket, args: Sequence[str] = ()) -> None:
+        """Takes ownership of the socket; returns when the reset is over.
+
+        Raises EOFError when the process has ended instead, as it does when its client goes.
+        """
+        ours, theirs = socket.socketpair()
+        with link, ours, theirs:
             self.process = subprocess.Popen(
                 [
                     *("qemu-system-x86_64", "-machine", "x-remote", "-display", "none", "-monitor", "none"),
-                    *("-serial", "none", "-qmp", f"unix:{monitor},server=on,wait=off"),
+                    *("-serial", "none", "-mon", "monitor,mode=control"),
+                    *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
                     *("-chardev", "null,id=null", "-device", "pci-serial,id=d,chardev=null"),
                     *("-object", f"x-remote-object,id=r,devid=d,fd={link.fileno()}", *args),
                 ],
-                pass_fds=[link.fileno()],
+                pass_fds=[theirs.fileno(), link.fileno()],
                 stderr=subprocess.DEVNULL,
             )
-        try:
-            with MonitorClient(monitor) as client:
-                client.execute("query-status")
-        except BaseException:
-            self.close()
-            raise
+            theirs.close()
+            try:
+                _wait_for_main_loop(ours)
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -56,3 +59,14 @@ class StockRemote:
         """Kills it."""
         self.process.kill()
         self.process.wait()
+
+
+def _wait_for_main_loop(monitor: socket.socket) -> None:
+    monitor.settimeout(_TIMEOUT)
+    with monitor.makefile("r") as lines:
+        lines.readline()
+        for command in ("qmp_capabilities", "query-status"):
+            monitor.sendall(json.dumps({"execute": command}).encode())
+            while "return" not in (line := lines.readline()):
+                if not line:
+                    raise EOFError("QEMU's remote process has ended")

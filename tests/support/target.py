@@ -63,6 +63,11 @@ class TargetProcess:
         self._stdin.flush()
         return int(self._stdout.readline())
 
+    def end_input(self) -> None:
+        """Lets the check come to its end."""
+        self._stdin.close()
+        self._process.stdin = None  # else communicate() flushes it
+
     def finish(self) -> str:
         """Ends the check and returns what it had to say: "N rounds", or what went wrong."""
         return self._process.communicate(timeout=PATIENCE)[0].strip()

@@ -71,7 +71,7 @@ def test_the_target_does_not_notice(check: str) -> None:
     with TargetProcess(check) as target:
         gadgets = find_gadgets(target.pid)
         for _ in range(300):
-            assert run_stopped(target.pid, gadgets, two_calls)[0] == [target.pid] * 2
+            assert run_stopped(target.pid, gadgets, two_calls)[0] == 0
             target.pause(chance.uniform(0, 0.003))
         assert rounds(target.finish()) > 0
 
@@ -120,7 +120,7 @@ def test_a_restartable_sequence_is_aborted_and_not_forgotten() -> None:
 
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_stop_signal_holds(when: str) -> None:
-    def stop_and_call(thread: StoppedThread) -> list[int]:
+    def stop_and_call(thread: StoppedThread) -> int:
         if when == "during":
             os.kill(thread.pid, signal.SIGSTOP)
         return two_calls(thread)
@@ -132,7 +132,7 @@ def test_a_stop_signal_holds(when: str) -> None:
         if when == "before":
             os.kill(target.pid, signal.SIGSTOP)
             wait_until(stopped, "the target is stopped")
-        assert run_stopped(target.pid, find_gadgets(target.pid), stop_and_call)[0] == [target.pid] * 2
+        assert run_stopped(target.pid, find_gadgets(target.pid), stop_and_call)[0] == 0
         wait_until(stopped, "the target is stopped again")
         os.kill(target.pid, signal.SIGCONT)
         assert rounds(target.finish()) > 0
@@ -178,12 +178,33 @@ def test_a_target_that_cannot_be_stopped(monkeypatch: pytest.MonkeyPatch) -> Non
         gadgets = find_gadgets(target.pid)
         with pytest.raises(IohubError, match="didn't stop within"):
             run_stopped(target.pid, gadgets, two_calls)
-        assert rounds(target.finish()) == 1
+        assert target.finish() == "child\n1 rounds"
+
+
+def test_a_call_that_has_just_returned_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when the tracer fails where the kernel would make whatever call the registers name."""
+
+    def interrupt_and_return(pid: int) -> None:
+        interrupt(pid)
+        target.end_input()
+
+    with TargetProcess("ppoll") as target:
+        gadgets = find_gadgets(target.pid)
+        with at_step(0, fail) as steps:
+            run_stopped(target.pid, gadgets, two_calls)
+    at_entry = [number for number, name in enumerate(steps, 1) if name == "cont_to_syscall"][1]
+    interrupt = ptrace.interrupt
+    monkeypatch.setattr(ptrace, "interrupt", interrupt_and_return)
+    with TargetProcess("vfork") as target:
+        gadgets = find_gadgets(target.pid)
+        with at_step(at_entry, fail), pytest.raises(StepFailedError):
+            run_stopped(target.pid, gadgets, two_calls)
+        assert target.finish() == "child\n1 rounds"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_target_that_is_killed_meanwhile(threads: int) -> None:
-    def kill_and_call(thread: StoppedThread) -> list[int]:
+    def kill_and_call(thread: StoppedThread) -> int:
         os.kill(thread.pid, signal.SIGKILL)
         return two_calls(thread)
 

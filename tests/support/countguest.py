@@ -10,42 +10,21 @@ import re
 import select
 import socket
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-_SOURCE = Path(__file__).parent.parent / "guests" / "irqcount.S"
+_ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
 
 
 @functools.cache
 def guest_image() -> Path:
-    """The guest, built from its source once a session."""
-    directory = tempfile.TemporaryDirectory(prefix="iohub-test-")
-    _directories.append(directory)
-    built = Path(directory.name) / "irqcount"
-    subprocess.run(["gcc", "-m32", "-c", str(_SOURCE), "-o", f"{built}.o"], check=True)
-    subprocess.run(
-        [
-            "ld",
-            "-m",
-            "elf_i386",
-            "-Ttext=0x100000",
-            "--oformat",
-            "binary",
-            f"{built}.o",
-            "-o",
-            f"{built}.bin",
-        ],
-        check=True,
-    )
-    os.chmod(directory.name, 0o755)  # a QEMU of another user reads it
-    return Path(f"{built}.bin")
-
-
-_directories: list[tempfile.TemporaryDirectory[str]] = []  # removed with the interpreter
+    """The guest's image, built from its source as it is now."""
+    image = "tests/guests/irqcount.bin"
+    subprocess.run(["make", "--silent", "--no-print-directory", image], cwd=_ROOT, check=True)
+    return _ROOT / image
 
 
 class CountGuest:

@@ -8,7 +8,6 @@ hw/remote/proxy.c).
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from common import mpqemu, pci
@@ -39,9 +38,9 @@ class Handover(NamedTuple):
 def open_link(path: str) -> Handover:
     """Connects to a device's socket and resets the function there. Blocks, for a few seconds at most.
 
-    The socket itself is blocking afterwards, as QEMU needs it: of the client only fileno(), peer, shutdown() and
-    close() remain of use. Raises PeerGone when nobody answers, and ProtocolError for a function that QEMU's proxy
-    can't stand for.
+    QEMU makes the socket that it gets a blocking one, and so this one: of the client only fileno(), peer,
+    shutdown() and close() are of use then. Raises PeerGone when nobody answers, and ProtocolError for a
+    function that QEMU's proxy can't stand for.
     """
     client = Client.connect(path, _ROUND_TRIP_SECONDS)
     try:
@@ -57,7 +56,6 @@ def open_link(path: str) -> Handover:
         remarks = []
         for number in range(_PROBED_REGISTERS):
             remarks += _probe(client, number)
-        os.set_blocking(client.fileno(), True)
     except BaseException:
         client.close()
         raise

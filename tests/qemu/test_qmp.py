@@ -48,12 +48,15 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
     bench.run_guest()
     fds = count_fds_of(bench.remoted.process.pid), count_fds_of(bench.guest.pid)
     assert bench.end_proxyd() == 0
+    assert not bench.asked_to_eject(5)
     bench.check_interrupts()
     bench.start_proxyd()
+    bench.wait_linked(0)
     bench.check_interrupts()
     bench.proxyd.kill()
     bench.check_interrupts()
     bench.start_proxyd()
+    bench.wait_linked(0)
     # No setup: a device that had been plugged anew would have lost its addresses.
     bench.check_interrupts()
     assert monitor.plugged() == PLUGGED
@@ -101,6 +104,7 @@ def test_replaces_twenty_times_what_has_lost_its_remoted(bench: QmpBench, monito
 
 def test_replaces_an_adopted_function_that_loses_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:
     bench.start_proxyd()
+    fds = count_fds_of(bench.proxyd.process.pid)
     bench.proxyd.kill()
     bench.start_proxyd()
     bench.remoted.kill()
@@ -108,6 +112,7 @@ def test_replaces_an_adopted_function_that_loses_its_remoted(bench: QmpBench, mo
     bench.start_remoted()
     bench.wait_linked(1)
     bench.run_guest()
+    assert count_fds_of(bench.proxyd.process.pid) == fds
 
 
 def test_replaces_what_it_finds_plugged_without_a_link(bench: QmpBench, monitor: MonitorClient) -> None:

@@ -110,13 +110,17 @@ class Monitor:
                     f"QEMU's monitor {path} doesn't answer: it serves one client at a time and may have one; "
                     "give iohub-proxyd one of its own (-qmp unix:PATH,server=on,wait=off)"
                 )
-            await greeting
+            await asyncio.shield(greeting)
         except ConnectError as error:
             raise PeerGone(f"{path}: {_cause(error)}") from error
+        except asyncio.CancelledError:
+            # The library doesn't bear to be cancelled while it cleans up; it does bear the end of the stream.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            await asyncio.gather(greeting, return_exceptions=True)
+            await cls(client, name).close()
+            raise
         finally:
-            if not greeting.done():
-                greeting.cancel()
-                await asyncio.gather(greeting, return_exceptions=True)
             if client.runstate is not Runstate.RUNNING:
                 sock.close()
         return cls(client, name)

@@ -133,7 +133,8 @@ class QemuPlugger:
                 await self._kvm_event.wait()
             except PeerGone as error:
                 if told != str(error):
-                    self._log.warning("%s", error)
+                    self._log.info("%s: trying again", error)
+                    notify("READY=1\nSTATUS=Waiting for QEMU")
                 told = str(error)
                 await asyncio.sleep(_RETRY_SECONDS)
 

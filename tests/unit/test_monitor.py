@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import math
 import os
@@ -231,6 +232,21 @@ def test_a_silent_monitor_is_told_and_waited_for(peer: Peer, monkeypatch: pytest
     thread.join()
     (line,) = peer.silences
     assert f"QEMU's monitor {peer.path} doesn't answer" in line
+
+
+def test_waiting_for_a_greeting_can_be_cancelled(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        connecting = asyncio.create_task(Monitor.connect(str(peer.path), lambda *_: None, lambda _: None))
+        sock, _ = await asyncio.to_thread(peer._listener.accept)
+        with sock:
+            connecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await connecting
+            assert sock.recv(1) == b""
+
+    asyncio.run(main())
+    gc.collect()
+    assert caplog.records == []
 
 
 def test_a_command_without_an_answer_ends(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,9 @@ MAX_MESSAGE = 64 << 10
 
 _MAX_CLIENTS = 16
 
+_MAX_NESTING = 16
+"""objects and arrays within each other; what Python itself bounds differs by version"""
+
 _ACCEPT_PAUSE_SECONDS = 1.0
 """how long clients wait after one couldn't be taken for want of an fd: the loop would spin on it otherwise"""
 
@@ -185,7 +188,20 @@ def _check_call(message: bytes) -> bool:
         raise ProtocolError("a message that is no call")
     if not isinstance(call.get("parameters", {}), dict | None):
         raise ProtocolError("a call whose parameters are no object")
+    if _is_nested_deeper(call, _MAX_NESTING):
+        raise ProtocolError(f"a call nested more than {_MAX_NESTING} deep")
     return bool(call.get("oneway"))
+
+
+def _is_nested_deeper(value: object, levels: int) -> bool:
+    """Whether JSON has objects and arrays within each other on more levels than that."""
+    level = [value]
+    for _ in range(levels + 1):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            return False
+        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
+    return True
 
 
 def call(path: str | os.PathLike[str], method: str, **parameters: object) -> dict[str, Any]:

@@ -234,6 +234,12 @@ def test_the_longest_message_is_answered(bench: Bench) -> None:
             assert "parameters" in peer.reply()
 
 
+def nested(levels: int) -> bytes:
+    """A call of Raise with so many levels of objects and arrays."""
+    device = "[" * (levels - 2) + "]" * (levels - 2)
+    return b'{"method": "org.iohub.Remoted.Raise", "parameters": {"device": %s}}\0' % device.encode()
+
+
 HOSTILE = {
     "no JSON": b"hello\0",
     "empty": b"\0",
@@ -254,6 +260,7 @@ HOSTILE = {
     + b"0"
     + b"}" * 9_002
     + b"\0",
+    "nested one level too deep": nested(17),
     "an endless number": b'{"method": "org.iohub.Remoted.Status", "more": ' + b"9" * 60_000 + b"}\0",
     "too long": STATUS[:-1].ljust(MAX_MESSAGE + 1),
 }
@@ -284,6 +291,7 @@ WRONG_CALLS = {
     "unknown parameter": (call_of("org.iohub.Remoted.Status", x=1), "org.varlink.service.InvalidParameter"),
     "missing parameter": (call_of("org.iohub.Remoted.Raise"), "org.varlink.service.InvalidParameter"),
     "wrong type": (call_of("org.iohub.Remoted.Raise", device=[1]), "org.varlink.service.InvalidParameter"),
+    "nested as deep as may be": (nested(16), "org.varlink.service.InvalidParameter"),
 }
 
 

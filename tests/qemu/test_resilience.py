@@ -41,6 +41,17 @@ def wait_for_traffic(remoted: Remoted) -> None:
     wait_until(lambda: raised(remoted) > before + 10, "the firmware raises its line")
 
 
+def check_interrupts(guest: StockGuest) -> None:
+    """Each function's interrupts are served, and no others; those that are held come again."""
+    guest.ok("setup")
+    guest.ok("run 20 held 4")
+    for function in guest.functions().values():
+        counts = [function.number(key) for key in ("raised", "served", "lost", "reasserts")]
+        assert counts == [20, 20, 0, 5]
+    for irq in guest.ok("stats").of_kind("irq"):
+        assert (irq.number("spurious"), irq.number("orphaned"), irq.number("stuck")) == (0, 0, 0)
+
+
 def test_200_kills(remoted: Remoted, tmp_path: Path) -> None:
     """From the start of the process until well into its traffic, which is what half of them hit."""
     rng = random.Random(11)
@@ -64,8 +75,7 @@ def test_200_kills(remoted: Remoted, tmp_path: Path) -> None:
     assert 0 < interrupted < 200
     assert "warning" not in remoted.log
     with StockGuest(tmp_path, remoted) as guest:
-        guest.ok("setup")
-        guest.ok("run 20")
+        check_interrupts(guest)
 
 
 def test_quit_during_traffic(remoted: Remoted, tmp_path: Path) -> None:
@@ -98,13 +108,7 @@ def test_reset_with_lines_high(remoted: Remoted, tmp_path: Path) -> None:
             guest.monitor.execute("system_reset")
             guest.console.wait_ready(BOOT_TIMEOUT)
             assert not any(remoted.status(addr)["level"] for addr in (SERIAL, EDU))
-            guest.ok("setup")
-            guest.ok("run 20 held 4")
-            for function in guest.functions().values():
-                counts = [function.number(key) for key in ("raised", "served", "lost", "reasserts")]
-                assert counts == [20, 20, 0, 5]
-            for irq in guest.ok("stats").of_kind("irq"):
-                assert (irq.number("spurious"), irq.number("orphaned"), irq.number("stuck")) == (0, 0, 0)
+            check_interrupts(guest)
     assert [remoted.count_idle_fds(addr) for addr in (SERIAL, EDU)] == fds
 
 
@@ -119,7 +123,7 @@ def test_stop_and_cont_with_a_line_high(remoted: Remoted, tmp_path: Path) -> Non
                 guest.monitor.execute("cont")
             (step,) = guest.ok(f"release {addr}").of_kind("step")
             assert [step.number(key) for key in ("entries", "elsewhere", "served")] == [1, 0, 1]
-            guest.ok("run 20 held 4")
+            check_interrupts(guest)
 
 
 def test_a_line_that_rises_while_the_machine_is_stopped(

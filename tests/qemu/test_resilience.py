@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.uart import UART_IER, UART_IER_RDI, UART_RX
-from tests.support.monitorclient import MonitorClient
+from tests.support.monitorclient import CommandRefused, MonitorClient
 from tests.support.qemuguest import BOOT_TIMEOUT
 from tests.support.stockproxy import HAMMER_ADDR, Remoted, StockGuest, start_hammer
 from tests.support.wait import wait_until
@@ -124,6 +124,9 @@ def test_stop_and_cont_with_a_line_high(remoted: Remoted, tmp_path: Path) -> Non
             (step,) = guest.ok(f"release {addr}").of_kind("step")
             assert [step.number(key) for key in ("entries", "elsewhere", "served")] == [1, 0, 1]
             check_interrupts(guest)
+        # A line that is high while the machine is saved is nothing to look after: it can't be saved.
+        with pytest.raises(CommandRefused, match="does not support migration"):
+            guest.monitor.execute("migrate", uri="exec:cat >/dev/null")
 
 
 def test_a_line_that_rises_while_the_machine_is_stopped(

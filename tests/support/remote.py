@@ -26,7 +26,7 @@ class RemoteThread:
         self._loop = Loop()
         self.hub = IoHub(self._loop)
         self.servers: dict[str, DeviceServer] = {}
-        self._thread = threading.Thread(target=self._loop.run, name="remote")
+        self._thread = threading.Thread(target=self._loop.run, name="remote", daemon=True)
 
     def add(self, model: type[F], name: str, devfn: int) -> F:
         """Creates a function that listens on NAME.sock; before start()."""

@@ -20,6 +20,8 @@ ROM = 6
 """the number that the expansion ROM has among the BARs"""
 _MAX_MEMORY = 1 << 40
 _MAX_IO = 1 << 16
+_ALL_ONES = 0xFFFFFFFF
+"""how a read that failed looks; no register of a BAR does, whose reserved or type bits are fixed"""
 
 
 class DecodedBar(NamedTuple):
@@ -40,7 +42,7 @@ def size_bars(read: Callable[[int, int], int], write: Callable[[int, int, int], 
     """The BARs and the ROM of a function, by ``read(offset, size)`` and ``write(offset, size, value)``.
 
     Command register and addresses are as before afterwards. Raises ProtocolError for a register that no real
-    device can have: holes in its mask, a 64-bit BAR without room, an absurd size.
+    device can have: holes in its mask, a 64-bit BAR without room, an absurd size, all ones.
     """
     command = read(pci.PCI_COMMAND, 2)
     write(pci.PCI_COMMAND, 2, command & ~(pci.PCI_COMMAND_IO | pci.PCI_COMMAND_MEMORY))
@@ -52,9 +54,11 @@ def size_bars(read: Callable[[int, int], int], write: Callable[[int, int, int], 
             found.append(decoded)
             number += decoded.width // 4 - 1
         number += 1
-    rom = _probe(pci.PCI_ROM_ADDRESS, 0xFFFFFFFE, read, write) & pci.PCI_ROM_ADDRESS_MASK
-    if rom:
-        size = _size_of_mask(rom, 32, "the expansion ROM")
+    name = "the expansion ROM"
+    rom = _probe(pci.PCI_ROM_ADDRESS, _ALL_ONES & ~pci.PCI_ROM_ADDRESS_ENABLE, read, write)
+    _check_answer(rom, name)
+    if rom & pci.PCI_ROM_ADDRESS_MASK:
+        size = _size_of_mask(rom & pci.PCI_ROM_ADDRESS_MASK, 32, name)
         found.append(DecodedBar(ROM, pci.PCI_ROM_ADDRESS, Bar(BarKind.MEM32, size)))
     write(pci.PCI_COMMAND, 2, command)
     return found
@@ -64,13 +68,16 @@ def _size_one(
     number: int, read: Callable[[int, int], int], write: Callable[[int, int, int], None]
 ) -> DecodedBar | None:
     offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
-    low = _probe(offset, 0xFFFFFFFF, read, write)
+    low = _probe(offset, _ALL_ONES, read, write)
     if low == 0:
         return None
     name = f"BAR {number}"
+    _check_answer(low, name)
     if low & pci.PCI_BASE_ADDRESS_SPACE_IO:
-        # The upper half may read as zeros: a PC has 16 bits of I/O addresses.
-        size = _size_of_mask(low & pci.PCI_BASE_ADDRESS_IO_MASK | 0xFFFF0000, 32, name)
+        mask = low & pci.PCI_BASE_ADDRESS_IO_MASK
+        if 0 < mask < _MAX_IO:  # the upper half may read as zeros: a PC has 16 bits of I/O addresses
+            mask |= _ALL_ONES & -_MAX_IO
+        size = _size_of_mask(mask, 32, name)
         if size > _MAX_IO:
             raise ProtocolError(f"{name} asks for {size:#x} bytes of I/O")
         return DecodedBar(number, offset, Bar(BarKind.IO, size))
@@ -80,7 +87,7 @@ def _size_one(
         return DecodedBar(number, offset, Bar(BarKind.MEM32, size, prefetchable))
     if number == pci.PCI_NUM_BARS - 1:
         raise ProtocolError(f"{name} is 64 bits wide and has no room for its upper half")
-    high = _probe(offset + 4, 0xFFFFFFFF, read, write)
+    high = _probe(offset + 4, _ALL_ONES, read, write)
     size = _size_of_mask(high << 32 | low & pci.PCI_BASE_ADDRESS_MEM_MASK, 64, name)
     if size > _MAX_MEMORY:
         raise ProtocolError(f"{name} asks for {size:#x} bytes of memory")
@@ -95,6 +102,11 @@ def _probe(
     mask = read(offset, 4)
     write(offset, 4, before)
     return mask
+
+
+def _check_answer(mask: int, name: str) -> None:
+    if mask == _ALL_ONES:
+        raise ProtocolError(f"{name} reads as all ones")
 
 
 def _size_of_mask(mask: int, bits: int, name: str) -> int:

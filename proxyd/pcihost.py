@@ -10,7 +10,8 @@ PIRQs as in QEMU's hw/i386/pc_piix.c.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import ClassVar
 
 from common import pci
@@ -93,34 +94,21 @@ class PciHost:
 
     def pio_read(self, port: int, size: int) -> int:
         """An I/O port read of 1, 2 or 4 bytes; all ones where nothing decodes it."""
-        if port & ~3 == CONFIG_DATA and self._address >> 31:
-            function, offset = self._target(port)
-            if function is not None and offset + size <= pci.PCI_CONFIG_SIZE:
-                return function.config_read(offset, size)
-        elif port == CONFIG_ADDRESS and size == 4:
-            return self._address
-        return self._bar_read(False, port, size)
+        return _read_parts(self._port_read, port, size)
 
     def pio_write(self, port: int, size: int, value: int) -> None:
         """An I/O port write of 1, 2 or 4 bytes."""
-        if port == CONFIG_ADDRESS and size == 4:
-            self._address = value
-        elif port & ~3 == CONFIG_DATA and self._address >> 31:
-            function, offset = self._target(port)
-            if function is not None and offset + size <= pci.PCI_CONFIG_SIZE:
-                function.config_write(offset, size, value)
-                if function is self._isa_bridge:
-                    self._router_written()
-        else:
-            self._bar_write(False, port, size, value)
+        for part, length, piece in _write_parts(port, size, value):
+            self._port_write(part, length, piece)
 
     def mmio_read(self, addr: int, size: int) -> int:
-        """A memory read of 1, 2, 4 or 8 bytes; all ones where nothing decodes it."""
-        return self._bar_read(True, addr, size)
+        """A memory read of 1 to 8 bytes; all ones where nothing decodes it."""
+        return _read_parts(partial(self._bar_read, True), addr, size)
 
     def mmio_write(self, addr: int, size: int, value: int) -> None:
-        """A memory write of 1, 2, 4 or 8 bytes."""
-        self._bar_write(True, addr, size, value)
+        """A memory write of 1 to 8 bytes."""
+        for part, length, piece in _write_parts(addr, size, value):
+            self._bar_write(True, part, length, piece)
 
     def route(self) -> None:
         """Lets every function's irqfd follow the router. Any thread may call it."""
@@ -142,6 +130,26 @@ class PciHost:
             self._irqchip.reset()
             self._isa_bridge.reset()
             self._address = 0
+
+    def _port_read(self, port: int, size: int) -> int:
+        if port & ~3 == CONFIG_DATA and self._address >> 31:
+            function, offset = self._target(port)
+            return _ones(size) if function is None else function.config_read(offset, size)
+        if port == CONFIG_ADDRESS and size == 4:
+            return self._address
+        return self._bar_read(False, port, size)
+
+    def _port_write(self, port: int, size: int, value: int) -> None:
+        if port == CONFIG_ADDRESS and size == 4:
+            self._address = value
+        elif port & ~3 == CONFIG_DATA and self._address >> 31:
+            function, offset = self._target(port)
+            if function is not None:
+                function.config_write(offset, size, value)
+                if function is self._isa_bridge:
+                    self._router_written()
+        else:
+            self._bar_write(False, port, size, value)
 
     def _router_written(self) -> None:
         """The guest has programmed the router, whose outputs are all level-triggered."""
@@ -171,7 +179,7 @@ class PciHost:
             for window in proxy.windows:
                 if window.start <= addr < window.end and window.memory is memory:
                     return proxy.bar_read(memory, addr, size)
-        return (1 << 8 * size) - 1
+        return _ones(size)
 
     def _bar_write(self, memory: bool, addr: int, size: int, value: int) -> None:
         if not memory and addr % size:
@@ -184,3 +192,33 @@ class PciHost:
                 if window.start <= addr < window.end and window.memory is memory:
                     proxy.bar_write(memory, addr, size, value)
                     return
+
+
+def _ones(size: int) -> int:
+    return (1 << 8 * size) - 1
+
+
+def _parts(addr: int, size: int) -> Iterator[tuple[int, int]]:
+    """Address and size of the naturally aligned parts of an access of 1 to 8 bytes.
+
+    QEMU's memory core makes the same ones (flatview_read_continue() in system/physmem.c), and a host bridge
+    similar ones. None lies across the end of a BAR or of the config data port.
+    """
+    while size:
+        aligned = addr & -addr or size
+        part = min(aligned, 1 << size.bit_length() - 1)
+        yield addr, part
+        addr += part
+        size -= part
+
+
+def _read_parts(read: Callable[[int, int], int], addr: int, size: int) -> int:
+    value = 0
+    for part, length in _parts(addr, size):
+        value |= read(part, length) << 8 * (part - addr)
+    return value
+
+
+def _write_parts(addr: int, size: int, value: int) -> Iterator[tuple[int, int, int]]:
+    for part, length in _parts(addr, size):
+        yield part, length, value >> 8 * (part - addr) & _ones(length)

@@ -73,19 +73,17 @@ class Rule(NamedTuple):
     """What a request must look like."""
 
     size: int
-    min_fds: int
     max_fds: int
-    has_reply: bool
 
 
 _RULES: dict[int, Rule] = {
-    Command.SYNC_SYSMEM: Rule(SYSMEM.size, 0, MAX_FDS, has_reply=False),
-    Command.PCI_CFGWRITE: Rule(CONFIG.size, 0, 0, has_reply=True),
-    Command.PCI_CFGREAD: Rule(CONFIG.size, 0, 0, has_reply=True),
-    Command.BAR_WRITE: Rule(BAR.size, 0, 0, has_reply=True),
-    Command.BAR_READ: Rule(BAR.size, 0, 0, has_reply=True),
-    Command.SET_IRQFD: Rule(0, 2, 2, has_reply=False),
-    Command.DEVICE_RESET: Rule(0, 0, 0, has_reply=True),
+    Command.SYNC_SYSMEM: Rule(SYSMEM.size, MAX_FDS),
+    Command.PCI_CFGWRITE: Rule(CONFIG.size, 0),
+    Command.PCI_CFGREAD: Rule(CONFIG.size, 0),
+    Command.BAR_WRITE: Rule(BAR.size, 0),
+    Command.BAR_READ: Rule(BAR.size, 0),
+    Command.SET_IRQFD: Rule(0, 2),
+    Command.DEVICE_RESET: Rule(0, 0),
 }
 
 

@@ -334,12 +334,6 @@ class Vcpu:
         sregs.cr0 |= 1  # PE
         self._start(sregs, entry, stack)
 
-    def start_real_mode(self, entry: int, stack: int) -> None:
-        """16-bit real mode, all segments 0: ``entry`` and ``stack`` are below 64 KiB."""
-        sregs = self.get_sregs()
-        sregs.cs.base = sregs.cs.selector = 0
-        self._start(sregs, entry, stack)
-
     def tsc_khz(self) -> int | None:
         """The guest's TSC frequency in kHz, None where the host's isn't stable."""
         try:

@@ -97,10 +97,6 @@ class PciProxy:
         self._generation = 0  # of resets
 
     @property
-    def is_connected(self) -> bool:
-        return self._client is not None
-
-    @property
     def remote(self) -> PeerCredentials | None:
         """The process that listens at the link's other end; None without a link."""
         client = self._client
@@ -216,12 +212,6 @@ class PciProxy:
         client = self._client
         if client is not None:
             client.shutdown()
-
-    def kick(self) -> None:
-        """Lets the remote look at its level again: needed after everything that may have lost an assertion."""
-        with self._lock:
-            if self._assigned is not None and self._resamplefd is not None:
-                self._resamplefd.set()
 
     def quiesce(self) -> None:
         """Takes the irqfd out of the irqchip, lowering the line: first step of a reset, and before a save."""

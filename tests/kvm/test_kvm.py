@@ -138,17 +138,6 @@ def test_a_string_instruction_is_served_item_by_item(vm: Vm, recorder: Recorder)
     assert ram[0x3000:0x3008] == bytes.fromhex("0df0feca") * 2
 
 
-def test_real_mode(vm: Vm, recorder: Recorder) -> None:
-    # push $0x1234; pop %ax; mov %sp,%bx; out %ax,$0x80 -- which in 32-bit mode would be something else
-    load(vm, bytes.fromhex("68341258 89e3 e780".replace(" ", "")))
-    vcpu = vm.create_vcpu()
-    vcpu.start_real_mode(0x1000, 0x8000)
-    assert vcpu.run() is ExitReason.IO
-    vcpu.complete_io(recorder.port_in, recorder.port_out)
-    assert recorder.seen == [("out", 0x80, 2, 0x1234)]
-    assert vcpu.get_regs().rbx & 0xFFFF == 0x8000
-
-
 def test_immediate_exit_returns_without_entering_the_guest(machine: KvmMachine) -> None:
     machine.vcpu.immediate_exit = True
     assert machine.vcpu.immediate_exit

@@ -110,7 +110,8 @@ def test_a_kick_brings_a_lost_assertion_back_and_does_nothing_to_a_low_line(boar
     assert board.take() == [11]
     board.serve("b")
     for _ in range(3):
-        proxy.kick()
+        proxy.set_route(None)
+        proxy.set_route(11)
     assert board.nothing_arrives()
 
 

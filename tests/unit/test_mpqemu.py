@@ -110,6 +110,8 @@ def test_there_is_no_ninth_command() -> None:
     assert mpqemu.command_name(-1) == "command -1"
 
 
+WITHOUT_REPLY = (Command.SYNC_SYSMEM, Command.SET_IRQFD)
+
 REQUESTS = [
     # command, payload size, most fds
     (Command.SYNC_SYSMEM, 192, 8),
@@ -142,7 +144,7 @@ def test_what_is_no_request_is_refused(command: int, size: int) -> None:
         mpqemu.check_request(command, size)
 
 
-@pytest.mark.parametrize("request_", [request[0] for request in REQUESTS if request[4]])
+@pytest.mark.parametrize("request_", [request[0] for request in REQUESTS if request[0] not in WITHOUT_REPLY])
 def test_the_only_reply_is_ret_with_a_u64(request_: Command) -> None:
     mpqemu.check_reply(request_, Command.RET, 8)
     for size in (1, 4, 7, 9, 16, 192, 1000, (1 << 64) - 1):

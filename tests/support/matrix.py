@@ -137,6 +137,6 @@ class Broker:
             if self._remote is not None:
                 self._remote.close()
                 self._remote = None
-            with contextlib.suppress(EOFError, BrokenPipeError):  # the client didn't stay
+            with contextlib.suppress(EOFError, ConnectionError):  # the client didn't stay
                 self._remote = StockRemote(link)
                 self._is_ready.set()

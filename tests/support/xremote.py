@@ -25,7 +25,7 @@ class StockRemote:
     def __init__(self, link: socket.socket, args: Sequence[str] = ()) -> None:
         """Takes ownership of the socket; returns when the reset is over.
 
-        Raises EOFError when the process has ended instead, as it does when its client goes.
+        Raises EOFError or ConnectionError when the process has ended instead, as it does when its client goes.
         """
         ours, theirs = socket.socketpair()
         with link, ours, theirs:

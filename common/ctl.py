@@ -37,12 +37,12 @@ columns, what remoted counts first:
   REJECTED    messages that broke the protocol
   REFUSED     clients turned away because another one was served
   IRQFD       set: there is an eventfd that asserts the line in the guest
-  CLIENT      who uses the device: its process and pid
-  PIN, GSI    proxyd: the function's pin, and where the guest has it routed to
+  CLIENT      who connected to the device: its process and pid; for a QEMU that is proxyd
+  PIN, GSI    proxyd: the function's pin, and where the guest has it routed to; - in a QEMU, which knows it
   LINK        proxyd: the process and pid that it is connected to, or down
   RECONNECTS  proxyd: how often a lost link was replaced
 
-A healthy function has a client, an irqfd, a GSI and a link; what is amiss is written below the table.
+A healthy function has a client, an irqfd, a link and, outside of QEMU, a GSI; what is amiss is written below.
 
 exit status: 0, or 1 when one of the daemons doesn't answer
 
@@ -60,6 +60,18 @@ example:
   iohubctl raise vm1 line0
   iohubctl status vm1 line0
   iohubctl lower vm1 line0
+"""
+
+_DEMO_EPILOG = """\
+columns:
+  RAISED, SERVED    the guest's counts: writes that raise, and runs of its interrupt handler that serve one
+  RESAMPLES         acknowledgements (EOI) that reached remoted; those of functions on the same GSI count here too
+  SPURIOUS          runs of the handler that found nobody asserting
+  LOST              raises that the handler never saw
+  RAISE TO HANDLER  from the write that raises to the handler's first instruction
+  EOI TO RE-ASSERT  from the EOI of a line that is still high to its next interrupt
+
+exit status: 0, or 1 when an interrupt was lost, a line is stuck or a step went wrong
 """
 
 
@@ -116,6 +128,8 @@ def _parser(argv: Sequence[str]) -> Parser:
     demo = commands.add_parser(
         "demo",
         help="start both daemons and a small guest, and count every interrupt",
+        description="Starts both daemons and a small guest, and counts every interrupt.",
+        epilog=_DEMO_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -43,7 +43,8 @@ class Role(NamedTuple):
     device: str
     """the syntax of ``--device``"""
     device_help: str
-    example: str
+    epilog: str
+    """ends with an example"""
     keys: frozenset[str]
     """those of COMMON_KEYS that ``--device`` may have"""
     has_models: bool
@@ -54,10 +55,21 @@ REMOTED = Role(
     "iohub-remoted",
     "Runs a VM's PCI devices, each behind a socket of its own.",
     "MODEL,id=ID[,addr=SLOT.FN][,socket=PATH|fd=N][,OPTION=VALUE...]",
-    "a device, listening at PATH (default: ID.sock in the runtime directory) or serving the connected socket "
-    "that was inherited as N; addr defaults to the first free slot from 02.0 upward; "
+    "a device, one for each --device, listening at PATH (default: ID.sock in the runtime directory) or serving "
+    "the connected socket that was inherited as N; addr defaults to the first free slot from 02.0 upward; "
     ",, is a comma in a value",
-    "iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty",
+    """\
+models and their options:
+  edu             QEMU's device for driver lessons; dma_mask=MASK, what its DMA can address (0xfffffff)
+  irq-line        no registers, only a line that `iohubctl raise` and `iohubctl lower` drive
+  pci-serial      a serial port; chardev=null|pty|file:PATH|unix:PATH, its other end (null), and
+                  carrier=on|off, whether DCD and DSR tell that somebody is there (off)
+  NAME            of an installed package, its entry point in the group iohub.devices
+  PACKAGE.MODULE:CLASS
+                  any subclass of remoted.function.PciFunction that PYTHONPATH leads to
+
+example:
+  iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty""",
     frozenset(("id", "model", "addr", "socket", "fd")),
     True,
 )
@@ -66,9 +78,12 @@ PROXYD = Role(
     "iohub-proxyd",
     "Gives devices and their interrupt lines to a VM.",
     "id=ID[,addr=SLOT.FN][,socket=PATH][,gsi=N]",
-    "a device of iohub-remoted, found at PATH (default: ID.sock in the runtime directory); addr defaults to "
-    "the first free slot from 02.0 upward; ,, is a comma in a value",
-    "iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm embedded --device id=com1,addr=05.0",
+    "a device of iohub-remoted, one for each --device, found at PATH (default: ID.sock in the runtime "
+    "directory); addr defaults to the first free slot from 02.0 upward; gsi is for pid:PID, which needs it; "
+    ",, is a comma in a value",
+    """\
+example:
+  iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm qmp:/tmp/vm1/qmp.sock --device id=com1,addr=05.0""",
     frozenset(("id", "addr", "socket", "gsi")),
     False,
 )
@@ -87,7 +102,7 @@ def make_parser(role: Role) -> Parser:
     parser = Parser(
         prog=role.program,
         description=role.summary,
-        epilog=f"example:\n  {role.example}",
+        epilog=role.epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         raise_fd_limit()
         config = parse_remoted(argv)
+        if not config.devices:
+            raise UsageError("no devices: --device gives one, or --config a file with some")
         setup(PROGRAM, config.name)
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         remoted = Remoted(config)

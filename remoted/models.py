@@ -33,6 +33,10 @@ def find_model(name: str, device: str) -> type[PciFunction]:
         found = operator.attrgetter(attribute)(importlib.import_module(module))
     except UsageError:
         raise
+    except ModuleNotFoundError as error:
+        is_its_own = error.name == module.partition(".")[0]
+        hint = ": is its directory in PYTHONPATH?" if is_its_own else _place(error)
+        raise UsageError(f"{where} can't be loaded: {printable(str(error))}{hint}") from error
     except Exception as error:  # a stranger's module may raise anything
         reason = printable(f"{type(error).__name__}: {error}")
         raise UsageError(f"{where} can't be loaded: {reason}{_place(error)}") from error

@@ -232,7 +232,9 @@ def check_rings(guest: Guest) -> None:
         assert guest.status()
         wait_until(lambda: guest.requested(irq), f"the interrupt on IRQ {irq}")
         guest.end_of_interrupt(irq)
-        wait_until(lambda: guest.requested(irq), "it comes again, as nobody has acknowledged it at the device")
+        wait_until(
+            lambda: guest.requested(irq), "it comes again, as nobody has acknowledged it at the device"
+        )
         assert guest.get(f"read 32 {RING:#x}") == count
         guest.do(f"write 32 {ACKNOWLEDGE:#x} 0")
         assert not guest.status()
@@ -290,9 +292,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 
 
 @pytest.mark.parametrize("command", [line for line in shown_commands() if line.split()[0] in PARSERS])
-def test_daemons_take_their_commands(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_daemons_take_their_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "vm1.toml").write_text(found(r"^```toml\n(.*?)^```$"))
     monkeypatch.chdir(tmp_path)
     program, *words = shlex.split(command)

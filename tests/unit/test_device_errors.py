@@ -6,9 +6,11 @@ The devices are strangers to the daemon: packages in a directory that PYTHONPATH
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Self
@@ -25,12 +27,15 @@ BASE = 0xFEB00000
 TIMES = 20
 
 HEAD = """\
-import os
 from remoted.function import Bar, BarKind, PciFunction
 
 
 """
-PARTS = HEAD + '''
+PARTS = '''\
+import os
+from remoted.function import Bar, BarKind, PciFunction
+
+
 class Scratch(PciFunction):
     """Four bytes at 0 to write and read. It does nothing wrong."""
 
@@ -322,8 +327,24 @@ def test_failing_constructor_is_a_traceback_a_line_and_status_2(
 MODULES = {
     "raises": ("\nprice = 1 / 0\n", "ZeroDivisionError: division by zero", 2),
     "has no syntax": ("\n\nclass Thing(:\n", "SyntaxError: invalid syntax", 3),
-    "imports what isn't there": ("from remoted.function import Baz\n", "ImportError: cannot import name 'Baz'", 1),
+    "imports what isn't there": (
+        "from remoted.function import Baz\n",
+        "ImportError: cannot import name 'Baz'",
+        1,
+    ),
 }
+
+
+def test_missing_module_is_one_line_and_status_2(parts: Callable[[str], Path]) -> None:
+    directory = parts("import acme.tools\n")
+    where = "iohub-remoted: device thing: model '{}' can't be loaded: No module named "
+    (line,) = refused(directory, "acma.parts:Thing,id=thing")
+    assert line == f"{where.format('acma.parts:Thing')}'acma': is its directory in PYTHONPATH?"
+    (line,) = refused(directory, "acme.part:Thing,id=thing")
+    assert line == f"{where.format('acme.part:Thing')}'acme.part'"
+    (line,) = refused(directory, "acme.parts:Thing,id=thing")
+    assert line.startswith(f"{where.format('acme.parts:Thing')}'acme.tools' (")
+    assert line.endswith("/acme/parts.py, line 1)")
 
 
 @pytest.mark.parametrize("case", MODULES)
@@ -335,6 +356,23 @@ def test_failing_module_is_one_line_with_its_place_and_status_2(
     where = "iohub-remoted: device thing: model 'acme.parts:Thing' can't be loaded: "
     assert line.startswith(where + complaint)
     assert line.endswith(f"parts.py, line {number})")
+
+
+def test_no_device_at_all_is_one_line_and_status_2(parts: Callable[[str], Path]) -> None:
+    (line,) = refused(parts(""))
+    assert line == "iohub-remoted: no devices: --device gives one, or --config a file with some"
+
+
+def test_help_tells_of_every_model_and_its_options() -> None:
+    command = [sys.executable, "-m", "remoted", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    models = shown.partition("models and their options:\n")[2].partition("  NAME ")[0]
+    told = {
+        name: set(re.findall(r"\b([a-z_]+)=", text))
+        for name, text in re.findall(r"^  ([a-z-]+) +(.*(?:\n {4}.*)*)", models, re.MULTILINE)
+    }
+    there_are = {point.name: point.load().PROPERTIES for point in entry_points(group="iohub.devices")}
+    assert told == there_are
 
 
 def test_a_model_is_found_by_its_entry_point(parts: Callable[[str], Path]) -> None:

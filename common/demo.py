@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from common.children import Child
 from common.control import call
-from common.errors import IohubError, PeerGone
+from common.errors import IohubError, PeerGone, UsageError
 from common.guestconsole import GuestConsole, Record, Reply
 
 __all__ = ["add_arguments", "run"]
@@ -64,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demo. Returns the exit status: 1 if an interrupt was lost or a line is stuck.
 
-    Raises IohubError when it can't be run at all.
+    Raises UsageError, and IohubError when it can't be run at all.
     """
     if arguments.rounds < 1:
-        raise IohubError("--rounds takes a number from 1 up")
+        raise UsageError("--rounds takes a number from 1 up")
     directory = Path(tempfile.mkdtemp(prefix="iohub-demo-"))
     try:
         with _Demo(directory, arguments.vm) as demo:
@@ -349,7 +349,9 @@ def _table(result: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines += ["", *(f"{'ok    ' if step['good'] else 'FAILED'}  {step['step']}" for step in result["steps"])]
-    totals = ", ".join(f"{result[count]} {count}" for count in ("raised", "served", "spurious", "lost", "stuck"))
+    totals = ", ".join(
+        f"{result[count]} {count}" for count in ("raised", "served", "spurious", "lost", "stuck")
+    )
     lines += ["", f"irqchip {result['irqchip']}: {totals}, in {result['seconds']} s"]
     return "\n".join(lines)
 

@@ -90,3 +90,12 @@ def test_a_remote_that_loses_interrupts_makes_the_demo_fail(tmp_path: Path) -> N
     report = json.loads(result.stdout)
     assert report["lost"] > 0
     assert report["raised"] == report["served"] + report["lost"]
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "many"])
+def test_a_bad_number_of_rounds_is_one_line_and_status_2(rounds: str) -> None:
+    result = demo(f"--rounds={rounds}")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("iohubctl: ")
+    assert "--rounds" in line

@@ -288,10 +288,9 @@ class PciProxy:
             self._resamplefd = EventNotifier.create()
 
     def _send_pair(self, client: Client) -> None:
-        """Hands the pair to the remote, already kicked: QEMU's looks at its level only then, ours looks at it
-        when the pair arrives and takes the kick for the same question, so that it asserts once."""
+        """Hands the pair to the remote, after _assign() has kicked: QEMU's looks at its level only then, ours
+        looks at it when the pair arrives and takes the kick for the same question, so that it asserts once."""
         if self._irqfd is not None and self._resamplefd is not None:
-            self._resamplefd.set()
             client.send(Command.SET_IRQFD, fds=(self._irqfd.fd, self._resamplefd.fd))
 
     def _drop_pair(self) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fds import settled_fds
 from tests.support.monitorclient import MonitorClient
-from tests.support.qmpbench import QmpBench, count_fds_of
-from tests.support.wait import wait_until
+from tests.support.qmpbench import QmpBench
 
 pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
 
@@ -46,7 +46,7 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
 ) -> None:
     bench.start_proxyd()
     bench.run_guest()
-    fds = count_fds_of(bench.remoted.process.pid), count_fds_of(bench.guest.pid)
+    fds = settled_fds(bench.remoted.process.pid), settled_fds(bench.guest.pid)
     assert bench.end_proxyd() == 0
     assert not bench.asked_to_eject(5)
     bench.check_interrupts()
@@ -61,7 +61,7 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
     bench.check_interrupts()
     assert monitor.plugged() == PLUGGED
     assert bench.log("proxyd").count("found plugged at 05.0, served by") == 2
-    assert (count_fds_of(bench.remoted.process.pid), count_fds_of(bench.guest.pid)) == fds
+    assert (settled_fds(bench.remoted.process.pid), settled_fds(bench.guest.pid)) == fds
 
 
 def test_unplugs_at_its_end_when_told_to(bench: QmpBench, monitor: MonitorClient) -> None:
@@ -78,33 +78,33 @@ def test_twenty_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
     bench: QmpBench, monitor: MonitorClient
 ) -> None:
     pids = bench.remoted.process.pid, bench.guest.pid
-    fds = [count_fds_of(pid) for pid in pids]
+    fds = [settled_fds(pid) for pid in pids]
     for _ in range(20):
         bench.start_proxyd("--unplug-on-exit")
         bench.run_guest(rounds=4)
         bench.proxyd.process.send_signal(signal.SIGTERM)
         bench.eject(5, 6)
         assert bench.proxyd.process.wait(60.0) == 0
-    wait_until(lambda: [count_fds_of(pid) for pid in pids] == fds, "remoted and QEMU close what they got")
+    assert [settled_fds(pid) for pid in pids] == fds
 
 
 def test_replaces_twenty_times_what_has_lost_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:
     bench.start_proxyd()
     bench.run_guest(rounds=4)
     pids = bench.proxyd.process.pid, bench.guest.pid
-    fds = [count_fds_of(pid) for pid in pids]
+    fds = [settled_fds(pid) for pid in pids]
     for number in range(1, 21):
         bench.remoted.kill()
         bench.eject(5, 6)
         bench.start_remoted()
         bench.wait_linked(number)
         bench.run_guest(rounds=4)
-    wait_until(lambda: [count_fds_of(pid) for pid in pids] == fds, "proxyd and QEMU close what they got")
+    assert [settled_fds(pid) for pid in pids] == fds
 
 
 def test_replaces_an_adopted_function_that_loses_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:
     bench.start_proxyd()
-    fds = count_fds_of(bench.proxyd.process.pid)
+    fds = settled_fds(bench.proxyd.process.pid)
     bench.proxyd.kill()
     bench.start_proxyd()
     bench.remoted.kill()
@@ -112,7 +112,7 @@ def test_replaces_an_adopted_function_that_loses_its_remoted(bench: QmpBench, mo
     bench.start_remoted()
     bench.wait_linked(1)
     bench.run_guest()
-    assert count_fds_of(bench.proxyd.process.pid) == fds
+    assert settled_fds(bench.proxyd.process.pid) == fds
 
 
 def test_replaces_what_it_finds_plugged_without_a_link(bench: QmpBench, monitor: MonitorClient) -> None:

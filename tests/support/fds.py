@@ -8,10 +8,27 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.support.wait import wait_until
+
+_SETTLED = 5
+"""so many counts in a row, over some 30 ms, must be the same"""
+
 
 def count_fds(pid: int | None = None) -> int:
     """How many fds this or another process has open (the listing's own included, each time alike)."""
     return len(os.listdir(f"/proc/{'self' if pid is None else pid}/fd"))
+
+
+def settled_fds(pid: int) -> int:
+    """How many fds another process has open, once it has closed the connections of calls that are over."""
+    counts: list[int] = []
+
+    def is_settled() -> bool:
+        counts.append(count_fds(pid))
+        return len(set(counts[-_SETTLED:])) == 1 and len(counts) >= _SETTLED
+
+    wait_until(is_settled, f"process {pid} opens and closes nothing")
+    return counts[-1]
 
 
 def identity(fd: int) -> str:

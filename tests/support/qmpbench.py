@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -173,8 +172,3 @@ class QmpBench:
         counts |= {key: sum(irq.number(key) for irq in irqs) for key in ("spurious", "stuck")}
         counts["vectors"] = vectors.number("spurious7") + vectors.number("spurious15")
         return counts
-
-
-def count_fds_of(pid: int) -> int:
-    """How many file descriptors a process has open."""
-    return len(os.listdir(f"/proc/{pid}/fd"))

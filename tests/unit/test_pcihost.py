@@ -205,7 +205,8 @@ def test_nobody_answers_for_who_is_absent(bus: Bus, base: int) -> None:
     bus.config(0x00, base)
     assert bus.host.pio_read(CONFIG_DATA, 4) == 0xFFFFFFFF
     bus.host.pio_write(CONFIG_DATA, 4, 0)
-    assert bus.function.seen == bus.function.written == []
+    assert not bus.function.seen
+    assert not bus.function.written
 
 
 def test_without_the_enable_bit_the_data_port_is_a_port_like_others(bus: Bus) -> None:

@@ -41,7 +41,7 @@ def open_vm(config: VmConfig, loop: Loop) -> Vm:
 
         return Embedded(PROGRAM, config, loop)
     if kind == "soft":
-        from proxyd.vm.scriptedguest import Soft
+        from proxyd.vm.soft import Soft
 
         return Soft(PROGRAM, config, loop)
     if kind == "qmp":

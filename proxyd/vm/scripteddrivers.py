@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from proxyd.vm.soft import SoftMachine
+from proxyd.vm.softmachine import SoftMachine
 
 __all__ = ["DRIVERS", "Driver"]
 

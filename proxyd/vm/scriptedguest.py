@@ -12,18 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from common.config import VmConfig
 from common.errors import UsageError
-from common.loop import Loop
 from common.pci import PCI_COMMAND_INTX_DISABLE, PCI_STATUS_INTERRUPT, format_devfn, parse_devfn
-from common.service import notify
-from proxyd.board import Board, check_addresses
 from proxyd.pcihost import RESET_PORT
-from proxyd.softirqchip import SoftIrqchip
 from proxyd.vm.scripteddrivers import DRIVERS, Driver
-from proxyd.vm.soft import TICK_SECONDS, TSC_KHZ, MachineReset, PowerOff, SoftMachine
+from proxyd.vm.softmachine import TICK_SECONDS, MachineReset, PowerOff, SoftMachine
 
-__all__ = ["ScriptedGuest", "Soft"]
+__all__ = ["ScriptedGuest"]
 
 _PIRQ_IRQS = (10, 11, 5, 9)
 _SPARE_IRQ = 12
@@ -139,8 +134,8 @@ class ScriptedGuest:
         self._lines = {irq: _Line() for irq in (*_PIRQ_IRQS, _SPARE_IRQ)}
         memory, io = 0xE0000000, 0xC000
         for devfn in range(256):
-            ids = self._config_read(devfn, 0x00, 4)
-            pin = self._config_read(devfn, 0x3D, 1)
+            ids = self._machine.config_read(devfn, 0x00, 4)
+            pin = self._machine.config_read(devfn, 0x3D, 1)
             if ids not in DRIVERS or not 1 <= pin <= 4:
                 continue
             address = memory if DRIVERS[ids].is_memory else io
@@ -151,11 +146,11 @@ class ScriptedGuest:
             self._start(function)
             self._functions.append(function)
         for pirq, irq in enumerate(_PIRQ_IRQS):
-            self._set_level(irq)
+            self._machine.set_level_triggered(irq)
             self._route(pirq, irq)
-            self._mask(irq, False)
+            self._machine.mask(irq, False)
         for function in self._functions:
-            model, ids = function.driver.model, self._config_read(function.devfn, 0x00, 4)
+            model, ids = function.driver.model, self._machine.config_read(function.devfn, 0x00, 4)
             name = f"{ids & 0xFFFF:04x}:{ids >> 16:04x}"
             self._record(f"function addr={function.addr} id={name} model={model} gsi={function.irq}")
         return f"functions={len(self._functions)}"
@@ -217,7 +212,7 @@ class ScriptedGuest:
                 if time.monotonic() - started > _BACK_WITHIN:
                     self._record(f"gone addr={function.addr}")
                     raise _CommandError("a function did not come back")
-                if self._config_read(function.devfn, 0x00, 4) in DRIVERS:
+                if self._machine.config_read(function.devfn, 0x00, 4) in DRIVERS:
                     self._quiesce(function)
                 self._settle(TICK_SECONDS)
             ticks = int((time.monotonic() - started) / TICK_SECONDS)
@@ -242,15 +237,17 @@ class ScriptedGuest:
             )
         for irq, line in self._lines.items():
             line_counts = ("entries", "eois", "spurious", "orphaned", "stuck")
-            self._record(f"irq irq={irq} " + " ".join(f"{count}={getattr(line, count)}" for count in line_counts))
+            self._record(
+                f"irq irq={irq} " + " ".join(f"{count}={getattr(line, count)}" for count in line_counts)
+            )
         self._record(f"vectors spurious7={self._spurious[7]} spurious15={self._spurious[15]}")
         return ""
 
     def _reroute(self, words: list[str]) -> str:
         function = self._named(words)
         pirq, irq = function.pirq, function.irq
-        self._set_level(_SPARE_IRQ)
-        self._mask(_SPARE_IRQ, False)
+        self._machine.set_level_triggered(_SPARE_IRQ)
+        self._machine.mask(_SPARE_IRQ, False)
 
         def move_before_inta() -> None:
             self._raise(function)
@@ -271,7 +268,7 @@ class ScriptedGuest:
         for sharer in self._functions:
             if sharer.pirq == pirq:
                 good &= self._step("restored", sharer, irq, partial(self._raise, sharer), (1, 0, 1))
-        self._mask(_SPARE_IRQ, True)
+        self._machine.mask(_SPARE_IRQ, True)
         if not good:
             raise _CommandError("a step had the wrong interrupts")
         return ""
@@ -288,7 +285,7 @@ class ScriptedGuest:
         disable()
         self._settle(_SETTLE)
         entries = self._lines[function.irq].entries - before
-        status = self._config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT
+        status = self._machine.config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT
         if not status:
             raise _CommandError("the status bit was clear while INTx was disabled")
         enabled = self._step(
@@ -300,9 +297,9 @@ class ScriptedGuest:
 
     def _hold(self, words: list[str]) -> str:
         function = self._named(words)
-        self._mask(function.irq, True)
+        self._machine.mask(function.irq, True)
         self._raise(function)
-        status = self._config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT
+        status = self._machine.config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT
         return f"status={int(bool(status))}"
 
     def _reboot(self, _words: list[str]) -> str:
@@ -344,14 +341,14 @@ class ScriptedGuest:
     def _interrupt(self, vector: int) -> None:
         now = time.perf_counter_ns()
         irq = vector - _MASTER_VECTOR if vector < _SLAVE_VECTOR else vector - _SLAVE_VECTOR + 8
-        if irq in self._spurious and not self._is_in_service(irq):
+        if irq in self._spurious and not self._machine.is_in_service(irq):
             self._spurious[irq] += 1
             if irq == 15:
                 self._machine.outp(0x20, 0x62)
             return
         if irq in self._lines:
             self._device_interrupt(irq, now)
-        self._eoi(irq)
+        self._machine.eoi(irq)
 
     def _device_interrupt(self, irq: int, now: int) -> None:
         line = self._lines[irq]
@@ -363,7 +360,7 @@ class ScriptedGuest:
             if function.intx_disabled:
                 continue
             if function.hold:
-                if not self._config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT:
+                if not self._machine.config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT:
                     continue
                 self._entered(function, now)
                 function.hold, held = False, function
@@ -395,7 +392,7 @@ class ScriptedGuest:
         line.unclaimed += 1
         if line.unclaimed == _STORM_LIMIT:
             line.stuck = 1
-            self._mask(irq, True)
+            self._machine.mask(irq, True)
 
     def _entered(self, function: _Function, now: int) -> None:
         if function.raised_at:
@@ -415,9 +412,9 @@ class ScriptedGuest:
         function.driver.raise_line()
 
     def _start(self, function: _Function) -> None:
-        self._config_write(function.devfn, 0x10, 4, function.driver.base)
-        self._config_write(function.devfn, 0x3C, 1, function.irq)
-        self._config_write(function.devfn, 0x04, 2, _COMMAND_RUNNING)
+        self._machine.config_write(function.devfn, 0x10, 4, function.driver.base)
+        self._machine.config_write(function.devfn, 0x3C, 1, function.irq)
+        self._machine.config_write(function.devfn, 0x04, 2, _COMMAND_RUNNING)
         function.driver.init()
 
     def _quiesce(self, function: _Function) -> None:
@@ -443,65 +440,11 @@ class ScriptedGuest:
     def _disable_intx(self, function: _Function, disable: bool) -> None:
         function.intx_disabled = disable
         command = _COMMAND_RUNNING | (PCI_COMMAND_INTX_DISABLE if disable else 0)
-        self._config_write(function.devfn, 0x04, 2, command)
+        self._machine.config_write(function.devfn, 0x04, 2, command)
 
     def _route(self, pirq: int, irq: int) -> None:
         self._routes[pirq] = irq
-        self._config_write(_ISA_BRIDGE, 0x60 + pirq, 1, irq)
-
-    def _set_level(self, irq: int) -> None:
-        port = 0x4D0 + (irq >> 3)
-        self._machine.outp(port, self._machine.inp(port) | 1 << (irq & 7))
-
-    def _mask(self, irq: int, masked: bool) -> None:
-        port = 0x21 if irq < 8 else 0xA1
-        mask = self._machine.inp(port)
-        self._machine.outp(port, mask | 1 << (irq & 7) if masked else mask & ~(1 << (irq & 7)))
-
-    def _is_in_service(self, irq: int) -> bool:
-        command = 0x20 if irq < 8 else 0xA0
-        self._machine.outp(command, 0x0B)
-        return bool(self._machine.inp(command) >> (irq & 7) & 1)
-
-    def _eoi(self, irq: int) -> None:
-        if irq >= 8:
-            self._machine.outp(0xA0, 0x60 | irq & 7)
-            self._machine.outp(0x20, 0x62)
-        else:
-            self._machine.outp(0x20, 0x60 | irq)
-
-    def _config_read(self, devfn: int, offset: int, size: int) -> int:
-        self._machine.outp(0xCF8, 1 << 31 | devfn << 8 | offset & ~3, 4)
-        return self._machine.inp(0xCFC + (offset & 3), size)
-
-    def _config_write(self, devfn: int, offset: int, size: int, value: int) -> None:
-        self._machine.outp(0xCF8, 1 << 31 | devfn << 8 | offset & ~3, 4)
-        self._machine.outp(0xCFC + (offset & 3), value, size)
+        self._machine.config_write(_ISA_BRIDGE, 0x60 + pirq, 1, irq)
 
     def _record(self, text: str) -> None:
         self._machine.write_line(f"* {text}")
-
-
-class Soft:
-    """The daemon with a scripted guest."""
-
-    def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
-        """Raises UsageError."""
-        check_addresses(config.devices)
-        self._irqchip = SoftIrqchip(loop)
-        self._board = Board(program, config, loop, self._irqchip)
-        machine = SoftMachine(loop, self._irqchip, self._board.host, self._board.console)
-        self._guest = ScriptedGuest(machine)
-
-    def run(self) -> int:
-        """Runs the guest until the loop is stopped. Returns the exit status."""
-        self._board.start("userspace", TSC_KHZ)
-        notify("READY=1")
-        self._guest.run()
-        return 0
-
-    def close(self) -> None:
-        """Takes the irqfds out of the irqchip and closes everything."""
-        self._board.abort()
-        self._board.close()
-        self._irqchip.close()

@@ -1,102 +1,39 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""--vm soft: the machine of --vm embedded without KVM.
-
-The interrupt controllers are proxyd.softirqchip's, and a scripted guest stands in for the CPU: Python that uses
-the board by port I/O and MMIO as a driver would. All of it runs in the daemon's one thread; where a CPU would
-halt, the guest lets the event loop run.
-"""
+"""--vm soft: the machine of --vm embedded without KVM, its guest a script."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
+from common.config import VmConfig
 from common.loop import Loop
-from proxyd.console import COM1_PORTS, Console
-from proxyd.pcihost import RESET_CPU, RESET_PORT, PciHost
+from common.service import notify
+from proxyd.board import Board, check_addresses
 from proxyd.softirqchip import SoftIrqchip
+from proxyd.vm.scriptedguest import ScriptedGuest
+from proxyd.vm.softmachine import TSC_KHZ, SoftMachine
 
-__all__ = ["TICK_SECONDS", "TSC_KHZ", "MachineReset", "PowerOff", "SoftMachine"]
-
-TICK_SECONDS = 0.01
-TSC_KHZ = 1_000_000
-"""the scripted guest's time stamps are nanoseconds"""
-
-_PIC_PORTS = frozenset((0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1))
-_COM1 = COM1_PORTS.start
-_LSR = _COM1 + 5
-_LSR_DATA_READY = 0x01
+__all__ = ["Soft"]
 
 
-class PowerOff(Exception):
-    """The daemon ends; unwinds the guest."""
+class Soft:
+    """The daemon with a scripted guest."""
 
+    def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
+        """Raises UsageError."""
+        check_addresses(config.devices)
+        self._irqchip = SoftIrqchip(loop)
+        self._board = Board(program, config, loop, self._irqchip)
+        machine = SoftMachine(loop, self._irqchip, self._board.host, self._board.console)
+        self._guest = ScriptedGuest(machine)
 
-class MachineReset(Exception):
-    """The guest has written the reset control register; unwinds it to its entry."""
+    def run(self) -> int:
+        """Runs the guest until the loop is stopped. Returns the exit status."""
+        self._board.start("userspace", TSC_KHZ)
+        notify("READY=1")
+        self._guest.run()
+        return 0
 
-
-class SoftMachine:
-    """The board, and the CPU as far as a scripted guest needs one: ports, memory, interrupts, halting."""
-
-    def __init__(self, loop: Loop, irqchip: SoftIrqchip, host: PciHost, console: Console) -> None:
-        self._loop = loop
-        self._irqchip = irqchip
-        self._pic = irqchip.pic
-        self._host = host
-        self._console = console
-        self.mmio_read = host.mmio_read
-        self.mmio_write = host.mmio_write
-
-    def inp(self, port: int, size: int = 1) -> int:
-        """An I/O port read."""
-        if port in _PIC_PORTS:
-            return self._pic.port_in(port, size)
-        if port in COM1_PORTS and size == 1:
-            return self._console.read(port)
-        return self._host.pio_read(port, size)
-
-    def outp(self, port: int, value: int, size: int = 1) -> None:
-        """An I/O port write. Raises MachineReset for a reset."""
-        if port == RESET_PORT and size == 1:
-            if value & RESET_CPU:
-                self._host.reset()
-                self._console.reset()
-                raise MachineReset
-        elif port in _PIC_PORTS:
-            self._pic.port_out(port, size, value)
-        elif port in COM1_PORTS and size == 1:
-            self._console.write(port, value)
-        else:
-            self._host.pio_write(port, size, value)
-
-    def halt(self, until: float, take: Callable[[int], None]) -> None:
-        """STI, HLT, CLI: waits for interrupts until ``time.monotonic()`` is ``until``; ``take(vector)`` serves
-        each one that is pending. Raises PowerOff when the daemon ends."""
-        self._loop.step(0)
-        while not self._pic.intr and (remaining := until - time.monotonic()) > 0:
-            self._wait(remaining)
-        while self._pic.intr:
-            take(self._pic.acknowledge())
-
-    def read_line(self) -> str:
-        """The next line from the console. Raises PowerOff when the daemon ends."""
-        line = bytearray()
-        while True:
-            while not self.inp(_LSR) & _LSR_DATA_READY:
-                self._wait(None)
-            byte = self.inp(_COM1)
-            if byte == ord("\n"):
-                return line.decode("ascii", "replace")
-            line.append(byte)
-            del line[256:]
-
-    def write_line(self, text: str) -> None:
-        """Prints a line on the console."""
-        for byte in (text + "\n").encode("ascii", "replace"):
-            self.outp(_COM1, byte)
-
-    def _wait(self, seconds: float | None) -> None:
-        self._loop.step(seconds)
-        if self._loop.stopped:
-            raise PowerOff
+    def close(self) -> None:
+        """Takes the irqfds out of the irqchip and closes everything."""
+        self._board.abort()
+        self._board.close()
+        self._irqchip.close()

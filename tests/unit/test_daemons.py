@@ -85,7 +85,9 @@ def test_bad_usage_of_remoted_is_one_line_and_status_2(tmp_path: Path, case: str
         (["--device=id=a,addr=01.0", "--vm=soft"], "01.0"),
     ],
 )
-def test_bad_usage_of_proxyd_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], named: str) -> None:
+def test_bad_usage_of_proxyd_is_one_line_and_status_2(
+    tmp_path: Path, arguments: list[str], named: str
+) -> None:
     result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("iohub-proxyd: ")
@@ -113,7 +115,9 @@ def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> 
     assert "--vm soft" in result.stderr
 
 
-def test_a_socket_of_a_live_daemon_is_refused_and_a_stale_one_taken_over(daemon: Child, tmp_path: Path) -> None:
+def test_a_socket_of_a_live_daemon_is_refused_and_a_stale_one_taken_over(
+    daemon: Child, tmp_path: Path
+) -> None:
     result = run("remoted", "--name=vm", f"--runtime-dir={tmp_path}", "--device=edu,id=edu0")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].endswith("edu0.sock is in use by a live daemon")
@@ -137,7 +141,9 @@ def test_the_device_socket_is_private(daemon: Child, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_remoted_cleanly_with_a_client_connected(daemon: Child, tmp_path: Path, signum: int) -> None:
+def test_a_signal_ends_remoted_cleanly_with_a_client_connected(
+    daemon: Child, tmp_path: Path, signum: int
+) -> None:
     client = Client.connect(str(tmp_path / "edu0.sock"), END_SECONDS)
     irqfd, resamplefd = os.eventfd(0), os.eventfd(0)
     assert vendor(client) == 0x1234

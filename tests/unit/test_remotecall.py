@@ -176,7 +176,11 @@ def test_a_target_that_cannot_be_stopped(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(remotecall, "STOP_DEADLINE", 0.05)
     with TargetProcess("vfork") as target:
         gadgets = find_gadgets(target.pid)
-        wait_until(lambda: status(target.pid)["State"].startswith("D"), "the target waits for its child")
+        children = Path(f"/proc/{target.pid}/task/{target.pid}/children")
+        wait_until(
+            lambda: children.read_text() and status(target.pid)["State"].startswith("D"),
+            "the target waits for its child",
+        )
         with pytest.raises(IohubError, match="didn't stop within"):
             run_stopped(target.pid, gadgets, two_calls)
         assert target.finish() == "child\n1 rounds"

@@ -210,15 +210,18 @@ class Client:
 
     @classmethod
     def connect(cls, path: str, deadline: float) -> Client:
-        """Connects to a device's socket. Raises PeerGone when nobody listens there."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        """Connects to a device's socket. Raises PeerGone when nobody listens there, or no fd is left."""
         try:
-            sock.settimeout(deadline)
-            sock.connect(path)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(deadline)
+                sock.connect(path)
+                return cls(sock, deadline)
+            except BaseException:
+                sock.close()
+                raise
         except OSError as error:
-            sock.close()
             raise PeerGone(f"{path}: {error.strerror or error}") from error
-        return cls(sock, deadline)
 
     def fileno(self) -> int:
         return self._sock.fileno()

@@ -104,6 +104,10 @@ class Loop:
         self._first.pop(fd, None)
         self._epoll.unregister(fd)
 
+    def time(self) -> float:
+        """The seconds that timers go by."""
+        return self._clock()
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Calls ``callback()`` once, not before so many seconds have passed."""
         timer = Timer(self._clock() + seconds, callback)
@@ -131,6 +135,12 @@ class Loop:
         signal.signal(signum, lambda *_: self._soon.append(callback))
         signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
 
+    def stop_on_signal(self, signum: int) -> None:
+        """Lets run() return after the signal; is_stopped says so at once, also while a pass waits for a peer."""
+        self._signals.append(signum)
+        signal.signal(signum, lambda *_: self.stop())
+        signal.set_wakeup_fd(self._wake_w, warn_on_full_buffer=False)
+
     def run(self) -> None:
         """Passes until stop()."""
         step = self.step
@@ -143,17 +153,12 @@ class Loop:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether run() would return."""
+        """Whether run() would return: for who calls step() instead."""
         return self._stopped
 
     def stop(self) -> None:
         """Lets run() return after the present pass."""
         self._stopped = True
-
-    @property
-    def stopped(self) -> bool:
-        """Whether stop() was called: for who calls step() itself."""
-        return self._stopped
 
     def step(self, timeout: float | None = 0) -> None:
         """One pass: waits at most ``timeout`` seconds (None: until something happens), then handles it."""

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup(PROGRAM, config.name)
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.on_signal(signum, loop.stop)
+            loop.stop_on_signal(signum)
         vm = open_vm(config, loop)
     except (IohubError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)

@@ -53,7 +53,7 @@ class Remoted:
     def run(self) -> None:
         """Serves until SIGTERM or SIGINT, or until the last inherited link has closed."""
         for signum in (signal.SIGTERM, signal.SIGINT):
-            self._loop.on_signal(signum, self._loop.stop)
+            self._loop.stop_on_signal(signum)
         notify("READY=1")
         # Everything that lives long exists by now; what comes later dies young, without the collector.
         gc.collect()

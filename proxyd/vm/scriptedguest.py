@@ -160,6 +160,8 @@ class ScriptedGuest:
             rounds, every = int(words[0]), int(words[2]) if words[1:2] == ["held"] else 0
         except (ValueError, IndexError):
             raise _CommandError("run ROUNDS [held EVERY] is meant") from None
+        if not self._functions:
+            raise _CommandError("no functions, setup comes first")
         started = time.monotonic()
         total = rounds * len(self._functions)
         step = max(1, total // _PROGRESS_STEPS)

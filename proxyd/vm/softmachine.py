@@ -45,11 +45,10 @@ class SoftMachine:
         self._pic = irqchip.pic
         self._host = host
         self._console = console
-        self.mmio_read = host.mmio_read
-        self.mmio_write = host.mmio_write
 
     def inp(self, port: int, size: int = 1) -> int:
-        """An I/O port read."""
+        """An I/O port read. Raises PowerOff when the daemon ends."""
+        self._check_power()
         if port in _PIC_PORTS:
             return self._pic.port_in(port, size)
         if port in COM1_PORTS and size == 1:
@@ -57,7 +56,8 @@ class SoftMachine:
         return self._host.pio_read(port, size)
 
     def outp(self, port: int, value: int, size: int = 1) -> None:
-        """An I/O port write. Raises MachineReset for a reset."""
+        """An I/O port write. Raises MachineReset for a reset, PowerOff when the daemon ends."""
+        self._check_power()
         if port == RESET_PORT and size == 1:
             if value & RESET_CPU:
                 self._host.reset()
@@ -69,6 +69,16 @@ class SoftMachine:
             self._console.write(port, value)
         else:
             self._host.pio_write(port, size, value)
+
+    def mmio_read(self, addr: int, size: int) -> int:
+        """A memory read. Raises PowerOff when the daemon ends."""
+        self._check_power()
+        return self._host.mmio_read(addr, size)
+
+    def mmio_write(self, addr: int, size: int, value: int) -> None:
+        """A memory write. Raises PowerOff when the daemon ends."""
+        self._check_power()
+        self._host.mmio_write(addr, size, value)
 
     def set_level_triggered(self, irq: int) -> None:
         """Sets the IRQ's ELCR bit."""
@@ -108,7 +118,7 @@ class SoftMachine:
     def halt(self, until: float, take: Callable[[int], None]) -> None:
         """STI, HLT, CLI: waits for interrupts until ``time.monotonic()`` is ``until``; ``take(vector)`` serves
         each one that is pending. Raises PowerOff when the daemon ends."""
-        self._loop.step(0)
+        self._wait(0)
         while not self._pic.intr and (remaining := until - time.monotonic()) > 0:
             self._wait(remaining)
         while self._pic.intr:
@@ -133,5 +143,9 @@ class SoftMachine:
 
     def _wait(self, seconds: float | None) -> None:
         self._loop.step(seconds)
-        if self._loop.stopped:
+        self._check_power()
+
+    def _check_power(self) -> None:
+        """An access may have taken a remote's whole deadline: the guest must not go on to the next."""
+        if self._loop.is_stopped:
             raise PowerOff

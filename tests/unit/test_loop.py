@@ -314,6 +314,25 @@ def test_signal_ends_a_wait(loop: Loop, order: list[str]) -> None:
     thread.join()
 
 
+def test_a_signal_that_stops_the_loop_is_seen_at_once(loop: Loop) -> None:
+    """By who runs the loop only now and then."""
+    loop.stop_on_signal(signal.SIGUSR1)
+    assert not loop.is_stopped
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert loop.is_stopped
+    loop.run()
+
+
+def test_a_signal_that_stops_the_loop_ends_a_wait(loop: Loop) -> None:
+    loop.stop_on_signal(signal.SIGUSR1)
+    main = threading.main_thread().ident
+    assert main is not None
+    thread = threading.Thread(target=signal.pthread_kill, args=(main, signal.SIGUSR1))
+    thread.start()
+    loop.run()
+    thread.join()
+
+
 def test_signal_isnt_lost_when_the_wakeup_pipe_is_full(loop: Loop, order: list[str]) -> None:
     loop.on_signal(signal.SIGUSR1, lambda: order.append("usr1"))
     for _ in range(70_000):

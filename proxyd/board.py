@@ -63,8 +63,6 @@ class Board:
     def abort(self) -> None:
         """Connects no more, and ends the round trips that a vCPU is waiting in."""
         self._keeper.close()
-        for proxy in self._proxies:
-            proxy.abort()
 
     def close(self) -> None:
         """Takes the irqfds out of the irqchip one by one, and closes everything; after abort()."""

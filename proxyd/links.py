@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from select import EPOLLRDHUP
 from typing import Protocol
 
@@ -15,15 +17,23 @@ __all__ = ["LinkKeeper", "Linked"]
 
 _FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
+_START_SECONDS = 2.0
 
 
 class Linked(Protocol):
     """The VM's side of one function with a link."""
 
+    name: str
     log: RateLimited
 
+    def connect(self) -> None:
+        """Connects and does what takes round trips, in a thread of its own. Raises PeerGone, ProtocolError."""
+
     def attach(self) -> None:
-        """Connects and does what is to be done first. Raises PeerGone, ProtocolError."""
+        """Puts the link into use that connect() has made. Raises PeerGone, ProtocolError."""
+
+    def abort(self) -> None:
+        """Ends the round trips that other threads are waiting in, for good."""
 
     def fileno(self) -> int:
         """The link's fd, -1 without one."""
@@ -32,58 +42,129 @@ class Linked(Protocol):
         """Has LinkKeeper.lost called if the link has ended."""
 
     def reap(self) -> None:
-        """Closes a lost link, which the loop has forgotten."""
+        """Closes a lost link, which the loop has forgotten, and one that couldn't be put into use."""
+
+
+@dataclass(eq=False)
+class _Link:
+    """What is known of one function's link."""
+
+    end: Linked
+    fd: int = -1
+    """what the loop watches"""
+    connecting: threading.Thread | None = None
+    is_tried: bool = False
+    """whether an attempt has ended, either way"""
+    retry: float = _FIRST_RETRY_SECONDS
+    """seconds until the next attempt, if one fails"""
+    since: float = 0.0
+    """when it was attached last"""
+    is_told: bool = False
+    """whether the log says that there is none"""
 
 
 class LinkKeeper:
-    """Runs in the control thread's loop; whoever notices that a link has ended calls lost()."""
+    """Runs in the control thread's loop; whoever notices that a link has ended calls lost().
+
+    A remote that hangs, or that answers slowly, holds up nothing but its own link: each is connected in a thread
+    of its own.
+    """
 
     def __init__(self, loop: Loop, on_attached: Callable[[], None]) -> None:
         """``on_attached`` is called after each successful connection: the function may have to be routed."""
         self._loop = loop
         self._on_attached = on_attached
-        self._registered: dict[Linked, int] = {}
+        self._links: dict[Linked, _Link] = {}
         self._closing = False
 
-    def start(self, proxies: Iterable[Linked]) -> None:
-        """Tries to connect each proxy once, now; whoever isn't there is tried again later."""
-        for proxy in proxies:
-            self._try(proxy, _FIRST_RETRY_SECONDS)
+    def start(self, ends: Iterable[Linked]) -> None:
+        """Connects whoever is there, and lets the loop run meanwhile; the rest is left to be tried again.
 
-    def lost(self, proxy: Linked) -> None:
+        So a guest that is started next finds its devices. One that hangs is waited for two seconds.
+        """
+        for end in ends:
+            self._links[end] = _Link(end)
+            self._connect(self._links[end])
+        expires = self._loop.time() + _START_SECONDS
+        while not (self._loop.is_stopped or all(link.is_tried for link in self._links.values())):
+            remaining = expires - self._loop.time()
+            if remaining <= 0:
+                break
+            self._loop.step(remaining)
+
+    def lost(self, end: Linked) -> None:
         """A link was lost; may be called from any thread."""
-        self._loop.call_soon_threadsafe(lambda: self._reconnect(proxy))
+        self._loop.call_soon_threadsafe(lambda: self._reconnect(end))
 
     def close(self) -> None:
-        """Forgets the links' fds and tries no more; the proxies are closed by their owner."""
+        """Aborts all round trips, forgets the links' fds and tries no more; the ends are closed by their owner."""
         self._closing = True
-        for proxy in list(self._registered):
-            self._forget(proxy)
+        for link in self._links.values():
+            link.end.abort()
+        for link in self._links.values():
+            self._forget(link)
+            if link.connecting is not None:
+                link.connecting.join()
 
-    def _reconnect(self, proxy: Linked) -> None:
-        self._forget(proxy)
-        proxy.reap()
-        if not self._closing:
-            self._try(proxy, _FIRST_RETRY_SECONDS)
-
-    def _try(self, proxy: Linked, retry: float) -> None:
+    def _connect(self, link: _Link) -> None:
         if self._closing:
             return
+
+        def connect() -> None:
+            failure = None
+            try:
+                link.end.connect()
+            except (PeerGone, ProtocolError) as error:
+                failure = error
+            self._loop.call_soon_threadsafe(lambda: self._connected(link, failure))
+
+        link.connecting = threading.Thread(target=connect, name=f"link {link.end.name}", daemon=True)
         try:
-            proxy.attach()
-        except (PeerGone, ProtocolError) as error:
-            if retry == _FIRST_RETRY_SECONDS:
-                proxy.log.warning("no link: %s", error)
-            self._loop.call_later(retry, lambda: self._try(proxy, min(2 * retry, _LAST_RETRY_SECONDS)))
+            link.connecting.start()
+        except RuntimeError as error:  # the system has no room for one more
+            self._connected(link, PeerGone(str(error)))
+
+    def _connected(self, link: _Link, failure: Exception | None) -> None:
+        link.connecting = None
+        link.is_tried = True
+        if self._closing:
             return
-        fd = proxy.fileno()
+        if failure is None:
+            try:
+                link.end.attach()
+            except (PeerGone, ProtocolError) as error:
+                failure = error
+        if failure is not None:
+            link.end.reap()
+            if not link.is_told:
+                link.is_told = True
+                link.end.log.warning("no link: %s", failure)
+            self._connect_later(link)
+            return
+        link.is_told = False
+        link.since = self._loop.time()
+        fd = link.end.fileno()
         if fd != -1:  # else another thread has lost it already, and lost() has been called
-            self._registered[proxy] = fd
             # Not EPOLLIN: every reply to the vCPU's thread would wake this one.
-            self._loop.add(fd, lambda _events: proxy.check_link(), EPOLLRDHUP)
+            self._loop.add(fd, lambda _events: link.end.check_link(), EPOLLRDHUP)
+            link.fd = fd
         self._on_attached()
 
-    def _forget(self, proxy: Linked) -> None:
-        fd = self._registered.pop(proxy, None)
-        if fd is not None:
+    def _reconnect(self, end: Linked) -> None:
+        link = self._links[end]
+        self._forget(link)
+        end.reap()
+        if self._loop.time() - link.since < _LAST_RETRY_SECONDS:
+            self._connect_later(link)  # a remote that hangs up at once, again and again
+        else:
+            link.retry = _FIRST_RETRY_SECONDS
+            self._connect(link)
+
+    def _connect_later(self, link: _Link) -> None:
+        self._loop.call_later(link.retry, lambda: self._connect(link))
+        link.retry = min(2 * link.retry, _LAST_RETRY_SECONDS)
+
+    def _forget(self, link: _Link) -> None:
+        fd, link.fd = link.fd, -1
+        if fd != -1:
             self._loop.remove(fd)

@@ -9,8 +9,9 @@ kick follows every assign.
 While the remote is gone reads give all ones, writes are lost, and nothing is asserted. A new connection gets
 back what the guest had programmed (BARs, command, interrupt line) and a fresh pair of eventfds.
 
-Two threads use it: the vCPU's (accesses, routes) and the control thread's (connecting, teardown). One lock
-guards the link and the pair; it is never held for longer than one round trip's deadline.
+Three threads use it: the vCPU's (accesses, routes), the control thread's (attach, teardown), and one for each
+connection that is being made, which may take many round trips. One lock guards the link and the pair; it is
+never held for longer than one access takes, and never by who connects.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from common import mpqemu, pci
@@ -53,6 +55,16 @@ class Identity(NamedTuple):
     bars: tuple[DecodedBar, ...]
 
 
+class _Found(NamedTuple):
+    """What connect() leaves for attach()."""
+
+    identity: Identity
+    generation: int
+    """of resets: what was found is worthless if the machine was reset since"""
+    registers: bytearray | None
+    """what a reset has left in config space, as far as it is kept; None if the guest's was restored"""
+
+
 class _Window(NamedTuple):
     memory: bool
     start: int
@@ -70,11 +82,16 @@ class PciProxy:
         irqchip: Irqchip,
         log: logging.Logger | logging.LoggerAdapter[logging.Logger],
         on_lost: Callable[[PciProxy], None],
+        *,
+        is_powered_on: bool = False,
     ) -> None:
         """``connect()`` gives a connected link or raises PeerGone.
 
         ``on_lost`` is called, by whichever thread notices, when an established link is lost. The link's fd
         stays open, and its number taken, until the control thread has forgotten it and calls reap().
+
+        The function is reset when it is first linked, since a guest starts with its devices, unless
+        ``is_powered_on``: the guest goes on where another VM was saved.
         """
         self.name = name
         self.devfn = devfn
@@ -88,13 +105,17 @@ class PciProxy:
         self._on_lost = on_lost
         self._lock = threading.RLock()
         self._client: Client | None = None
+        self._connecting: Client | None = None
+        self._found: _Found | None = None
         self._lost: Client | None = None
+        self._aborted = False
         self._irqfd: EventNotifier | None = None
         self._resamplefd: EventNotifier | None = None
         self._route: int | None = None
         self._assigned: int | None = None
         self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
         self._generation = 0  # of resets
+        self._reset_due = not is_powered_on  # the remote has not seen the last one
 
     @property
     def remote(self) -> PeerCredentials | None:
@@ -113,48 +134,72 @@ class PciProxy:
         return self._assigned
 
     def fileno(self) -> int:
-        """The link's fd; readable without a request under way it means that the link has ended, or should."""
-        return -1 if self._client is None else self._client.fileno()
+        """The link's fd; readable without a request under way it has ended, or should."""
+        client = self._client  # the vCPU's thread may lose it at any time
+        return -1 if client is None else client.fileno()
+
+    def connect(self) -> None:
+        """Connects, identifies the function, and resets it or gives it its registers back.
+
+        To be called in a thread of its own while there is no link: it takes many round trips. attach() or
+        reap() is to follow, in the control thread. Raises PeerGone when nobody is there, ProtocolError when
+        what is there is not the function that was.
+        """
+        with self._lock:
+            generation, reset_due, shadow = self._generation, self._reset_due, self._shadow[:]
+        client = self._connect()
+        self._connecting = client
+        if self._aborted:
+            raise PeerGone("the daemon ends")
+        identity = _identify(client)
+        if self.identity not in (None, identity):
+            raise ProtocolError("another function than before the connection was lost")
+        if reset_due:
+            client.request(Command.DEVICE_RESET)
+        if reset_due or self.identity is None:
+            registers = _read_registers(client)
+        else:
+            registers = None
+            _write_registers(client, shadow)
+        self._found = _Found(identity, generation, registers)
 
     def attach(self) -> None:
-        """Connects, identifies the function, gives it its registers back, and sends it a fresh irqfd pair.
+        """Puts the link into use that connect() has made, with a fresh irqfd pair.
 
-        Raises PeerGone when nobody is there, ProtocolError when what is there is not the function that was.
+        Raises PeerGone and ProtocolError; reap() is to follow then.
         """
-        generation = self._generation
-        client = self._connect()
-        try:
-            identity = self._identify(client)
-            if self.identity is None:
-                self.identity = identity
-                for offset, size in _RESTORED:
-                    value = _config_read(client, offset, size)
-                    self._shadow[offset : offset + size] = value.to_bytes(size, "little")
-            elif identity != self.identity:
-                raise ProtocolError("another function than before the connection was lost")
-            else:
-                self.reconnects += 1
-                self._restore(client)
-            with self._lock:
-                if generation != self._generation:
-                    raise PeerGone("the machine was reset while connecting")
-                self._create_pair()
-                self._assign()
-                self._send_pair(client)
-                self._client = client
-                self._update_windows()
-            self.log.info(
-                "linked to %04x:%04x at %s",
-                identity.vendor,
-                identity.device,
-                pci.format_devfn(self.devfn),
-            )
-        except BaseException:
-            client.close()
-            with self._lock:
-                self._client = None
+        client, found = self._connecting, self._found
+        self._found = None
+        if client is None or found is None:
+            raise PeerGone("not connected")
+        with self._lock:
+            if found.generation != self._generation:
+                raise PeerGone("the machine was reset while connecting")
+            try:
+                if found.identity.pin:
+                    self._create_pair()
+                    self._assign()
+                    self._send_pair(client)
+            except OSError as error:
                 self._drop_pair()
-            raise
+                raise PeerGone(f"no irqfd: {error}") from error
+            except BaseException:
+                self._drop_pair()
+                raise
+            if self.identity is not None:
+                self.reconnects += 1
+            self.identity = found.identity
+            if found.registers is not None:
+                self._shadow = found.registers
+            self._reset_due = False
+            self._client, self._connecting = client, None
+            self._update_windows()
+        self.log.info(
+            "linked to %04x:%04x at %s",
+            found.identity.vendor,
+            found.identity.device,
+            pci.format_devfn(self.devfn),
+        )
 
     def close(self) -> None:
         """Takes the irqfd out of KVM, then closes the pair, then the link. A second call does nothing."""
@@ -164,10 +209,13 @@ class PciProxy:
             self.reap()
 
     def reap(self) -> None:
-        """Closes a lost link."""
+        """Closes a lost link, and one that was not put into use."""
+        self._found = None
         lost, self._lost = self._lost, None
-        if lost is not None:
-            lost.close()
+        connecting, self._connecting = self._connecting, None
+        for client in (lost, connecting):
+            if client is not None:
+                client.close()
 
     def config_read(self, offset: int, size: int) -> int:
         """``size`` (1, 2 or 4) bytes of the function's config space."""
@@ -208,10 +256,11 @@ class PciProxy:
                 self._reassign()
 
     def abort(self) -> None:
-        """Ends a round trip that another thread is waiting in; the link is lost. Takes no lock."""
-        client = self._client
-        if client is not None:
-            client.shutdown()
+        """Ends the round trips that other threads are waiting in, for good: links are lost. Takes no lock."""
+        self._aborted = True
+        for client in (self._client, self._connecting):
+            if client is not None:
+                client.shutdown()
 
     def quiesce(self) -> None:
         """Takes the irqfd out of the irqchip, lowering the line: first step of a reset, and before a save."""
@@ -219,18 +268,23 @@ class PciProxy:
             self._deassign()
 
     def reset(self) -> None:
-        """Resets the remote function and forgets what the guest had programmed; to be called while quiesced."""
+        """Resets the remote function and forgets what the guest had programmed; to be called while quiesced.
+
+        A remote that isn't there, or that is lost over it, is reset as soon as it is linked again.
+        """
         with self._lock:
             self._generation += 1
+            self._reset_due = True
             self._deassign()
             self._route = None
-            self._request(Command.DEVICE_RESET, b"")
+            self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
             if self._client is not None:
-                for offset, size in _RESTORED:
-                    value = self.config_read(offset, size)
-                    self._shadow[offset : offset + size] = value.to_bytes(size, "little")
-            else:
-                self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
+                try:
+                    self._client.request(Command.DEVICE_RESET)
+                    self._shadow = _read_registers(self._client)
+                    self._reset_due = False
+                except (PeerGone, ProtocolError) as error:
+                    self._lose(error)
             self._update_windows()
 
     def check_link(self) -> None:
@@ -258,34 +312,9 @@ class PciProxy:
         self._lost, self._client = self._client, None
         self._on_lost(self)
 
-    def _identify(self, client: Client) -> Identity:
-        vendor_device = _config_read(client, pci.PCI_VENDOR_ID, 4)
-        if vendor_device & 0xFFFF in (0xFFFF, 0):
-            raise ProtocolError(f"no PCI function: vendor and device id {vendor_device:#x}")
-        pin = _config_read(client, pci.PCI_INTERRUPT_PIN, 1)
-        if pin > 4:
-            raise ProtocolError(f"impossible interrupt pin {pin}")
-        bars = (
-            size_bars(
-                lambda offset, size: _config_read(client, offset, size),
-                lambda offset, size, value: _config_write(client, offset, size, value),
-            )
-            if self.identity is None
-            else self.identity.bars
-        )
-        class_code = _config_read(client, pci.PCI_REVISION_ID, 4) >> 8
-        return Identity(vendor_device & 0xFFFF, vendor_device >> 16, class_code, pin, tuple(bars))
-
-    def _restore(self, client: Client) -> None:
-        for offset, size in _RESTORED:
-            _config_write(
-                client, offset, size, int.from_bytes(self._shadow[offset : offset + size], "little")
-            )
-
     def _create_pair(self) -> None:
-        if self.pin:
-            self._irqfd = EventNotifier.create()
-            self._resamplefd = EventNotifier.create()
+        self._irqfd = EventNotifier.create()
+        self._resamplefd = EventNotifier.create()
 
     def _send_pair(self, client: Client) -> None:
         """Hands the pair to the remote, after _assign() has kicked: QEMU's looks at its level only then, ours
@@ -303,7 +332,10 @@ class PciProxy:
     def _reassign(self) -> None:
         """Deassign, assign, kick: an assign before the deassign would be EBUSY."""
         self._deassign()
-        self._assign()
+        try:
+            self._assign()
+        except OSError as error:  # a new link gets a new pair, and tries again
+            self._lose(error)
 
     def _deassign(self) -> None:
         if self._assigned is not None and self._irqfd is not None:
@@ -336,6 +368,30 @@ class PciProxy:
             if enabled and start:
                 windows.append(_Window(memory, start, start + decoded.bar.size))
         self.windows = tuple(windows)
+
+
+def _identify(client: Client) -> Identity:
+    vendor_device = _config_read(client, pci.PCI_VENDOR_ID, 4)
+    if vendor_device & 0xFFFF in (0xFFFF, 0):
+        raise ProtocolError(f"no PCI function: vendor and device id {vendor_device:#x}")
+    pin = _config_read(client, pci.PCI_INTERRUPT_PIN, 1)
+    if pin > 4:
+        raise ProtocolError(f"impossible interrupt pin {pin}")
+    class_code = _config_read(client, pci.PCI_REVISION_ID, 4) >> 8
+    bars = size_bars(partial(_config_read, client), partial(_config_write, client))
+    return Identity(vendor_device & 0xFFFF, vendor_device >> 16, class_code, pin, tuple(bars))
+
+
+def _read_registers(client: Client) -> bytearray:
+    registers = bytearray(pci.PCI_CONFIG_SIZE)
+    for offset, size in _RESTORED:
+        registers[offset : offset + size] = _config_read(client, offset, size).to_bytes(size, "little")
+    return registers
+
+
+def _write_registers(client: Client, registers: bytearray) -> None:
+    for offset, size in _RESTORED:
+        _config_write(client, offset, size, int.from_bytes(registers[offset : offset + size], "little"))
 
 
 def _config_read(client: Client, offset: int, size: int) -> int:

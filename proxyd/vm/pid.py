@@ -43,7 +43,7 @@ class _Function:
     ) -> None:
         self.name = device.id
         self.devfn = device.devfn
-        self.reconnects = -1
+        self.reconnects = 0
         self.pin = 0
         self.log = RateLimited(log)
         self._gsi = gsi
@@ -51,7 +51,10 @@ class _Function:
         self._target = target
         self._on_lost = on_lost
         self._client: Client | None = None
+        self._connecting: Client | None = None
         self._lost: Client | None = None
+        self._aborted = False
+        self._was_linked = False
         self._line: Line | None = None
 
     @property
@@ -65,18 +68,26 @@ class _Function:
     def fileno(self) -> int:
         return -1 if self._client is None else self._client.fileno()
 
+    def connect(self) -> None:
+        """Connects, and looks at the pin. Raises PeerGone and ProtocolError."""
+        client = Client.connect(self._path, _ROUND_TRIP_SECONDS)
+        self._connecting = client
+        if self._aborted:
+            raise PeerGone("the daemon ends")
+        pin = client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(pci.PCI_INTERRUPT_PIN, 0, 1)) & 0xFF
+        if not 1 <= pin <= 4:
+            raise ProtocolError(f"the device has no interrupt pin (register {pin})")
+        self.pin = pin
+
     def attach(self) -> None:
-        """Connects, then has the process make and assign the irqfd, then sends it, then kicks.
+        """Has the process make and assign the irqfd, then sends it, then kicks.
 
         Raises PeerGone, also when the process refuses, and ProtocolError.
         """
-        client = Client.connect(self._path, _ROUND_TRIP_SECONDS)
+        client = self._connecting
+        if client is None:
+            raise PeerGone("not connected")
         try:
-            self.pin = (
-                client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(pci.PCI_INTERRUPT_PIN, 0, 1)) & 0xFF
-            )
-            if not 1 <= self.pin <= 4:
-                raise ProtocolError(f"the device has no interrupt pin (register {self.pin})")
             try:
                 self._line = self._target.attach(self._gsi)
             except IohubError as error:
@@ -84,11 +95,19 @@ class _Function:
             client.send(Command.SET_IRQFD, fds=(self._line.irqfd.fd, self._line.resamplefd.fd))
             self._line.resamplefd.set()
         except BaseException:
-            client.close()
             self.detach()
             raise
-        self._client = client
-        self.reconnects += 1
+        self._client, self._connecting = client, None
+        if self._was_linked:
+            self.reconnects += 1
+        self._was_linked = True
+
+    def abort(self) -> None:
+        """Ends connect(), for good."""
+        self._aborted = True
+        client = self._connecting
+        if client is not None:
+            client.shutdown()
 
     def check_link(self) -> None:
         """Takes the line out of the VM when the link has ended."""
@@ -102,10 +121,12 @@ class _Function:
             self._on_lost(self)
 
     def reap(self) -> None:
-        """Closes a lost link."""
+        """Closes a lost link, and one that was not put into use."""
         lost, self._lost = self._lost, None
-        if lost is not None:
-            lost.close()
+        connecting, self._connecting = self._connecting, None
+        for client in (lost, connecting):
+            if client is not None:
+                client.close()
 
     def close(self, *, exited: bool) -> None:
         """Takes the line out of the VM, and closes the link."""

@@ -226,11 +226,12 @@ def test_a_remote_that_vanishes_takes_its_line_along_and_finds_its_registers_aga
     proxy = board.proxies["b"]
     proxy.reap()
     with pytest.raises(PeerGone):
-        proxy.attach()
+        proxy.connect()
     successor = RemoteThread(Path(board.remote.path("b")).parent)
     function = successor.add(Edu, "b", parse_devfn(IDS["b"]))
     successor.start()
     try:
+        proxy.connect()
         proxy.attach()
         assert proxy.reconnects == 1
         assert board.guest.readl(BARS["b"]) == 0x010000ED, (
@@ -259,7 +260,7 @@ def test_another_function_at_the_same_socket_is_refused(board: Board) -> None:
     board.remote.add(Other, "a", parse_devfn(IDS["a"]))
     board.remote.start()
     with pytest.raises(ProtocolError, match="another function"):
-        board.proxies["a"].attach()
+        board.proxies["a"].connect()
     assert board.config_read(IDS["a"], 0x00) == 0xFFFFFFFF
 
 
@@ -316,3 +317,26 @@ def test_a_line_that_is_high_when_the_vm_is_saved_interrupts_the_restored_one_on
         assert not restored.functions["b"].intx_level
     finally:
         restored.close()
+
+
+def test_an_irqfd_that_kvm_refuses_costs_the_link_and_nothing_else(board: Board) -> None:
+    """KVM takes an eventfd once, whatever the GSI."""
+    board.route(0, 10)
+    proxy = board.proxies["b"]
+    assert proxy._irqfd is not None
+    assert proxy._resamplefd is not None
+    board.bench.machine.vm.assign_irqfd(23, proxy._irqfd, proxy._resamplefd)
+    board.raise_line("b")
+    board.route(1, 11)
+    assert board.lost == [proxy]
+    assert proxy.gsi is None
+    assert board.config_read(IDS["b"], 0x00) == 0xFFFFFFFF
+    board.raise_line("a")
+    assert board.take() == [10]
+    board.serve("a")
+    proxy.reap()
+    proxy.connect()
+    proxy.attach()
+    assert board.take() == [11]
+    board.serve("b")
+    assert board.nothing_arrives()

@@ -61,12 +61,14 @@ class Board:
                 self.bench.irqchip,
                 logging.getLogger(f"proxy.{name}"),
                 self.lost.append,
+                is_powered_on=saved is not None,
             )
             for name, addr in IDS.items()
         }
         self.host = PciHost(self.bench.irqchip, self.proxies.values())
         self.guest = self.bench.machine.guest
         for proxy in self.proxies.values():
+            proxy.connect()
             proxy.attach()
         self.host.route()
         if saved is not None:

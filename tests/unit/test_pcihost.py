@@ -62,6 +62,7 @@ class Bus:
             "witness", DEVFN, connect, irqchip, logging.getLogger("test"), lambda _proxy: None
         )
         self.host = PciHost(irqchip, [self.proxy])
+        self.proxy.connect()
         self.proxy.attach()
         self.place(PORT)
         for offset, value in ((0x14, MEMORY), (0x04, 0x0003)):

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Both daemons as processes, with a remoted that hangs or comes late: what proxyd does meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.children import Child
+from common.control import call
+from common.guestconsole import GuestConsole
+from tests.support.wait import wait_until
+
+END_SECONDS = 20
+"""less than the round trips of MANY functions take one after the other, each until its deadline"""
+MANY = 16
+
+
+class Daemons:
+    """The two daemons of one VM, and the guest's console."""
+
+    def __init__(self, directory: Path, vm: str, count: int) -> None:
+        self._directory = directory
+        self._vm = vm
+        self._devices = [(f"edu{slot}", f"{slot:02x}.0") for slot in range(3, 3 + count)]
+        self._stack = ExitStack()
+
+    def start_remoted(self) -> Child:
+        options = [f"--device=edu,id={name},addr={addr}" for name, addr in self._devices]
+        return self._start("remoted", options)
+
+    def start_proxyd(self) -> Child:
+        options = [f"--device=id={name},addr={addr}" for name, addr in self._devices]
+        return self._start("proxyd", [f"--vm={self._vm}", *options])
+
+    def connect_console(self) -> GuestConsole:
+        """The console of a guest that is ready."""
+        self._console = socket.socket(socket.AF_UNIX)
+        self._console.connect(str(self._directory / "proxyd.console"))
+        console = self._stack.enter_context(GuestConsole(self._console))
+        console.wait_ready(END_SECONDS)
+        return console
+
+    def send(self, command: str) -> None:
+        """A command whose answer nobody waits for."""
+        self._console.sendall(command.encode() + b"\n")
+
+    def functions(self) -> list[dict[str, Any]]:
+        """What proxyd tells of them."""
+        status = call(self._directory / "proxyd.varlink", "org.iohub.Proxyd.Status")
+        return list(status["functions"])
+
+    def connected(self) -> int:
+        return sum(function["connected"] for function in self.functions())
+
+    def resamples(self) -> int:
+        """How many EOIs remoted was told of."""
+        status = call(self._directory / "remoted.varlink", "org.iohub.Remoted.Status")
+        return sum(function["resamples"] for function in status["functions"])
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _start(self, module: str, options: list[str]) -> Child:
+        arguments = ["--name=vm", f"--runtime-dir={self._directory}", *options]
+        child = Child(module, arguments, self._directory)
+        self._stack.callback(child.kill)
+        return child
+
+
+@pytest.fixture(params=["embedded", "soft"])
+def vm(request: pytest.FixtureRequest) -> str:
+    if request.param == "embedded":
+        request.getfixturevalue("requires_kvm")
+    return str(request.param)
+
+
+@pytest.fixture
+def few(vm: str, tmp_path: Path) -> Iterator[Daemons]:
+    daemons = Daemons(tmp_path, vm, 2)
+    yield daemons
+    daemons.close()
+
+
+@pytest.fixture
+def many(vm: str, tmp_path: Path) -> Iterator[Daemons]:
+    daemons = Daemons(tmp_path, vm, MANY)
+    yield daemons
+    daemons.close()
+
+
+def test_proxyd_ends_in_time_while_the_guest_waits_for_a_hung_remote(many: Daemons) -> None:
+    remoted, proxyd = many.start_remoted(), many.start_proxyd()
+    assert many.connected() == MANY
+    many.connect_console()
+    os.kill(remoted.process.pid, signal.SIGSTOP)
+    many.send("setup")
+    wait_until(lambda: "link lost: no answer" in proxyd.log.read_text(), "the guest has waited for the first")
+    proxyd.process.terminate()
+    assert proxyd.process.wait(END_SECONDS) == 0
+
+
+def test_proxyd_ends_in_time_while_it_connects_to_a_hung_remote(many: Daemons) -> None:
+    remoted = many.start_remoted()
+    os.kill(remoted.process.pid, signal.SIGSTOP)
+    proxyd = many.start_proxyd()
+    many.connect_console()
+    assert many.connected() == 0
+    proxyd.process.terminate()
+    assert proxyd.process.wait(END_SECONDS) == 0
+
+
+def test_a_remote_that_goes_on_is_linked_again(few: Daemons) -> None:
+    remoted, _ = few.start_remoted(), few.start_proxyd()
+    console = few.connect_console()
+    assert console.command("setup").result.number("functions") == 2
+    os.kill(remoted.process.pid, signal.SIGSTOP)
+    assert console.command("setup").result.number("functions") == 0, "accesses read all ones"
+    assert few.connected() == 0
+    os.kill(remoted.process.pid, signal.SIGCONT)
+    wait_until(lambda: few.connected() == 2, "all functions are linked again")
+    assert console.command("setup").result.number("functions") == 2
+    assert console.command("run 20 held 2").ok
+    stats = console.command("stats").of_kind("function")
+    assert [(function.number("served"), function.number("lost")) for function in stats] == [(20, 0)] * 2
+
+
+def test_a_remote_that_comes_late_is_linked_and_routed(few: Daemons) -> None:
+    few.start_proxyd()
+    console = few.connect_console()
+    assert console.command("setup").result.number("functions") == 0, "which leaves the router programmed"
+    few.start_remoted()
+    wait_until(lambda: few.connected() == 2, "all functions are linked")
+    assert [function["gsi"] for function in few.functions()] == [5, 9]
+    assert console.command("setup").result.number("functions") == 2
+    assert console.command("run 20").ok
+    stats = console.command("stats").of_kind("function")
+    assert [(function.number("served"), function.number("lost")) for function in stats] == [(20, 0)] * 2
+
+
+def test_a_long_run_does_not_keep_proxyd_from_ending(few: Daemons) -> None:
+    few.start_remoted()
+    proxyd = few.start_proxyd()
+    console = few.connect_console()
+    assert console.command("setup").result.number("functions") == 2
+    few.send("run 1000000")
+    wait_until(lambda: few.resamples() > 10, "the run has begun")
+    proxyd.process.terminate()
+    assert proxyd.process.wait(END_SECONDS) == 0
+
+
+def test_a_run_without_functions_is_refused(vm: str, tmp_path: Path) -> None:
+    daemons = Daemons(tmp_path, vm, 1)
+    try:
+        daemons.start_proxyd()
+        reply = daemons.connect_console().command("run 1000000")
+        assert reply.reason == "no functions, setup comes first"
+    finally:
+        daemons.close()

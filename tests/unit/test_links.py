@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Links that are kept: when they are made, and how often a remote that doesn't keep them is tried."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from common.errors import PeerGone
+from common.link import Client
+from common.loop import Loop
+from common.notifier import EventNotifier
+from common.pci import parse_devfn
+from proxyd.links import LinkKeeper
+from proxyd.pcidev import PciProxy
+from proxyd.softirqchip import SoftIrqchip
+from remoted.iohub import Pirq
+from tests.support.fds import count_fds
+from tests.support.remote import RemoteThread
+from tests.support.remotebench import Clock, LineDevice
+from tests.support.steploop import run_until
+
+DEVFNS = {"a": parse_devfn("05.0"), "b": parse_devfn("06.0")}
+NEVER = 3600.0
+
+
+class HangingUp(Pirq):
+    """Lets a session end as soon as it is complete, or later."""
+
+    links = 0
+    at_once = True
+
+    def set_irqfd(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
+        self.links += 1
+        irqfd.close()
+        resamplefd.close()
+        if self.at_once:
+            raise PeerGone("enough")
+
+
+class Bench:
+    """A keeper of two links; the loop's time is the test's, or real."""
+
+    def __init__(self, directory: Path, *, real_time: bool = False) -> None:
+        self.directory = directory
+        self.clock = Clock()
+        self.loop = Loop() if real_time else Loop(self.clock)
+        self.attached = 0
+        self.keeper = LinkKeeper(self.loop, self._on_attached)
+        irqchip = SoftIrqchip(self.loop)
+        self.proxies = {
+            name: PciProxy(
+                name,
+                devfn,
+                partial(Client.connect, str(directory / f"{name}.sock"), NEVER),
+                irqchip,
+                logging.getLogger(name),
+                self.keeper.lost,
+            )
+            for name, devfn in DEVFNS.items()
+        }
+        self.remote: RemoteThread | None = None
+
+    def serve(self, *names: str) -> RemoteThread:
+        """A remote with these functions, to be started."""
+        self.remote = RemoteThread(self.directory)
+        for name in names:
+            self.remote.add(LineDevice, name, DEVFNS[name])
+        return self.remote
+
+    def start(self, *names: str) -> None:
+        self.keeper.start([self.proxies[name] for name in names])
+
+    def close(self) -> None:
+        self.keeper.close()
+        for proxy in self.proxies.values():
+            proxy.close()
+        if self.remote is not None:
+            self.remote.close()
+        self.loop.close()
+
+    def is_linked(self, name: str) -> bool:
+        return self.proxies[name].remote is not None
+
+    def _on_attached(self) -> None:
+        self.attached += 1
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    before = count_fds()
+    bench = Bench(tmp_path)
+    yield bench
+    bench.close()
+    assert count_fds() == before
+
+
+def test_who_is_there_is_linked_when_start_returns(bench: Bench) -> None:
+    bench.serve("a", "b").start()
+    bench.start("a", "b")
+    assert bench.is_linked("a")
+    assert bench.is_linked("b")
+    assert bench.attached == 2
+
+
+def test_who_comes_later_is_linked_then(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.serve("a").start()
+    bench.start("a", "b")
+    assert bench.is_linked("a")
+    for _ in range(3):
+        assert not bench.is_linked("b")
+        retry_after(bench)
+    assert len([line for line in caplog.messages if "no link" in line]) == 1, "it is told once"
+    assert bench.remote is not None
+    late = RemoteThread(bench.directory)
+    late.add(LineDevice, "b", DEVFNS["b"])
+    late.start()
+    try:
+        due = bench.loop.until_next_timer()
+        assert due is not None
+        bench.clock.now += due
+        run_until(bench.loop, lambda: bench.is_linked("b"))
+        assert bench.attached == 2
+    finally:
+        late.close()
+
+
+def retry_after(bench: Bench, *, fails: bool = True) -> float:
+    """Lets the pending attempt be made; how long it was waited for."""
+    due = bench.loop.until_next_timer()
+    assert due is not None
+    bench.clock.now += due
+    bench.loop.step()
+    run_until(
+        bench.loop, lambda: bench.loop.until_next_timer() is not None if fails else bench.is_linked("a")
+    )
+    return round(due, 3)
+
+
+def test_attempts_become_rarer_until_there_is_one_a_second(bench: Bench) -> None:
+    bench.start("a")
+    assert [retry_after(bench) for _ in range(9)] == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0, 1.0]
+
+
+def test_a_remote_that_hangs_holds_up_nobody_else(tmp_path: Path) -> None:
+    """Its listener takes connections, as a stopped process's does; the round trip has no end."""
+    bench = Bench(tmp_path, real_time=True)
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(tmp_path / "b.sock"))
+        hung.listen()
+        bench.serve("a").start()
+        bench.start("b", "a")
+        assert bench.is_linked("a")
+        assert not bench.is_linked("b")
+        bench.close()  # and ends that round trip
+
+
+def hanging_up(bench: Bench) -> HangingUp:
+    remote = bench.serve("a")
+    pirq = HangingUp(bench.loop)
+    remote.servers["a"].pirq = pirq
+    remote.start()
+    return pirq
+
+
+def test_a_remote_that_hangs_up_at_once_is_tried_ever_more_rarely(bench: Bench) -> None:
+    pirq = hanging_up(bench)
+    bench.start("a")
+    run_until(bench.loop, lambda: not bench.is_linked("a"))
+    waited = []
+    for links in range(1, 9):
+        run_until(bench.loop, lambda: bench.loop.until_next_timer() is not None)
+        assert pirq.links == links
+        waited.append(retry_after(bench))
+    assert waited == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0]
+
+
+def hang_up(bench: Bench) -> None:
+    """The remote lives on."""
+    client = bench.proxies["a"]._client
+    assert client is not None
+    client.shutdown()
+    run_until(bench.loop, lambda: not bench.is_linked("a"))
+    bench.loop.step()
+
+
+def test_a_link_that_has_lasted_is_made_again_at_once(bench: Bench) -> None:
+    pirq = hanging_up(bench)
+    pirq.at_once = False
+    bench.start("a")
+    for _ in range(3):
+        hang_up(bench)
+        assert bench.loop.until_next_timer() is not None
+        retry_after(bench, fails=False)
+    for _ in range(3):
+        bench.clock.now += 1.0
+        hang_up(bench)
+        assert bench.loop.until_next_timer() is None
+        run_until(bench.loop, lambda: bench.is_linked("a"))
+    hang_up(bench)
+    assert retry_after(bench, fails=False) == 0.02, "it begins anew"

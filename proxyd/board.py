@@ -49,7 +49,8 @@ class Board:
         self._keeper = LinkKeeper(loop, self._route)
         self._proxies = [self._create_proxy(device) for device in config.devices]
         self.host = PciHost(irqchip, self._proxies)
-        self.console = Console(loop, str(config.runtime_dir / "proxyd.console"), self._set_console_irq)
+        path = str(config.runtime_dir / "proxyd.console")
+        self.console = Console(loop, path, self._set_console_irq, logging.getLogger(program))
 
     def start(self, irqchip: str, tsc_khz: int | None) -> None:
         """Begins to connect, and to answer at the control socket; ``irqchip`` is the name given there."""

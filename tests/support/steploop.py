@@ -15,9 +15,9 @@ DEADLINE = 20.0
 class CountingLoop(Loop):
     """Counts the calls of handlers."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.calls = 0
-        super().__init__()
+        super().__init__(clock)
 
     def add(
         self, fd: int, callback: Callable[[int], None], events: int = EPOLLIN, *, first: bool = False

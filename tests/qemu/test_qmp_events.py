@@ -62,7 +62,7 @@ def test_a_guest_that_was_stopped_and_continued_works_on(bench: QmpBench) -> Non
 def test_resets_while_lines_are_high(bench: QmpBench) -> None:
     monitor = bench.start_guest()
     bench.start_proxyd()
-    for number in range(1, 5):
+    for number in range(1, 3):
         bench.run_guest()
         bench.command("hold 05.0")
         bench.command("hold 06.0")

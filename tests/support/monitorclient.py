@@ -26,7 +26,11 @@ class MonitorClient:
         """Connects, as soon as somebody listens, and waits for the greeting."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(_TIMEOUT)
-        wait_until(lambda: self._socket.connect_ex(str(path)) == 0, f"a monitor at {path}")
+        try:
+            wait_until(lambda: self._socket.connect_ex(str(path)) == 0, f"a monitor at {path}")
+        except BaseException:
+            self._socket.close()
+            raise
         self._lines = self._socket.makefile("r")
         self.events: list[dict[str, Any]] = []
         self._read()

@@ -12,6 +12,7 @@ import mmap
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from common.config import VmConfig
@@ -112,19 +113,26 @@ class VcpuThread:
         self._log = log
         self._on_dead = on_dead
         self._stopping = False
+        self._lock = threading.Lock()
+        self._is_running = False
+        """a thread that has ended must not be signalled; ``lock`` guards it"""
         self._thread = threading.Thread(target=self._run, name="vcpu0", daemon=True)
 
     def start(self) -> None:
+        """Lets the guest run."""
+        self._is_running = True
         self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread; it may be in the guest. Accesses that wait for a remote must have been aborted."""
         self._stopping = True
         self._machine.interrupt(True)
-        if self._thread.ident is not None:
-            if self._thread.is_alive():
+        if self._thread.ident is None:
+            return
+        with self._lock:
+            if self._is_running:
                 signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
-            self._thread.join()
+        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -137,6 +145,8 @@ class VcpuThread:
             self._log.exception("the vCPU's thread failed")
         if not self._stopping:
             self._on_dead()
+        with self._lock:
+            self._is_running = False
 
 
 class Embedded:
@@ -149,13 +159,17 @@ class Embedded:
         self._failed = False
         check_addresses(config.devices)
         image = parse_image(_read_image(GUEST_IMAGE), str(GUEST_IMAGE))
-        self._kvm = Kvm()
-        self._vm = self._kvm.create_vm()
-        self._vm.create_pit()
-        self._irqchip = KvmIrqchip(self._vm)
-        self._board = Board(program, config, loop, self._irqchip)
-        self._machine = Machine(self._vm, image, self._board.host, self._board.console)
-        self._vcpu = VcpuThread(self._machine, self._log, self._on_dead)
+        with ExitStack() as opened:
+            kvm = opened.enter_context(Kvm())
+            vm = opened.enter_context(kvm.create_vm())
+            vm.create_pit()
+            irqchip = KvmIrqchip(vm)
+            opened.callback(irqchip.close)
+            self._board = Board(program, config, loop, irqchip)
+            opened.callback(self._board.close)
+            self._machine = Machine(vm, image, self._board.host, self._board.console)
+            self._vcpu = VcpuThread(self._machine, self._log, self._on_dead)
+            self._opened = opened.pop_all()
 
     def run(self) -> int:
         """Runs the guest until the loop is stopped, or until it can't go on. Returns the exit status."""
@@ -170,10 +184,7 @@ class Embedded:
         """Stops the guest, then takes the irqfds out of KVM."""
         self._board.abort()
         self._vcpu.stop()
-        self._board.close()
-        self._irqchip.close()
-        self._vm.close()
-        self._kvm.close()
+        self._opened.close()
 
     def _on_dead(self) -> None:
         self._failed = True

@@ -35,6 +35,7 @@ def parse_image(file: bytes, name: str) -> Image:
         magic, flags, checksum, header, load, load_end, memory_end, entry = _HEADER.unpack_from(file, offset)
         if magic == _MAGIC and (magic + flags + checksum) & 0xFFFFFFFF == 0 and flags & _HAS_ADDRESSES:
             start = offset - (header - load)
-            if start >= 0 and load <= entry < memory_end and load_end <= memory_end:
-                return Image(file[start : start + load_end - load], load, memory_end, entry)
+            end = start + load_end - load
+            if 0 <= start <= end <= len(file) and load <= entry < memory_end and load_end <= memory_end:
+                return Image(file[start:end], load, memory_end, entry)
     raise UsageError(f"{name} is no multiboot image with load addresses")

@@ -46,7 +46,7 @@ class Board:
         self._loop = loop
         self._irqchip = irqchip
         self._control: ControlServer | None = None
-        self._keeper = LinkKeeper(loop, self._route)
+        self._keeper = LinkKeeper(loop)
         self._proxies = [self._create_proxy(device) for device in config.devices]
         self.host = PciHost(irqchip, self._proxies)
         path = str(config.runtime_dir / "proxyd.console")
@@ -77,9 +77,6 @@ class Board:
         connect = partial(Client.connect, self._config.socket_path(device), ROUND_TRIP_SECONDS)
         log = device_log(self._program, device.id)
         return PciProxy(device.id, device.devfn, connect, self._irqchip, log, self._keeper.lost)
-
-    def _route(self) -> None:
-        self.host.route()
 
     def _set_console_irq(self, level: bool) -> None:
         self._irqchip.set_line(COM1_IRQ, level)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from select import EPOLLRDHUP
 from typing import Protocol
@@ -70,10 +70,8 @@ class LinkKeeper:
     of its own.
     """
 
-    def __init__(self, loop: Loop, on_attached: Callable[[], None]) -> None:
-        """``on_attached`` is called after each successful connection: the function may have to be routed."""
+    def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._on_attached = on_attached
         self._links: dict[Linked, _Link] = {}
         self._closing = False
 
@@ -148,7 +146,6 @@ class LinkKeeper:
             # Not EPOLLIN: every reply to the vCPU's thread would wake this one.
             self._loop.add(fd, lambda _events: link.end.check_link(), EPOLLRDHUP)
             link.fd = fd
-        self._on_attached()
 
     def _reconnect(self, end: Linked) -> None:
         link = self._links[end]

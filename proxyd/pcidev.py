@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from proxyd.irqchip import Irqchip
 __all__ = ["Identity", "PciProxy"]
 
 _ALL_ONES = 0xFFFFFFFFFFFFFFFF
+_NO_ROUTES = (None,) * 4
 _RESTORED = (
     (pci.PCI_CACHE_LINE_SIZE, 1),
     (pci.PCI_INTERRUPT_LINE, 1),
@@ -109,9 +110,10 @@ class PciProxy:
         self._found: _Found | None = None
         self._lost: Client | None = None
         self._aborted = False
+        self._was_linked = False
         self._irqfd: EventNotifier | None = None
         self._resamplefd: EventNotifier | None = None
-        self._route: int | None = None
+        self._routes: tuple[int | None, ...] = _NO_ROUTES
         self._assigned: int | None = None
         self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
         self._generation = 0  # of resets
@@ -175,8 +177,9 @@ class PciProxy:
         with self._lock:
             if found.generation != self._generation:
                 raise PeerGone("the machine was reset while connecting")
+            self.identity = found.identity
             try:
-                if found.identity.pin:
+                if self.pin:
                     self._create_pair()
                     self._assign()
                     self._send_pair(client)
@@ -186,9 +189,8 @@ class PciProxy:
             except BaseException:
                 self._drop_pair()
                 raise
-            if self.identity is not None:
-                self.reconnects += 1
-            self.identity = found.identity
+            self.reconnects += self._was_linked
+            self._was_linked = True
             if found.registers is not None:
                 self._shadow = found.registers
             self._reset_due = False
@@ -245,14 +247,15 @@ class PciProxy:
         """Writes ``size`` bytes at a bus address that one of ``windows`` covers."""
         self._request(Command.BAR_WRITE, mpqemu.BAR.pack(addr, value, size, memory))
 
-    def set_route(self, gsi: int | None) -> None:
-        """The GSI that the function's pin is routed to from now on; None while the router has it disabled.
+    def set_routes(self, gsis: Sequence[int | None]) -> None:
+        """The GSIs that pins A to D of the slot are routed to from now on; None where the router has none.
 
         A level that is high at this moment arrives on the new GSI.
         """
         with self._lock:
-            if gsi != self._route:
-                self._route = gsi
+            before = self._route
+            self._routes = tuple(gsis)
+            if self._route != before:
                 self._reassign()
 
     def abort(self) -> None:
@@ -276,7 +279,7 @@ class PciProxy:
             self._generation += 1
             self._reset_due = True
             self._deassign()
-            self._route = None
+            self._routes = _NO_ROUTES
             self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
             if self._client is not None:
                 try:
@@ -343,14 +346,20 @@ class PciProxy:
         self._assigned = None
 
     def _assign(self) -> None:
-        if self._route is None or self._irqfd is None or self._resamplefd is None:
+        route = self._route
+        if route is None or self._irqfd is None or self._resamplefd is None:
             return
         # An event from before would assert the line at once, and the kick's answer would once more: the guest may
         # have served the first by the time that KVM injects the second.
         self._irqfd.test_and_clear()
-        self._irqchip.assign(self._route, self._irqfd, self._resamplefd)
-        self._assigned = self._route
+        self._irqchip.assign(route, self._irqfd, self._resamplefd)
+        self._assigned = route
         self._resamplefd.set()
+
+    @property
+    def _route(self) -> int | None:
+        """Where the pin goes at present."""
+        return self._routes[self.pin - 1] if self.pin else None
 
     def _is_intx_disabled(self) -> bool:
         return bool(self._shadow[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE)

@@ -9,7 +9,6 @@ PIRQs as in QEMU's hw/i386/pc_piix.c.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import ClassVar
@@ -90,7 +89,6 @@ class PciHost:
             **self._proxies,
         }
         self._address = 0
-        self._routing = threading.Lock()
 
     def pio_read(self, port: int, size: int) -> int:
         """An I/O port read of 1, 2 or 4 bytes; all ones where nothing decodes it."""
@@ -110,26 +108,19 @@ class PciHost:
         for part, length, piece in _write_parts(addr, size, value):
             self._bar_write(True, part, length, piece)
 
-    def route(self) -> None:
-        """Lets every function's irqfd follow the router. Any thread may call it."""
-        with self._routing:
-            for proxy in self._proxies.values():
-                proxy.set_route(self._route(proxy))
-
     def reset(self) -> None:
         """The machine's reset: lines are taken away first, and come back when the guest routes them.
 
         A SET_IRQCHIP does not clear what an irqfd asserts (virt/kvm irq_states), so it comes after every
         deassign, and the remotes are reset before anything can be assigned again.
         """
-        with self._routing:
-            for proxy in self._proxies.values():
-                proxy.quiesce()
-            for proxy in self._proxies.values():
-                proxy.reset()
-            self._irqchip.reset()
-            self._isa_bridge.reset()
-            self._address = 0
+        for proxy in self._proxies.values():
+            proxy.quiesce()
+        for proxy in self._proxies.values():
+            proxy.reset()
+        self._irqchip.reset()
+        self._isa_bridge.reset()
+        self._address = 0
 
     def _port_read(self, port: int, size: int) -> int:
         if port & ~3 == CONFIG_DATA and self._address >> 31:
@@ -153,16 +144,13 @@ class PciHost:
 
     def _router_written(self) -> None:
         """The guest has programmed the router, whose outputs are all level-triggered."""
-        for pirq in range(len(PIRQ_REGISTERS)):
-            irq = self._isa_bridge.irq(pirq)
+        irqs = [self._isa_bridge.irq(pirq) for pirq in range(len(PIRQ_REGISTERS))]
+        for irq in irqs:
             if irq is not None:
                 self._irqchip.set_level_triggered(irq)
-        self.route()
-
-    def _route(self, proxy: PciProxy) -> int | None:
-        if not proxy.pin:
-            return None
-        return self._isa_bridge.irq(((proxy.devfn >> 3) - 1 + proxy.pin - 1) & 3)
+        for proxy in self._proxies.values():
+            first = (proxy.devfn >> 3) - 1
+            proxy.set_routes([irqs[(first + pin) & 3] for pin in range(4)])
 
     def _target(self, port: int) -> tuple[_LocalFunction | PciProxy | None, int]:
         """The function and offset that CONFIG_ADDRESS selects (PCI 3.0, 3.2.2.3.2)."""
@@ -171,10 +159,6 @@ class PciHost:
         return function, self._address & 0xFC | port & 3
 
     def _bar_read(self, memory: bool, addr: int, size: int) -> int:
-        if not memory and addr % size:
-            # PCI has no I/O access across a doubleword (PCI 3.0, 3.2.2.1): a bridge makes several of it.
-            half = size // 2
-            return self._bar_read(memory, addr + half, half) << 8 * half | self._bar_read(memory, addr, half)
         for proxy in self._proxies.values():
             for window in proxy.windows:
                 if window.start <= addr < window.end and window.memory is memory:
@@ -182,11 +166,6 @@ class PciHost:
         return _ones(size)
 
     def _bar_write(self, memory: bool, addr: int, size: int, value: int) -> None:
-        if not memory and addr % size:
-            half = size // 2
-            self._bar_write(memory, addr, half, value & (1 << 8 * half) - 1)
-            self._bar_write(memory, addr + half, half, value >> 8 * half)
-            return
         for proxy in self._proxies.values():
             for window in proxy.windows:
                 if window.start <= addr < window.end and window.memory is memory:

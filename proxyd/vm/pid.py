@@ -98,8 +98,7 @@ class _Function:
             self.detach()
             raise
         self._client, self._connecting = client, None
-        if self._was_linked:
-            self.reconnects += 1
+        self.reconnects += self._was_linked
         self._was_linked = True
 
     def abort(self) -> None:
@@ -165,7 +164,7 @@ class Attached:
         self._exited = False
         gsis = {device.id: _check_gsi(device) for device in config.devices}
         self._target = Target.open(int(config.vm.partition(":")[2]), self._log)
-        self._keeper = LinkKeeper(loop, lambda: None)
+        self._keeper = LinkKeeper(loop)
         try:
             self._functions = [
                 _Function(

@@ -105,13 +105,13 @@ def test_a_kick_brings_a_lost_assertion_back_and_does_nothing_to_a_low_line(boar
     proxy = board.proxies["b"]
     proxy.quiesce()
     assert board.bench.irr() & 1 << 11 == 0
-    proxy.set_route(None)
-    proxy.set_route(11)
+    proxy.set_routes([None] * 4)
+    proxy.set_routes([11] * 4)
     assert board.take() == [11]
     board.serve("b")
     for _ in range(3):
-        proxy.set_route(None)
-        proxy.set_route(11)
+        proxy.set_routes([None] * 4)
+        proxy.set_routes([11] * 4)
     assert board.nothing_arrives()
 
 

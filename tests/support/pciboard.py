@@ -70,7 +70,6 @@ class Board:
         for proxy in self.proxies.values():
             proxy.connect()
             proxy.attach()
-        self.host.route()
         if saved is not None:
             for chip in saved.chips:
                 self.bench.machine.vm.set_irqchip(chip)

@@ -39,6 +39,10 @@ class OtherPin(LineDevice):
     INTERRUPT_PIN = 2
 
 
+class PinC(LineDevice):
+    INTERRUPT_PIN = 3
+
+
 class OtherClass(LineDevice):
     CLASS_CODE = 0x078001
 
@@ -84,7 +88,7 @@ class Bench:
         return function
 
     def proxy(self, *, is_powered_on: bool = False) -> PciProxy:
-        connect = partial(Client.connect, self.remote.path("line"), 20.0)
+        connect = partial(Client.connect, str(self._directory / "line.sock"), 20.0)
         log = logging.getLogger("test")
         return PciProxy(
             "line", DEVFN, connect, self.irqchip, log, self.lost.append, is_powered_on=is_powered_on
@@ -161,7 +165,7 @@ def test_a_restored_guest_finds_the_function_as_it_was(bench: Bench) -> None:
     use(former, function)
     former.close()
     proxy = bench.proxy(is_powered_on=True)
-    proxy.set_route(GSI)
+    proxy.set_routes([GSI, None, None, None])
     link(proxy)
     assert function.intx_level
     assert [window.start for window in proxy.windows] == [0xC000]
@@ -312,10 +316,24 @@ def test_narrow_writes_to_command_and_bar_count(bench: Bench, size: int) -> None
     assert function.resets == 1
     # INTX_DISABLE is in the second byte.
     bench.irqchip.set_level_triggered(GSI)
-    proxy.set_route(GSI)
+    proxy.set_routes([GSI, None, None, None])
     proxy.bar_write(False, 0xC120, 1, 1)
     run_until(bench.loop, bench.is_requested)
     write(pci.PCI_COMMAND, RUNNING | pci.PCI_COMMAND_INTX_DISABLE)
     assert not bench.is_requested()
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_function_that_comes_late_is_routed_where_its_pin_goes(bench: Bench) -> None:
+    proxy = bench.proxy()
+    proxy.set_routes([5, 9, GSI, None])
+    bench.serve(PinC)
+    link(proxy)
+    assert proxy.gsi == GSI
+    proxy.set_routes([GSI, 9, None, 5])
+    assert proxy.gsi is None
+    proxy.set_routes([None, None, 11, None])
+    assert proxy.gsi == 11
     proxy.close()
     bench.remote.close()

@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from common.control import call
+from tests.support.wait import wait_until
 
 IOHUBCTL = str(Path(sys.executable).with_name("iohubctl"))
 ROUNDS = 60
@@ -60,6 +65,34 @@ def test_the_table_shows_the_same(vm: str) -> None:
     assert [line.split()[1] for line in lines[1:5]] == ["edu0", "serial0", "edu1", "serial1"]
     assert " 0 lost, 0 stuck" in lines[-1]
     assert "SIGKILL" in result.stderr, "progress goes to stderr"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_demo_that_is_ended_leaves_nothing_behind(tmp_path: Path, signum: int) -> None:
+    process = subprocess.Popen(
+        [IOHUBCTL, "demo", "--rounds=100000", "--vm=soft"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    pids: list[int] = []
+
+    def is_running() -> bool:
+        if not list(tmp_path.glob("*/proxyd.varlink")):
+            return False
+        (directory,) = tmp_path.iterdir()
+        remoted = call(directory / "remoted.varlink", "org.iohub.Remoted.Status")
+        pids[:] = [remoted["pid"], call(directory / "proxyd.varlink", "org.iohub.Proxyd.Status")["pid"]]
+        return any(function["resamples"] for function in remoted["functions"])
+
+    wait_until(is_running, "interrupts are served")
+    process.send_signal(signum)
+    assert process.wait(60) == 130
+    assert not list(tmp_path.iterdir())
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_a_remote_that_loses_interrupts_makes_the_demo_fail(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from proxyd.vm.slot import CONSENT_SECONDS, Function, Slot
 
 __all__ = ["QemuPlugger"]
 
+_LEAVE_SECONDS = 15.0
+"""how long the end of the daemon waits for what is being said to the monitor"""
 _RETRY_SECONDS = 1.0
 """the pause before a monitor that has just failed is tried again"""
 
@@ -157,8 +159,13 @@ class QemuPlugger:
             for task in done:
                 task.result()
         finally:
-            async with self._turn:
-                await _cancel(announcing, *ends, *slots)
+            # A command under way is let end, but not for as long as a guest may take to consent.
+            has_turn = False
+            with contextlib.suppress(TimeoutError):
+                has_turn = await asyncio.wait_for(self._turn.acquire(), _LEAVE_SECONDS)
+            await _cancel(announcing, *ends, *slots)
+            if has_turn:
+                self._turn.release()
         if self._stop.is_set() and self._unplug_on_exit:
             await self._unplug(monitor)
 

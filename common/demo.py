@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 1:
         raise UsageError("--rounds takes a number from 1 up")
     for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.default_int_handler)  # as Ctrl-C: the daemons end with the demo
+        if signal.getsignal(signum) is signal.SIG_DFL:  # and not ignored, by nohup(1)
+            signal.signal(signum, signal.default_int_handler)  # as Ctrl-C: the daemons end with the demo
     directory = Path(tempfile.mkdtemp(prefix="iohub-demo-"))
     try:
         with _Demo(directory, arguments.vm) as demo:

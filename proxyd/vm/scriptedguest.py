@@ -194,6 +194,8 @@ class ScriptedGuest:
                     function.raised -= 1
                     function.held = held
                     function.redone += 1
+                    # Itself first: what it may still assert must not be served while another is waited for.
+                    self._recover(function)
                     self._recover_all()
                     break
                 if function.served == served and now > expires:
@@ -204,23 +206,27 @@ class ScriptedGuest:
                 return True
 
     def _recover_all(self) -> None:
-        """Waits until every function answers with its cookie; initialises those that were reset."""
+        """What reset one device has seldom left the others alone."""
         for function in self._functions:
-            if function.driver.is_alive():
-                continue
-            function.recovering = True
-            started = time.monotonic()
-            while not function.driver.is_alive():
-                if time.monotonic() - started > _BACK_WITHIN:
-                    self._record(f"gone addr={function.addr}")
-                    raise _CommandError("a function did not come back")
-                if self._machine.config_read(function.devfn, 0x00, 4) in DRIVERS:
-                    self._quiesce(function)
-                self._settle(TICK_SECONDS)
-            ticks = int((time.monotonic() - started) / TICK_SECONDS)
-            self._record(f"back addr={function.addr} after_ticks={ticks} config=kept")
+            self._recover(function)
+
+    def _recover(self, function: _Function) -> None:
+        """Waits until the function answers with its cookie; initialises it if it was reset."""
+        if function.driver.is_alive():
+            return
+        function.recovering = True
+        started = time.monotonic()
+        while not function.driver.is_alive():
+            if time.monotonic() - started > _BACK_WITHIN:
+                self._record(f"gone addr={function.addr}")
+                raise _CommandError("a function did not come back")
+            if self._machine.config_read(function.devfn, 0x00, 4) in DRIVERS:
+                self._quiesce(function)
             self._settle(TICK_SECONDS)
-            function.recovering = False
+        ticks = int((time.monotonic() - started) / TICK_SECONDS)
+        self._record(f"back addr={function.addr} after_ticks={ticks} config=kept")
+        self._settle(TICK_SECONDS)
+        function.recovering = False
 
     def _samples(self, words: list[str]) -> str:
         for kind, samples in self._named(words).samples.items():

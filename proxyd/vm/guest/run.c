@@ -117,7 +117,8 @@ static const char *round(struct function *fn, bool hold, u32 *lost_in_a_row)
 			fn->raised--;
 			fn->held = held;
 			fn->redone++;
-			if (!functions_recover())
+			/* Itself first: what it may still assert must not be served while another is waited for. */
+			if (!function_recover(fn) || !functions_recover())
 				return gone;
 			break;
 		}

@@ -24,7 +24,7 @@ from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
 from common.link import peer_credentials
 from common.listen import UnixListener
-from common.loop import Loop, Timer
+from common.loop import Loop
 
 __all__ = ["INTERFACE_DIR", "MAX_MESSAGE", "ControlServer", "call"]
 
@@ -38,9 +38,6 @@ _MAX_CLIENTS = 16
 
 _MAX_NESTING = 16
 """objects and arrays within each other; what Python itself bounds differs by version"""
-
-_ACCEPT_PAUSE_SECONDS = 1.0
-"""how long clients wait after one couldn't be taken for want of an fd: the loop would spin on it otherwise"""
 
 _CALL_SECONDS = 5.0
 """how long call() waits: both for the daemon to take the connection and for its reply"""
@@ -59,16 +56,10 @@ class ControlServer:
         self._service = Service(vendor="iohub", product=log.name, interface_dir=str(INTERFACE_DIR))
         self._service.interface(interface)(lambda: handler)
         self._clients: dict[_Client, None] = {}  # the one that has been silent for longest comes first
-        self._pause: Timer | None = None
-        self._listener = UnixListener(path)
-        loop.add(self._listener.fileno(), self._on_connect)
+        self._listener = UnixListener(loop, path, self._on_client, self._log)
 
     def close(self) -> None:
         """Hangs up on everyone and unlinks the socket."""
-        if self._pause is None:
-            self._loop.remove(self._listener.fileno())
-        else:
-            self._pause.cancel()
         self._listener.close()
         for client in list(self._clients):
             client.close()
@@ -89,32 +80,18 @@ class ControlServer:
         """A client has gone."""
         del self._clients[client]
 
-    def _on_connect(self, _events: int) -> None:
-        try:
-            sock = self._listener.accept()
-        except OSError as error:
-            self._log.warning("can't take a control client: %s", error.strerror)
-            self._loop.remove(self._listener.fileno())
-            self._pause = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._resume)
-            return
-        if sock is None:
-            return
+    def _on_client(self, sock: socket.socket) -> None:
         if len(self._clients) >= _MAX_CLIENTS:
             # Whoever asks now is more likely to matter than whoever has been silent for longest.
             next(iter(self._clients)).close()
         self._clients[_Client(self._loop, sock, self)] = None
-
-    def _resume(self) -> None:
-        self._pause = None
-        self._loop.add(self._listener.fileno(), self._on_connect)
 
 
 class _Client:
     """One connection: its half message, its unsent reply."""
 
     def __init__(self, loop: Loop, sock: socket.socket, server: ControlServer) -> None:
-        """Takes ownership of the socket."""
-        sock.setblocking(False)
+        """Takes ownership of the non-blocking socket."""
         self.name = str(peer_credentials(sock))
         self._loop = loop
         self._sock = sock

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Listening UNIX sockets by path: private, and taken over from a daemon that died."""
+"""Listening UNIX sockets by path: private, taken over from a daemon that died, never a reason to spin."""
 
 from __future__ import annotations
 
@@ -8,62 +8,92 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
 
 from common.errors import UsageError
+from common.journal import RateLimited
+from common.loop import EventLoop, Timer
 
 __all__ = ["UnixListener"]
+
+_PAUSE_SECONDS = 1.0
+"""how long clients wait after one couldn't be taken for want of an fd: the loop would spin on it otherwise"""
 
 
 class UnixListener:
     """A listening UNIX stream socket, mode 0600, that removes its path when closed."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(
+        self, loop: EventLoop, path: str, on_client: Callable[[socket.socket], None], log: RateLimited
+    ) -> None:
         """Binds and listens; a socket whose daemon is gone is replaced.
 
+        ``on_client(sock)`` is called for one client a pass of the loop, and owns the non-blocking socket.
         Raises UsageError when the path is in use by a live daemon, is no socket, or can't be bound.
         """
         if "\0" in path:  # bind() would take what comes before it
             raise UsageError(f"socket {path!r}: a path can't contain NUL")
         self.path = path
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._loop = loop
+        self._on_client = on_client
+        self._log = log
+        self._is_watched = False
+        self._pause: Timer | None = None
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             try:
-                _bind(sock, path)
+                _bind(self._sock, path)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
                 _remove_stale(path)
-                _bind(sock, path)
-            sock.listen(16)
+                _bind(self._sock, path)
+            self._sock.listen(16)
             self._inode = _inode(path)
+            self.resume()
         except OSError as error:
-            sock.close()
+            self._sock.close()
             raise UsageError(f"socket {path}: {error.strerror or error}") from error
         except BaseException:
-            sock.close()
+            self._sock.close()
             raise
-        self._sock = sock
 
-    def fileno(self) -> int:
-        return self._sock.fileno()
+    def hold(self) -> None:
+        """Lets clients wait, until resume()."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        if self._is_watched:
+            self._is_watched = False
+            self._loop.remove(self._sock.fileno())
 
-    def accept(self) -> socket.socket | None:
-        """The next connection, or None when there is none (any more).
-
-        Raises OSError when it can't be taken for want of an fd or memory; it stays in the queue.
-        """
-        try:
-            return self._sock.accept()[0]
-        except (BlockingIOError, ConnectionAbortedError):
-            return None
+    def resume(self) -> None:
+        """Takes clients after hold()."""
+        self._pause = None
+        self._loop.add(self._sock.fileno(), self._on_ready)
+        self._is_watched = True
 
     def close(self) -> None:
         """Closes the socket and unlinks its path, unless somebody else has bound that since."""
+        self.hold()
         with contextlib.suppress(OSError):
             # While the socket is open, nobody else's can have its inode.
             if self._sock.fileno() != -1 and _inode(self.path) == self._inode:
                 os.unlink(self.path)
         self._sock.close()
+
+    def _on_ready(self, _events: int) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            self._log.warning("%s: can't take a client: %s", self.path, error.strerror)
+            self.hold()
+            self._pause = self._loop.call_later(_PAUSE_SECONDS, self.resume)
+            return
+        sock.setblocking(False)
+        self._on_client(sock)
 
 
 def _inode(path: str) -> tuple[int, int]:

@@ -23,10 +23,6 @@ _MAX_PENDING = 1 << 16
 """bytes kept for a client that isn't there yet, or doesn't read; later ones are lost"""
 
 
-_ACCEPT_PAUSE_SECONDS = 1.0
-"""how long a client waits that couldn't be taken for want of an fd: the loop would spin on it otherwise"""
-
-
 class _Alarm:
     """The chip's timer, set from any thread: however often a guest sets it, the loop has one timer for it."""
 
@@ -75,7 +71,6 @@ class Console:
     def __init__(self, loop: Loop, path: str, set_irq: Callable[[bool], None], log: Log) -> None:
         """Listens at the path. Raises UsageError."""
         self._loop = loop
-        self._log = RateLimited(log)
         self._lock = threading.RLock()
         self._client: socket.socket | None = None
         self._events = 0
@@ -83,10 +78,8 @@ class Console:
         self._output = bytearray()
         self._is_flush_queued = False
         self._is_update_queued = False
-        self._pause: Timer | None = None
         self._uart = Uart16550(set_irq, self._transmit, _Alarm(loop, self._lock).set, self._input_ready)
-        self._listener = UnixListener(path)
-        loop.add(self._listener.fileno(), self._on_connect)
+        self._listener = UnixListener(loop, path, self._on_connect, RateLimited(log))
 
     def read(self, port: int) -> int:
         """One byte of a register, from the vCPU's thread."""
@@ -105,10 +98,6 @@ class Console:
 
     def close(self) -> None:
         """Hangs up and unlinks the socket."""
-        if self._pause is None:
-            self._loop.remove(self._listener.fileno())
-        else:
-            self._pause.cancel()
         self._listener.close()
         self._hang_up()
 
@@ -125,28 +114,14 @@ class Console:
             self._is_update_queued = True
             self._loop.call_soon_threadsafe(self._update_events)
 
-    def _on_connect(self, _events: int) -> None:
-        try:
-            sock = self._listener.accept()
-        except OSError as error:
-            self._log.warning("can't take a client of the console: %s", error.strerror)
-            self._loop.remove(self._listener.fileno())
-            self._pause = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._resume)
-            return
-        if sock is None:
-            return
+    def _on_connect(self, sock: socket.socket) -> None:
         if self._client is not None:
             if not _has_hung_up(self._client):
                 sock.close()
                 return
             self._hang_up()  # the guest hasn't read all it said
-        sock.setblocking(False)
         self._client = sock
         self._flush()
-
-    def _resume(self) -> None:
-        self._pause = None
-        self._loop.add(self._listener.fileno(), self._on_connect)
 
     def _on_client(self, events: int) -> None:
         if self._client is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import termios
 import tty
 from collections.abc import Callable
@@ -275,32 +276,22 @@ class UnixChardev(StreamChardev):
         """Binds and listens. Raises UsageError."""
         super().__init__(loop, log, frontend, on_connected)
         try:
-            self._listener = UnixListener(path)
+            self._listener = UnixListener(loop, path, self._on_client, self._log)
         except UsageError as error:
             raise UsageError(f"chardev=unix:{path}: {error}") from error
-        loop.add(self._listener.fileno(), self._on_connection, EPOLLIN | EPOLLET)
 
     def close(self) -> None:
         super().close()
-        self._loop.remove(self._listener.fileno())
         self._listener.close()
 
-    def _on_connection(self, _events: int) -> None:
-        if self.connected:
-            return
-        try:
-            sock = self._listener.accept()
-        except OSError as error:
-            self._log.warning("chardev unix %s: a client was not accepted: %s", self._listener.path, error)
-            return
-        if sock is not None:
-            peer = str(peer_credentials(sock))
-            self._log.info("chardev unix %s: connected", self._listener.path, peer=peer)
-            sock.setblocking(False)
-            self._attach(sock.detach())
-            self._set_connected(True)
+    def _on_client(self, sock: socket.socket) -> None:
+        self._listener.hold()
+        peer = str(peer_credentials(sock))
+        self._log.info("chardev unix %s: connected", self._listener.path, peer=peer)
+        self._attach(sock.detach())
+        self._set_connected(True)
 
     def _hang_up(self) -> None:
         self._detach()
-        self._loop.modify(self._listener.fileno(), EPOLLIN | EPOLLET)
+        self._listener.resume()
         super()._hang_up()

@@ -12,15 +12,12 @@ from common.errors import UsageError
 from common.journal import RateLimited
 from common.link import peer_credentials
 from common.listen import UnixListener
-from common.loop import Loop, Timer
+from common.loop import Loop
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
 from remoted.session import Session
 
 __all__ = ["DeviceServer", "adopt_connection"]
-
-_ACCEPT_PAUSE_SECONDS = 1.0
-"""how long clients wait after one couldn't be taken for want of an fd; the loop would spin on them otherwise"""
 
 
 class DeviceServer:
@@ -37,7 +34,6 @@ class DeviceServer:
         self._loop = loop
         self._on_idle = on_idle
         self._listener: UnixListener | None = None
-        self._pause: Timer | None = None
         self._log = RateLimited(function.host.log)
 
     @property
@@ -51,8 +47,7 @@ class DeviceServer:
 
     def listen(self, path: str) -> None:
         """Takes clients at a path. Raises UsageError."""
-        self._listener = UnixListener(path)
-        self._loop.add(self._listener.fileno(), self._on_connect)
+        self._listener = UnixListener(self._loop, path, self._on_client, self._log)
         self.function.host.log.info("listening on %s", path)
 
     def serve(self, sock: socket.socket) -> None:
@@ -63,10 +58,6 @@ class DeviceServer:
     def close(self) -> None:
         """Ends the session, unlinks the socket and closes the device."""
         if self._listener is not None:
-            if self._pause is None:
-                self._loop.remove(self._listener.fileno())
-            else:
-                self._pause.cancel()
             self._listener.close()
             self._listener = None
         if self.session is not None:
@@ -76,18 +67,7 @@ class DeviceServer:
         except Exception:
             self.function.host.log.exception("the device's code failed: close")
 
-    def _on_connect(self, _events: int) -> None:
-        if self._listener is None:
-            return
-        try:
-            sock = self._listener.accept()
-        except OSError as error:
-            self._log.warning("can't take a client: %s", error.strerror)
-            self._loop.remove(self._listener.fileno())
-            self._pause = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._resume)
-            return
-        if sock is None:
-            return
+    def _on_client(self, sock: socket.socket) -> None:
         if self.session is None:
             self.serve(sock)
             return
@@ -95,11 +75,6 @@ class DeviceServer:
             self.refused += 1
             client = str(peer_credentials(sock))
             self._log.warning("refused: %s is being served", self.session.client, peer=client)
-
-    def _resume(self) -> None:
-        self._pause = None
-        if self._listener is not None:
-            self._loop.add(self._listener.fileno(), self._on_connect)
 
     def _on_end(self, session: Session) -> None:
         self._rejected += session.rejected

@@ -18,7 +18,7 @@ import pytest
 from common.errors import UsageError
 from remoted import chardev
 from remoted.chardev import Chardev, open_chardev
-from tests.support.fds import count_fds, no_more_fds
+from tests.support.fds import count_fds
 from tests.support.steploop import CountingLoop, run_ready, run_until
 
 LOG = logging.getLogger("test.chardev")
@@ -374,19 +374,6 @@ class TestUnix:
                 device.open(f"unix:{path}")
         assert path.exists()
         device.open(f"unix:{path}")
-
-    def test_without_a_free_fd(self, device: Device, tmp_path: Path) -> None:
-        """The client waits, without a busy loop, and is served with the next event."""
-        user = UnixUser(device, tmp_path / "line")
-        first, second = user.connect(), user.connect()
-        with no_more_fds():
-            assert run_ready(device.loop) < 3
-        assert not device.chardev.connected
-        third = user.connect()
-        first.write(b"x")
-        run_until(device.loop, lambda: device.received == b"x")
-        for stream in (first, second, third):
-            stream.close()
 
 
 class TestFile:

@@ -30,7 +30,7 @@ from common.uart import (
     UART_TX,
 )
 from proxyd.console import COM1_PORTS, Console
-from tests.support.fds import count_fds, no_more_fds
+from tests.support.fds import count_fds
 from tests.support.remotebench import Clock
 from tests.support.steploop import CountingLoop, run_ready
 
@@ -258,33 +258,6 @@ def test_close_hangs_up_and_removes_the_socket(tmp_path: Path) -> None:
 def test_a_path_in_use_is_refused(bench: Bench) -> None:
     with pytest.raises(UsageError, match="in use by a live daemon"):
         Console(bench.loop, bench.path, bench.irqs.append, logging.getLogger("test"))
-
-
-def test_a_client_that_finds_no_fd_is_served_when_there_is_one(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
-    client = socket.socket(socket.AF_UNIX)
-    client.connect(bench.path)
-    with no_more_fds():
-        assert run_ready(bench.loop) < 10, "the loop must not spin on it either"
-    assert caplog.messages == ["can't take a client of the console: Too many open files"]
-    bench.clock.now += 1.0
-    run_ready(bench.loop)
-    bench.say(b"hello")
-    assert client.recv(100) == b"hello"
-    client.close()
-
-
-def test_close_while_no_client_can_be_taken(tmp_path: Path) -> None:
-    before = count_fds()
-    bench = Bench(tmp_path)
-    client = socket.socket(socket.AF_UNIX)
-    client.connect(bench.path)
-    with no_more_fds():
-        run_ready(bench.loop)
-    client.close()
-    bench.close()
-    assert count_fds() == before
 
 
 def test_a_guest_can_not_fill_the_loop(bench: Bench) -> None:

@@ -23,7 +23,7 @@ from remoted.devices.irq_line import IrqLine
 from remoted.function import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
-from tests.support.fds import count_fds, no_more_fds
+from tests.support.fds import count_fds
 from tests.support.loops import running
 
 STATUS = b'{"method": "org.iohub.Remoted.Status"}\0'
@@ -403,28 +403,6 @@ def test_fds_that_somebody_sends_do_not_stay(bench: Bench) -> None:
         socket.send_fds(peer.sock, [STATUS], [peer.sock.fileno()] * 3)
         assert "parameters" in peer.reply()
         assert count_fds() == before
-
-
-def test_without_a_free_fd_the_client_waits(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    with Peer(bench) as peer:
-        with no_more_fds():
-            for _ in range(5):
-                bench.loop.step()
-            (record,) = caplog.records
-            assert "Too many open files" in record.getMessage()
-        peer.send(STATUS)
-        assert "parameters" in peer.reply()
-
-
-def test_closing_while_no_client_can_be_taken(bench: Bench, tmp_path: Path) -> None:
-    second = ControlServer(
-        bench.loop, str(tmp_path / "second"), INTERFACE, bench.calls, logging.getLogger("second")
-    )
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(str(tmp_path / "second"))
-        with no_more_fds():
-            bench.loop.step()
-        second.close()
 
 
 def test_hostile_clients_cannot_fill_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,25 +1,48 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Listening sockets by path: whom they replace, and whom not."""
+"""Listening sockets by path: whom they replace and whom not, and how clients come in."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from common.errors import UsageError
+from common.journal import RateLimited
 from common.listen import UnixListener
 from tests.support.fds import count_fds, no_more_fds
+from tests.support.remotebench import Clock
+from tests.support.steploop import CountingLoop, run_ready
 
 
-@pytest.fixture(autouse=True)
-def no_fd_stays_open() -> Iterator[None]:
+class Bench:
+    """A loop in the test's time, and the clients that listeners on it have taken."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.loop = CountingLoop(self.clock)
+        self.clients: list[socket.socket] = []
+
+    def listen(self, path: str) -> UnixListener:
+        return UnixListener(self.loop, path, self.clients.append, RateLimited(logging.getLogger("test")))
+
+    def close(self) -> None:
+        self.loop.close()
+        for client in self.clients:
+            client.close()
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
     before = count_fds()
-    yield
+    bench = Bench()
+    yield bench
+    bench.close()
     assert count_fds() == before
 
 
@@ -35,27 +58,77 @@ def dead_socket(path: str) -> None:
         sock.listen()
 
 
-def test_clients_are_taken_one_after_another(path: str) -> None:
-    listener = UnixListener(path)
-    assert listener.accept() is None
-    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two:
-        one.connect(path)
-        two.connect(path)
-        for client in (one, two):
-            server = listener.accept()
-            assert server is not None
-            with server:
-                client.send(b"x")
-                assert server.recv(1) == b"x"
-                assert not os.get_inheritable(server.fileno())
-        assert listener.accept() is None
+def connect(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return sock
+
+
+def test_clients_are_taken_one_after_another(bench: Bench, path: str) -> None:
+    listener = bench.listen(path)
+    assert run_ready(bench.loop) == 0
+    with connect(path) as one, connect(path) as two:
+        for count, client in enumerate((one, two), 1):
+            bench.loop.step()
+            assert len(bench.clients) == count
+            client.send(b"x")
+            assert bench.clients[-1].recv(1) == b"x"
+            with pytest.raises(BlockingIOError):
+                bench.clients[-1].recv(1)
+            assert not os.get_inheritable(bench.clients[-1].fileno())
+        assert run_ready(bench.loop) == 0
     listener.close()
 
 
-def test_socket_is_private_whatever_the_umask(path: str) -> None:
+def test_clients_wait_while_they_are_held(bench: Bench, path: str) -> None:
+    listener = bench.listen(path)
+    listener.hold()
+    with connect(path):
+        assert run_ready(bench.loop) == 0
+        listener.resume()
+        run_ready(bench.loop)
+        assert len(bench.clients) == 1
+    listener.hold()
+    listener.close()
+    assert not os.path.exists(path)
+
+
+def test_without_an_fd_left_clients_wait_and_are_taken_later(
+    bench: Bench, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = bench.listen(path)
+    with connect(path):
+        with no_more_fds():
+            assert run_ready(bench.loop) == 1, "the loop must not spin on it"
+        assert caplog.messages == [f"{path}: can't take a client: Too many open files"]
+        assert run_ready(bench.loop) == 0
+        bench.clock.now += 1.0
+        bench.loop.step()
+        run_ready(bench.loop)
+        assert len(bench.clients) == 1
+    listener.close()
+
+
+@pytest.mark.parametrize("end", [UnixListener.hold, UnixListener.close])
+def test_no_client_is_taken_after_hold_or_close_though_one_waited_for_an_fd(
+    bench: Bench, path: str, end: Callable[[UnixListener], None]
+) -> None:
+    listener = bench.listen(path)
+    with connect(path):
+        with no_more_fds():
+            run_ready(bench.loop)
+        end(listener)
+        bench.clock.now += 60
+        bench.loop.step()
+        run_ready(bench.loop)
+        assert bench.clients == []
+    listener.close()
+
+
+def test_socket_is_private_whatever_the_umask(bench: Bench, path: str) -> None:
     before = os.umask(0)
     try:
-        listener = UnixListener(path)
+        listener = bench.listen(path)
         assert os.umask(0) == 0
     finally:
         os.umask(before)
@@ -63,68 +136,65 @@ def test_socket_is_private_whatever_the_umask(path: str) -> None:
     listener.close()
 
 
-def test_close_unlinks_the_path_once(path: str) -> None:
-    listener = UnixListener(path)
+def test_close_unlinks_the_path_once(bench: Bench, path: str) -> None:
+    listener = bench.listen(path)
     listener.close()
     assert not os.path.exists(path)
-    other = UnixListener(path)
+    other = bench.listen(path)
     listener.close()
     assert os.path.exists(path)
     other.close()
 
 
-def test_close_leaves_a_path_that_somebody_else_has_bound_since(path: str) -> None:
-    listener = UnixListener(path)
+def test_close_leaves_a_path_that_somebody_else_has_bound_since(bench: Bench, path: str) -> None:
+    listener = bench.listen(path)
     os.unlink(path)
-    other = UnixListener(path)
+    other = bench.listen(path)
     listener.close()
     assert os.path.exists(path)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
+    connect(path).close()
     other.close()
     assert not os.path.exists(path)
 
 
-def test_close_when_the_path_has_gone(path: str) -> None:
-    listener = UnixListener(path)
+def test_close_when_the_path_has_gone(bench: Bench, path: str) -> None:
+    listener = bench.listen(path)
     os.unlink(path)
     listener.close()
 
 
-def test_stale_socket_is_taken_over(path: str) -> None:
+def test_stale_socket_is_taken_over(bench: Bench, path: str) -> None:
     dead_socket(path)
-    listener = UnixListener(path)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
+    listener = bench.listen(path)
+    connect(path).close()
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     listener.close()
 
 
-def test_live_socket_is_refused_and_lives_on(path: str) -> None:
-    live = UnixListener(path)
+def test_live_socket_is_refused_and_lives_on(bench: Bench, path: str) -> None:
+    live = bench.listen(path)
     with pytest.raises(UsageError, match=r"edu0\.sock is in use by a live daemon$"):
-        UnixListener(path)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
+        bench.listen(path)
+    connect(path).close()
     live.close()
 
 
-def test_live_socket_with_a_full_queue_is_refused(path: str) -> None:
-    live = UnixListener(path)
+def test_live_socket_with_a_full_queue_is_refused(bench: Bench, path: str) -> None:
+    live = bench.listen(path)
     clients = []
     while True:
         clients.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
         if clients[-1].connect_ex(path):
             break
     with pytest.raises(UsageError, match="in use by a live daemon"):
-        UnixListener(path)
+        bench.listen(path)
     for client in clients:
         client.close()
     live.close()
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "fifo", "dangling link", "link to a dead socket"])
-def test_what_is_no_socket_is_left_alone(path: str, kind: str) -> None:
+def test_what_is_no_socket_is_left_alone(bench: Bench, path: str, kind: str) -> None:
     if kind == "file":
         Path(path).write_text("precious")
     elif kind == "directory":
@@ -138,7 +208,7 @@ def test_what_is_no_socket_is_left_alone(path: str, kind: str) -> None:
         os.symlink(path + ".dead", path)
     before = os.lstat(path)
     with pytest.raises(UsageError, match=r"edu0\.sock exists and is no socket$"):
-        UnixListener(path)
+        bench.listen(path)
     assert os.lstat(path).st_ino == before.st_ino
 
 
@@ -151,19 +221,7 @@ def test_what_is_no_socket_is_left_alone(path: str, kind: str) -> None:
     ],
     ids=["no directory", "too long", "NUL"],
 )
-def test_path_that_cant_be_bound(tmp_path: Path, tail: str, complaint: str) -> None:
+def test_path_that_cant_be_bound(bench: Bench, tmp_path: Path, tail: str, complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
-        UnixListener(str(tmp_path) + tail)
+        bench.listen(str(tmp_path) + tail)
     assert os.listdir(tmp_path) == []
-
-
-def test_accept_without_an_fd_left_keeps_the_client_waiting(path: str) -> None:
-    listener = UnixListener(path)
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(path)
-        with no_more_fds(), pytest.raises(OSError, match="Too many open files"):
-            listener.accept()
-        server = listener.accept()
-        assert server is not None
-        server.close()
-    listener.close()

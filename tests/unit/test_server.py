@@ -164,17 +164,6 @@ def test_client_waits_while_no_fd_is_left_and_is_served_then(bench: RemoteBench)
         assert works(Peer(bench, sock))
 
 
-def test_close_while_a_client_waits_for_an_fd(bench: RemoteBench) -> None:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.connect(bench.path("dev0"))
-        with no_more_fds():
-            bench.settle()
-        bench.servers["dev0"].close()
-        bench.clock.now += 60
-        bench.loop.step()
-        assert bench.servers["dev0"].session is None
-
-
 def test_irqfds_that_come_while_no_fd_is_left_cost_their_session(bench: RemoteBench) -> None:
     with bench.connect("dev0") as peer, bench.connect("dev1") as other:
         before = count_fds()

@@ -13,10 +13,13 @@ While the thread is ours, its stack pointer points at a signal frame with its ow
 placed where the kernel would put one, and every call is made by an instruction pair ``syscall; ret``. So if
 this process is killed in the midst of it, the kernel detaches the thread and it returns through that frame by
 itself: a call that was begun completes, registers and signal mask come back, an interrupted call is
-restarted. Two things are different then. A sleep with its rest in the restart_block fails with EINTR, as
-after any handled signal. And in two moments of some microseconds, when the registers are ours and the signal
-mask isn't, an interrupted call is restarted even if a handler runs. (A program with a user shadow stack has no
-such way home: the ``ret`` would kill it.)
+restarted. The fds that the work has opened are closed on that way, by a frame each; only what a call has just
+opened can stay behind, as long as its number isn't known here.
+
+Two things are different then. A sleep with its rest in the restart_block fails with EINTR, as after any
+handled signal. And in two moments of some microseconds, when the registers are ours and the signal mask
+isn't, an interrupted call is restarted even if a handler runs. (A program with a user shadow stack has no such
+way home: the ``ret`` would kill it.)
 
 For the same reason a call that hangs can be left behind at any time: ptrace belongs to a thread, so the work
 is done in one of its own, and its end releases the traced thread.
@@ -49,6 +52,9 @@ millisecond from the target's CPU kept KVM's kernel threads off it for seconds w
 
 SCRATCH_SIZE = 1024
 """Bytes for the arguments of the calls of one stop."""
+
+MAX_OPEN = 3
+"""fds that one stop may have open at a time."""
 
 _RED_ZONE = 128  # System V ABI, AMD64 supplement, 3.2.2: below the stack pointer, yet in use
 _STAT_PROCESSOR = 36  # fields after the name in proc_pid_stat(5)
@@ -125,7 +131,8 @@ class StoppedThread:
         self._regs: user_regs_struct | None = None  # set while the thread's registers aren't its own
         self._mask: int | None = None  # set while its signal mask isn't its own
         self._saved: tuple[int, bytes] | None = None  # set while its memory isn't its own
-        self._frame = 0
+        self._home = 0  # address of the frame with the thread's own state
+        self._closers: dict[int, int] = {}  # by fd the addresses of the frames before that one, the last first
         self._scratch = self._scratch_end = 0
         self._in_call = False  # stopped where the kernel is about to make the call that orig_rax names
         self._lost: IohubError | None = None  # why the thread is no longer known to be stopped
@@ -155,18 +162,20 @@ class StoppedThread:
         xstate = ptrace.get_xstate(self.pid)
         frame_size = sigframe.size(xstate)
         top = regs.rsp - _RED_ZONE - SCRATCH_SIZE
-        self._frame = (top - frame_size) // sigframe.FP_ALIGNMENT * sigframe.FP_ALIGNMENT
-        self._scratch = self._frame + frame_size
+        frame = (top - frame_size) // sigframe.FP_ALIGNMENT * sigframe.FP_ALIGNMENT
+        floor = frame - MAX_OPEN * sigframe.size()
+        self._scratch = frame + frame_size
         self._scratch_end = self._scratch + SCRATCH_SIZE
-        saved = ptrace.read_memory(self.pid, self._frame, self._scratch_end - self._frame)
-        self._saved = self._frame, saved
+        self._saved = floor, ptrace.read_memory(self.pid, floor, self._scratch_end - floor)
         home = restarted(regs)
-        frame = sigframe.build(self._frame, self._gadgets.restore_rt, home, mask, xstate)
-        ptrace.write_memory(self.pid, self._frame, frame)
+        ptrace.write_memory(
+            self.pid, frame, sigframe.build(frame, self._gadgets.restore_rt, home, mask, xstate)
+        )
+        self._home = frame
         self._regs = regs
         # From here on the thread gets home through the frame. The mask comes second: it would stay if the
         # registers didn't follow it.
-        ptrace.setregs(self.pid, self._borrowed(self._gadgets.syscall_ret + len(_SYSCALL_RET) - 1))
+        ptrace.setregs(self.pid, self._homebound())
         self._mask = mask
         ptrace.set_signal_mask(self.pid, ptrace.NSIG_MASK)
 
@@ -192,11 +201,7 @@ class StoppedThread:
         """
         if self._lost is not None:
             raise self._lost
-        regs = self._borrowed(self._gadgets.syscall_ret)
-        regs.rax = number
-        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
-            setattr(regs, name, value & _MINUS_1)
-        ptrace.setregs(self.pid, regs)
+        ptrace.setregs(self.pid, self._calling(number, *arguments))
         ptrace.cont_to_syscall(self.pid)
         self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
         self._in_call = True
@@ -208,6 +213,31 @@ class StoppedThread:
         if -4096 < result < 0:
             raise OSError(-result, os.strerror(-result), f"{number.name} in process {self.pid}")
         return result
+
+    @contextlib.contextmanager
+    def closing(self, *fds: int) -> Iterator[None]:
+        """Has the thread close fds that it has opened, at the end or on its way home. Raises as call() does.
+
+        MAX_OPEN at most are open at a time; they are closed in reverse order.
+        """
+        with contextlib.ExitStack() as undo:
+            for fd in fds:
+                undo.callback(self._close, fd)
+            if len(self._closers) + len(fds) > MAX_OPEN:
+                raise ValueError(f"no room to close more than {MAX_OPEN} fds")
+            for fd in fds:
+                frame = self._way_home - sigframe.size()
+                regs = self._calling(Syscall.close, fd)
+                ptrace.write_memory(
+                    self.pid, frame, sigframe.build(frame, self._gadgets.restore_rt, regs, ptrace.NSIG_MASK)
+                )
+                self._closers[fd] = frame
+            ptrace.setregs(self.pid, self._homebound())
+            yield
+
+    def _close(self, fd: int) -> None:
+        self._closers.pop(fd, None)
+        self.call(Syscall.close, fd)
 
     def release(self) -> None:
         """Puts back registers, signal mask and memory, and lets the thread go. Raises as call() does.
@@ -235,11 +265,25 @@ class StoppedThread:
         self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
         self._in_call = False
 
-    def _borrowed(self, rip: int) -> user_regs_struct:
+    @property
+    def _way_home(self) -> int:
+        return next(reversed(self._closers.values()), self._home)
+
+    def _calling(self, number: Syscall, *arguments: int) -> user_regs_struct:
+        """Registers that make a call, and then take the way home."""
         regs = user_regs_struct.from_buffer_copy(self._regs or user_regs_struct())
-        regs.rip = rip
-        regs.rsp = self._frame
+        regs.rip = self._gadgets.syscall_ret
+        regs.rsp = self._way_home
         regs.orig_rax = _MINUS_1  # none that could be restarted
+        regs.rax = number
+        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
+            setattr(regs, name, value & _MINUS_1)
+        return regs
+
+    def _homebound(self) -> user_regs_struct:
+        """Registers that take the way home at once."""
+        regs = self._calling(Syscall.close)
+        regs.rip += len(_SYSCALL_RET) - 1
         return regs
 
     def _check_gadgets(self) -> None:

@@ -76,26 +76,31 @@ class rt_sigframe(Structure):
 _FPSTATE = -(-sizeof(rt_sigframe) // FP_ALIGNMENT) * FP_ALIGNMENT
 
 
-def size(xstate: bytes) -> int:
+def size(xstate: bytes = b"") -> int:
     """Bytes that build() makes of such a vector state, a multiple of FP_ALIGNMENT."""
+    if not xstate:
+        return _FPSTATE
     return -(-(_FPSTATE + len(xstate) + _MAGIC2.size) // FP_ALIGNMENT) * FP_ALIGNMENT
 
 
-def build(address: int, restore_rt: int, regs: user_regs_struct, mask: int, xstate: bytes) -> bytes:
+def build(address: int, restore_rt: int, regs: user_regs_struct, mask: int, xstate: bytes = b"") -> bytes:
     """A frame to be written at ``address``, a multiple of FP_ALIGNMENT.
 
     With the stack pointer at ``address`` a ``ret`` enters ``restore_rt`` (mov $15, %rax; syscall), which
     makes ``regs``, the signal mask ``mask`` and ``xstate``, as PTRACE_GETREGSET gave it, the state of the
-    thread. The alternate signal stack stays. A system call that ``regs`` say was interrupted isn't restarted
-    by this.
+    thread; without ``xstate`` the vector registers are those of a new thread. The alternate signal stack
+    stays. A system call that ``regs`` say was interrupted isn't restarted by this.
     """
     frame = rt_sigframe(pretcode=restore_rt)
-    frame.uc.uc_flags = UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
+    frame.uc.uc_flags = UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
     frame.uc.uc_stack.ss_flags = _SS_FLAGS_KEEP
     frame.uc.uc_sigmask = mask
     context = frame.uc.uc_mcontext
     for name in (*_REGISTERS, *_SELECTORS):
         setattr(context, name, getattr(regs, name))
+    if not xstate:
+        return bytes(frame).ljust(_FPSTATE, b"\0")
+    frame.uc.uc_flags |= UC_FP_XSTATE
     context.fpstate = address + _FPSTATE
     xfeatures = int.from_bytes(xstate[_SW_RESERVED : _SW_RESERVED + 8], "little")
     sw_bytes = _FPX_SW_BYTES.pack(FP_XSTATE_MAGIC1, len(xstate) + _MAGIC2.size, xfeatures, len(xstate))

@@ -10,9 +10,10 @@ so nothing is left in the VM when proxyd and remoted are gone, whatever ended th
 may still hold its copy, the eventfd must be an fd of the process once more: it is sent there through a socket
 pair that the process makes and closes again.
 
-What a proxyd leaves that is killed within the millisecond of an attach or detach: the process lives, see
-proxyd.remotecall, but keeps the fds that it had just opened, three at most, until it exits. An irqfd among
-them is one that nobody writes to; but with a second one on its GSI KVM leaves lowering the line to the EOI.
+What a proxyd leaves that is killed within the millisecond of an attach or detach: the process goes on and
+closes what it had opened, see proxyd.remotecall. An fd can stay in it only if that happens in the
+microseconds from the call that opens it until its number is known here: an eventfd that isn't an irqfd yet,
+the socket pair, or the irqfd of a line that nobody raises any more.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class Target:
             copies = []
             for _ in range(2):
                 fd = thread.call(Syscall.eventfd2, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                theirs.callback(thread.call, Syscall.close, fd)
+                theirs.enter_context(thread.closing(fd))
                 pair.append(fd)
                 copy = ptrace.pidfd_getfd(self._process.pidfd, fd)
                 ours.callback(os.close, copy)
@@ -227,8 +228,7 @@ class Target:
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         thread.call(Syscall.socketpair, socket.AF_UNIX, kind, 0, ends)
         near, far = struct.unpack("ii", thread.get(ends, 2 * sizeof(c_int)))
-        for end in (near, far):
-            theirs.callback(thread.call, Syscall.close, end)
+        theirs.enter_context(thread.closing(near, far))
         with socket.socket(fileno=ptrace.pidfd_getfd(self._process.pidfd, near)) as sender:
             socket.send_fds(sender, [b"\0"], [fd])
         buffer = thread.put(bytes(1))
@@ -243,5 +243,5 @@ class Target:
         received = rights.from_buffer_copy(thread.get(control, sizeof(rights)))
         if received.cmsg_type != socket.SCM_RIGHTS or received.cmsg_level != socket.SOL_SOCKET:
             raise IohubError(f"pid:{self.pid}: it can't open another file to deassign the irqfd")
-        theirs.callback(thread.call, Syscall.close, received.fd)
+        theirs.enter_context(thread.closing(received.fd))
         return int(received.fd)

@@ -7,7 +7,8 @@ As a program it kills tracers at every step, one after the other:
     python -m tests.support.ptracefaults PID calls|attach|detach
 
 with a PID of a process that is made to make system calls, or to attach and detach an irqfd of its VM. It
-prints how many steps the work has and how many tracers it had killed.
+prints how many steps the work has, how many tracers it had killed, and how many fds one of them has left in
+the process, at most; in "calls" these aren't looked at.
 """
 
 from __future__ import annotations
@@ -21,23 +22,27 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 
 from proxyd import ptrace
 from proxyd.remotecall import SCRATCH_SIZE, StoppedThread, Syscall, find_gadgets, run_stopped
 from proxyd.vm.inject import Target
+from tests.support.wait import wait_until
 
 STEPS = (
     *("seize", "interrupt", "cont", "cont_to_syscall", "detach", "getregs", "setregs", "get_xstate"),
     *("get_signal_mask", "set_signal_mask", "read_memory", "write_memory", "pidfd_getfd"),
 )
 GSI = 5
+_RT_SIGRETURN = 15
 
 
-def two_calls(thread: StoppedThread) -> int:
+def two_calls(thread: StoppedThread) -> None:
     """Work for run_stopped(), with as much memory as it may use. Leaves nothing behind if it gets to its end."""
     thread.put(b"\xff" * SCRATCH_SIZE)
     fd = thread.call(Syscall.eventfd2, 0, 0)
-    return thread.call(Syscall.close, fd)
+    with thread.closing(fd):
+        pass
 
 
 @contextmanager
@@ -83,25 +88,42 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at_each_step(prepare: Callable[[], Callable[[], object]]) -> tuple[int, int]:
+def kill_at_each_step(
+    prepare: Callable[[], Callable[[], object]], count: Callable[[], int]
+) -> tuple[int, int, int]:
     """Forks tracers that do the work which ``prepare`` returns; each but the last two dies within it.
 
-    Returns the number of steps and how many tracers were killed.
+    ``count`` counts the fds of the process.
+
+    Returns the number of steps, how many tracers were killed, and how many fds one of them has left at most.
     """
-    number = killed = 0
+    number = killed = left = 0
     while True:
         number += 1
         statuses = []
         for after in (False, True):
+            before = count()
             child = os.fork()
             if child == 0:
                 _trace(prepare, number, after)
             statuses.append(os.waitpid(child, 0)[1])
+            left = max(left, count() - before)
         killed += sum(map(os.WIFSIGNALED, statuses))
         if all(os.WIFEXITED(status) for status in statuses):
             if any(statuses):
                 raise RuntimeError(f"a tracer that wasn't killed at step {number} failed")
-            return number - 1, killed
+            return number - 1, killed, left
+
+
+def _count_idle(pid: int) -> int:
+    """Counts the fds of a process that is done with all calls and waits in one of its own."""
+
+    def is_idle() -> bool:
+        call = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+        return call != "running" and int(call) not in {*Syscall, _RT_SIGRETURN}
+
+    wait_until(is_idle, "the process is back at what it did")
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def _trace(prepare: Callable[[], Callable[[], object]], number: int, after: bool) -> None:
@@ -120,10 +142,12 @@ def main(pid: int, kind: str) -> None:
     log = logging.getLogger("ptracefaults")
     if kind == "calls":
         gadgets = find_gadgets(pid)
-        steps, killed = kill_at_each_step(lambda: lambda: run_stopped(pid, gadgets, two_calls))
+        steps, killed, left = kill_at_each_step(
+            lambda: lambda: run_stopped(pid, gadgets, two_calls), count=lambda: 0
+        )
     elif kind == "attach":
         target = Target.open(pid, log)
-        steps, killed = kill_at_each_step(lambda: lambda: target.attach(GSI))
+        steps, killed, left = kill_at_each_step(lambda: lambda: target.attach(GSI), lambda: _count_idle(pid))
     else:
         target = Target.open(pid, log)
 
@@ -131,8 +155,8 @@ def main(pid: int, kind: str) -> None:
             line = target.attach(GSI)
             return lambda: target.detach(line)
 
-        steps, killed = kill_at_each_step(prepare)
-    print(f"{steps} steps, {killed} killed")
+        steps, killed, left = kill_at_each_step(prepare, lambda: _count_idle(pid))
+    print(f"{steps} steps, {killed} killed, {left} left")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
 from common.journal import setup
 from common.loop import Loop
-from common.service import notify, raise_fd_limit
+from common.service import freeze_heap, notify, raise_fd_limit
 
 __all__ = ["main"]
 
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loop.close()
         return 2
     try:
+        freeze_heap()
         return vm.run()
     except UsageError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)

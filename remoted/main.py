@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
 import sys
@@ -15,7 +14,7 @@ from common.errors import UsageError
 from common.journal import device_log, printable, setup
 from common.loop import Loop
 from common.pci import format_devfn
-from common.service import notify, raise_fd_limit
+from common.service import freeze_heap, notify, raise_fd_limit
 from remoted.control import INTERFACE, RemotedInterface
 from remoted.function import PciFunction
 from remoted.host import Failures, GuardedLoop, Host
@@ -55,9 +54,7 @@ class Remoted:
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._loop.stop_on_signal(signum)
         notify("READY=1")
-        # Everything that lives long exists by now; what comes later dies young, without the collector.
-        gc.collect()
-        gc.freeze()
+        freeze_heap()
         self._loop.run()
         notify("STOPPING=1")
 

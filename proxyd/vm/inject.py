@@ -142,12 +142,10 @@ class Target:
         """
         if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
             raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
-        made = ExitStack()
-        try:
-            line, seconds = self._run(lambda thread: self._assign(thread, gsi, made))
-        except BaseException:
-            made.close()  # it may have been made, and the process not have been let go
-            raise
+        with ExitStack() as copies:
+            (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi, copies))
+            copies.pop_all()
+        line = Line(gsi, *adopt_pair(irqfd, resamplefd))
         self._log.info(
             "pid:%d: attached to GSI %d, the process stood still for %.0f us", self.pid, gsi, seconds * 1e6
         )
@@ -197,25 +195,21 @@ class Target:
     def _check_irqchip(self, thread: StoppedThread) -> None:
         self._vm_ioctl(thread, Request.KVM_GET_IRQCHIP, kvm_irqchip(KVM_IRQCHIP_PIC_MASTER))
 
-    def _assign(self, thread: StoppedThread, gsi: int, made: ExitStack) -> Line:
-        """``made`` closes the line."""
-        with ExitStack() as ours, ExitStack() as theirs:
+    def _assign(self, thread: StoppedThread, gsi: int, copies: ExitStack) -> tuple[int, int]:
+        """Our copies of the irqfd and the resamplefd; ``copies`` closes them."""
+        with ExitStack() as theirs:
             pair = []
-            copies = []
+            ours = []
             for _ in range(2):
                 fd = thread.call(Syscall.eventfd2, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
                 theirs.enter_context(thread.closing(fd))
                 pair.append(fd)
                 copy = ptrace.pidfd_getfd(self._process.pidfd, fd)
-                ours.callback(os.close, copy)
-                copies.append(copy)
+                copies.callback(os.close, copy)
+                ours.append(copy)
             resamplefd, irqfd = pair  # the irqfd is the first to be closed
             self._vm_ioctl(thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, gsi, IrqfdFlag.RESAMPLE, resamplefd))
-            theirs.close()
-            ours.pop_all()
-            line = Line(gsi, *adopt_pair(copies[1], copies[0]))
-            made.callback(line.close)
-            return line
+        return ours[1], ours[0]
 
     def _deassign(self, thread: StoppedThread, line: Line) -> None:
         with ExitStack() as theirs:

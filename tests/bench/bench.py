@@ -4,6 +4,8 @@
 Two figures each, of a pci-serial: a config read over the link, and the echo of a resample (resamplefd written,
 irqfd readable) while the line is high. The two sides take turns in batches, so that a machine that is busy for
 a while is busy for both; the ratio of the medians is what counts.
+
+Below them, without a peer, for how long ``--vm pid:PID`` makes a QEMU stand still.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import NamedTuple
 from common import mpqemu, pci
 from common.link import Client
 from common.mpqemu import Command
+from tests.bench.stop import stops
 
 QEMU = "qemu-system-x86_64"
 _IO_BASE = 0xC000
@@ -111,6 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batches", type=int, default=40, help="turns of each side (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=500, help="round trips a turn (default: %(default)s)")
+    parser.add_argument("--stops", type=int, default=500, help="of a QEMU, each kind (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
 
@@ -143,8 +147,11 @@ def run(arguments: argparse.Namespace, remoted: Callable[[int], list[str]]) -> i
         figure: {name: statistics.median(times) / 1000 for name, times in by_side.items()}
         for figure, by_side in figures.items()
     }
+    still = {}
+    if len(sides) == 2 and os.access("/dev/kvm", os.R_OK | os.W_OK):
+        still = {kind: spread(times) for kind, times in stops(arguments.stops).items()}
     if arguments.json:
-        print(json.dumps({"median_us": medians}))
+        print(json.dumps({"median_us": medians, "stop_us": still}))
         return 0
     print(f"{'median of a round trip':24}" + "".join(f"{side.name:>12}" for side in sides) + f"{'ratio':>10}")
     for figure, by_side in medians.items():
@@ -152,7 +159,23 @@ def run(arguments: argparse.Namespace, remoted: Callable[[int], list[str]]) -> i
         if len(by_side) == 2:
             row += f"{by_side['remoted'] / by_side['x-remote']:10.2f}"
         print(row)
+    if still:
+        print()
+        print(
+            f"{'a QEMU stands still at':24}" + "".join(f"{name:>12}" for name in next(iter(still.values())))
+        )
+    for kind, values in still.items():
+        print(f"{kind:24}" + "".join(f"{value:9.0f} us" for value in values.values()))
     return 0
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Median, 99th percentile and maximum."""
+    return {
+        "p50": statistics.median(times),
+        "p99": statistics.quantiles(times, n=100, method="inclusive")[98],
+        "max": max(times),
+    }
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import select
-import socket
 import threading
 from collections.abc import Callable
-from select import EPOLLIN, EPOLLOUT
 
-from common.journal import Log, RateLimited
-from common.listen import UnixListener
+from common.chardev import UnixChardev
+from common.journal import Log
 from common.loop import Loop, Timer
 from common.uart import Uart16550
 
@@ -66,20 +63,17 @@ class _Alarm:
 
 
 class Console:
-    """COM1. Register accesses come from the vCPU's thread, characters from the loop's; one client at a time."""
+    """COM1. Register accesses come from the vCPU's thread, characters from the loop's."""
 
     def __init__(self, loop: Loop, path: str, set_irq: Callable[[bool], None], log: Log) -> None:
         """Listens at the path. Raises UsageError."""
         self._loop = loop
         self._lock = threading.RLock()
-        self._client: socket.socket | None = None
-        self._events = 0
-        """what the loop watches the client for; it doesn't know the client while that is nothing"""
         self._output = bytearray()
         self._is_flush_queued = False
-        self._is_update_queued = False
+        self._is_resume_queued = False
         self._uart = Uart16550(set_irq, self._transmit, _Alarm(loop, self._lock).set, self._input_ready)
-        self._listener = UnixListener(loop, path, self._on_connect, RateLimited(log))
+        self._chardev = UnixChardev(path, loop, log, self, self._on_connected)
 
     def read(self, port: int) -> int:
         """One byte of a register, from the vCPU's thread."""
@@ -98,8 +92,21 @@ class Console:
 
     def close(self) -> None:
         """Hangs up and unlinks the socket."""
-        self._listener.close()
-        self._hang_up()
+        self._chardev.close()
+
+    def can_receive(self) -> int:
+        """See Frontend."""
+        with self._lock:
+            return self._uart.can_receive()
+
+    def receive(self, data: bytes) -> None:
+        """See Frontend."""
+        with self._lock:
+            self._uart.receive(data)
+
+    def transmit_ready(self) -> None:
+        """See Frontend."""
+        self._flush()
 
     def _transmit(self, byte: int) -> bool:
         if len(self._output) < _MAX_PENDING:
@@ -110,85 +117,24 @@ class Console:
         return True
 
     def _input_ready(self) -> None:
-        if not self._is_update_queued:
-            self._is_update_queued = True
-            self._loop.call_soon_threadsafe(self._update_events)
-
-    def _on_connect(self, sock: socket.socket) -> None:
-        if self._client is not None:
-            if not _has_hung_up(self._client):
-                sock.close()
-                return
-            self._hang_up()  # the guest hasn't read all it said
-        self._client = sock
-        self._flush()
-
-    def _on_client(self, events: int) -> None:
-        if self._client is None:
-            return
-        if events & EPOLLOUT:
-            self._flush()
-        if events & ~EPOLLOUT:
-            self._receive()
-
-    def _receive(self) -> None:
-        with self._lock:
-            room = self._uart.can_receive()
-            if room and self._client is not None:
-                try:
-                    data = self._client.recv(room)
-                except BlockingIOError:
-                    return
-                except OSError:
-                    data = b""
-                if data:
-                    self._uart.receive(data)
-                else:
-                    self._hang_up()
-        self._update_events()
+        if not self._is_resume_queued:
+            self._is_resume_queued = True
+            self._loop.call_soon_threadsafe(self._resume)
 
     def _flush(self) -> None:
         with self._lock:
             self._is_flush_queued = False
-            if self._client is not None and self._output:
-                try:
-                    del self._output[: self._client.send(self._output)]
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    self._hang_up()
-        self._update_events()
+            if self._chardev.connected:
+                del self._output[: self._chardev.write(self._output)]
 
-    def _update_events(self) -> None:
-        """Reads the client only while the chip has room, and waits for it only while something is pending."""
+    def _resume(self) -> None:
         with self._lock:
-            self._is_update_queued = False
-            if self._client is not None:
-                wanted = EPOLLIN if self._uart.can_receive() else 0
-                self._watch(wanted | (EPOLLOUT if self._output else 0))
+            self._is_resume_queued = False
+        self._chardev.resume()
 
-    def _watch(self, events: int) -> None:
-        """A client that has hung up is always ready: without anything to do for it the loop must not know it."""
-        if self._client is None or events == self._events:
-            return
-        fd = self._client.fileno()
-        if not self._events:
-            self._loop.add(fd, self._on_client, events)
-        elif events:
-            self._loop.modify(fd, events)
-        else:
-            self._loop.remove(fd)
-        self._events = events
-
-    def _hang_up(self) -> None:
-        self._watch(0)
-        client, self._client = self._client, None
-        self._output.clear()
-        if client is not None:
-            client.close()
-
-
-def _has_hung_up(sock: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(sock, 0)
-    return bool(poll.poll(0))
+    def _on_connected(self, connected: bool) -> None:
+        with self._lock:
+            if connected:
+                self._flush()
+            else:
+                self._output.clear()

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from common.chardev import open_chardev
 from common.errors import UsageError
 from common.uart import UART_MSR_CTS, UART_MSR_DCD, UART_MSR_DSR, Uart16550
-from remoted.chardev import open_chardev
 from remoted.function import Bar, BarKind, PciFunction
 from remoted.host import Host
 
@@ -77,7 +77,7 @@ class PciSerial(PciFunction):
             self.set_intx(level)
 
     def _transmit(self, byte: int) -> bool:
-        return self._chardev.write(byte)
+        return self._chardev.write(bytes((byte,))) > 0
 
     def _input_ready(self) -> None:
         self._chardev.resume()

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from common import chardev
+from common.chardev import Chardev, open_chardev
 from common.errors import UsageError
-from remoted import chardev
-from remoted.chardev import Chardev, open_chardev
 from tests.support.fds import count_fds
 from tests.support.steploop import CountingLoop, run_ready, run_until
 
@@ -51,14 +51,14 @@ class Device:
         self.ready += 1
 
     def write(self, data: bytes) -> None:
-        for byte in data:
-            assert self.chardev.write(byte)
+        assert self.chardev.write(data) == len(data)
 
     def fill(self) -> bytes:
         """Writes until the chardev refuses, and returns what it took."""
         taken = bytearray()
-        while self.chardev.write(len(taken) & 0xFF):
-            taken.append(len(taken) & 0xFF)
+        chunk = bytes(range(256)) * 3
+        while count := self.chardev.write(chunk[: 1 + len(taken) % len(chunk)]):
+            taken += chunk[:count]
             assert len(taken) < 1 << 22
         return bytes(taken)
 
@@ -196,7 +196,9 @@ class TestStreams:
         sent = device.fill()
         assert device.ready == 0
         assert run_ready(device.loop) < 100, "no busy loop while the reader sleeps"
-        received = stream.read_exactly(device.loop, len(sent))
+        received = stream.read()
+        assert device.chardev.write(b"overtaking") == 0
+        received += stream.read_exactly(device.loop, len(sent) - len(received))
         assert received == sent
         run_until(device.loop, lambda: device.ready)
         assert device.ready == 1
@@ -264,8 +266,8 @@ class TestStreams:
         assert run_ready(device.loop) < 3
         assert run_ready(device.loop) == 0
 
-    def test_a_user_who_left_characters_behind(self, user: User, device: Device) -> None:
-        """No busy loop although they can't be delivered, and the next user is served. A pty keeps them."""
+    def test_what_a_user_left_behind_is_heard(self, user: User, device: Device) -> None:
+        """No busy loop while it can't be delivered, and the next user is served."""
         stream = connect(user, device)
         device.room = 0
         stream.write(b"behind")
@@ -278,8 +280,20 @@ class TestStreams:
         stream = user.connect()
         stream.write(b"x")
         run_until(device.loop, lambda: device.received.endswith(b"x"))
-        assert bytes(device.received) == (b"behindx" if isinstance(user, PtyUser) else b"x")
+        assert device.received == b"behindx"
         stream.close()
+
+    def test_output_to_a_user_who_left_costs_nothing_of_what_he_said(
+        self, user: User, device: Device
+    ) -> None:
+        stream = connect(user, device)
+        device.room = 0
+        stream.write(b"last words")
+        run_ready(device.loop)
+        stream.close()
+        device.write(b"lost")
+        device.make_room(100)
+        run_until(device.loop, lambda: device.received == b"last words")
 
     def test_connections_are_reported(self, user: User, device: Device) -> None:
         run_ready(device.loop)
@@ -347,6 +361,23 @@ class TestUnix:
         assert second.read_exactly(device.loop, 3) == b"out"
         second.close()
 
+    def test_a_client_makes_room_though_not_all_it_said_was_heard(
+        self, device: Device, tmp_path: Path
+    ) -> None:
+        user = UnixUser(device, tmp_path / "line")
+        first = connect(user, device)
+        device.room = 0
+        first.write(b"unheard")
+        first.close()
+        second = user.connect()
+        run_until(device.loop, lambda: device.connections == [True, False, True])
+        device.write(b"hello")
+        assert second.read_exactly(device.loop, 5) == b"hello"
+        device.make_room(100)
+        second.write(b"x")
+        run_until(device.loop, lambda: device.received == b"x")
+        second.close()
+
     def test_half_closed_client(self, device: Device, tmp_path: Path) -> None:
         """Its last characters arrive, then it has gone."""
         user = UnixUser(device, tmp_path / "line")
@@ -356,6 +387,7 @@ class TestUnix:
             sock.shutdown(socket.SHUT_WR)
             run_until(device.loop, lambda: device.connections == [True, False])
             assert device.received == b"last words"
+            assert sock.recv(1, socket.MSG_DONTWAIT) == b""
 
     def test_is_private_and_unlinked(self, device: Device, tmp_path: Path) -> None:
         path = tmp_path / "line"

@@ -3,7 +3,8 @@
 
 A line has back-pressure in both directions: a chardev reads no more than the device has room for, and when a
 reader falls behind by the size of the output buffer, write() says so and the device waits. What is written
-while nobody is there is lost, as it is on a line without a plug. Nothing blocks.
+while nobody is there is lost, as it is on a line without a plug; what somebody said who has left is still
+heard. Nothing blocks.
 
 Streams are registered edge-triggered. A pty whose slave is closed reports EPOLLHUP for as long as that lasts,
 so does a client that left while the device has no room for its last characters; edge-triggered, each is
@@ -27,7 +28,7 @@ from common.link import peer_credentials
 from common.listen import UnixListener
 from common.loop import EventLoop
 
-__all__ = ["Chardev", "Frontend", "open_chardev"]
+__all__ = ["Chardev", "Frontend", "UnixChardev", "open_chardev"]
 
 MAX_OUTPUT = 4096
 """bytes kept for a reader that is slow"""
@@ -52,9 +53,9 @@ class Chardev:
     connected = True
     """whether somebody is there"""
 
-    def write(self, byte: int) -> bool:
-        """Takes one character, or answers False; Frontend.transmit_ready() then tells when to try again."""
-        return True
+    def write(self, data: bytes | bytearray) -> int:
+        """Takes characters and answers how many; if not all, Frontend.transmit_ready() tells when to go on."""
+        return len(data)
 
     def resume(self) -> None:
         """The device may have room again."""
@@ -78,7 +79,10 @@ def open_chardev(
     if kind == "file" and path:
         return FileChardev(path, log)
     if kind == "unix" and path:
-        return UnixChardev(path, loop, log, frontend, on_connected)
+        try:
+            return UnixChardev(path, loop, log, frontend, on_connected)
+        except UsageError as error:
+            raise UsageError(f"chardev={spec}: {error}") from error
     raise UsageError(f"chardev={spec}: must be null, pty, file:PATH or unix:PATH")
 
 
@@ -95,12 +99,12 @@ class FileChardev(Chardev):
         except (OSError, ValueError) as error:
             raise UsageError(f"chardev=file:{path}: {getattr(error, 'strerror', error)}") from error
 
-    def write(self, byte: int) -> bool:
+    def write(self, data: bytes | bytearray) -> int:
         try:
-            os.write(self._fd, bytes((byte,)))
+            os.write(self._fd, data)
         except OSError as error:
             self._log.warning("chardev file %s: character lost: %s", self._path, error.strerror)
-        return True
+        return len(data)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -122,26 +126,31 @@ class StreamChardev(Chardev):
         self._fd = -1
         self._hup = select.poll()
         self._output = bytearray()
-        self._blocked = False  # write() has answered False
+        self._blocked = False  # write() hasn't taken all
         self._paused = False  # there may be input that the device had no room for
 
-    def write(self, byte: int) -> bool:
+    def write(self, data: bytes | bytearray) -> int:
         if not self.connected and not self._look_again():
-            return True
-        if self._output:
-            if len(self._output) == MAX_OUTPUT:
-                self._blocked = True
-                return False
-            self._output.append(byte)
-            return True
-        try:
-            os.write(self._fd, bytes((byte,)))
-        except BlockingIOError:
-            self._output.append(byte)
-            self._loop.modify(self._fd, EPOLLIN | EPOLLOUT | EPOLLET)
-        except OSError:
-            self._hang_up()
-        return True
+            return len(data)
+        taken = 0
+        if not self._output:
+            try:
+                taken = os.write(self._fd, data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._hang_up()
+                return len(data)
+            if taken == len(data):
+                return taken
+        kept = data[taken : taken + MAX_OUTPUT - len(self._output)]
+        self._output += kept
+        if len(self._output) == len(kept):
+            self._rearm()
+        taken += len(kept)
+        if taken < len(data):
+            self._blocked = True
+        return taken
 
     def resume(self) -> None:
         if self._paused and self._fd >= 0 and self._frontend.can_receive():
@@ -149,6 +158,7 @@ class StreamChardev(Chardev):
             self._rearm()
 
     def close(self) -> None:
+        self.connected = False
         if self._fd >= 0:
             self._detach()
 
@@ -175,6 +185,10 @@ class StreamChardev(Chardev):
         if self._blocked:
             self._blocked = False
             self._frontend.transmit_ready()
+
+    def _end_input(self) -> None:
+        """Nothing more comes from who was there."""
+        self._hang_up()
 
     def _set_connected(self, connected: bool) -> None:
         if connected is not self.connected:
@@ -224,7 +238,7 @@ class StreamChardev(Chardev):
             except OSError:  # EIO from a pty without a slave, ECONNRESET
                 data = b""
             if not data:
-                self._hang_up()
+                self._end_input()
                 return
             if not self.connected:
                 self._look_again()
@@ -275,10 +289,7 @@ class UnixChardev(StreamChardev):
     ) -> None:
         """Binds and listens. Raises UsageError."""
         super().__init__(loop, log, frontend, on_connected)
-        try:
-            self._listener = UnixListener(loop, path, self._on_client, self._log)
-        except UsageError as error:
-            raise UsageError(f"chardev=unix:{path}: {error}") from error
+        self._listener = UnixListener(loop, path, self._on_client, self._log)
 
     def close(self) -> None:
         super().close()
@@ -286,12 +297,17 @@ class UnixChardev(StreamChardev):
 
     def _on_client(self, sock: socket.socket) -> None:
         self._listener.hold()
-        peer = str(peer_credentials(sock))
-        self._log.info("chardev unix %s: connected", self._listener.path, peer=peer)
+        self._log.info("%s: connected", self._listener.path, peer=str(peer_credentials(sock)))
+        if self._fd >= 0:
+            self._detach()  # of one that has gone, the device hasn't taken all that it said
         self._attach(sock.detach())
         self._set_connected(True)
 
     def _hang_up(self) -> None:
-        self._detach()
-        self._listener.resume()
+        if self.connected:
+            self._listener.resume()
         super()._hang_up()
+
+    def _end_input(self) -> None:
+        super()._end_input()
+        self._detach()

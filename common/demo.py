@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -115,21 +116,17 @@ class _Demo:
         self._killed = False
         self._started = time.monotonic()
         self._say("starting remoted, proxyd and the guest")
-        self._remoted = self._start_remoted()
-        try:
+        with ExitStack() as started:
+            self._remoted = self._start_remoted()
+            started.callback(self._remoted.kill)
             options = [f"--device=id={device},addr={addr}" for device, _, addr in _DEVICES]
             self._proxyd = Child("proxyd", [*self._common, f"--vm={vm}", *options], directory)
-        except BaseException:
-            self._remoted.kill()
-            raise
-        try:
+            started.callback(self._proxyd.kill)
             self._console = self._connect_console()
+            started.callback(self._console.close)
             self._console.wait_ready(_SILENCE_SECONDS)
             status = self._ask_proxyd()
-        except BaseException:
-            self._proxyd.kill()
-            self._remoted.kill()
-            raise
+            started.pop_all()
         self._irqchip = "kvm" if status["irqchip"] == "kvm" else "soft"
         self._tsc_khz: int = status.get("tsc_khz") or 0
 

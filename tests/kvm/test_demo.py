@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from common.control import call
+from common.demo import _Demo
+from common.errors import ProtocolError
+from tests.support.fds import count_fds
 from tests.support.wait import wait_until
 
 IOHUBCTL = str(Path(sys.executable).with_name("iohubctl"))
@@ -125,6 +128,26 @@ def test_a_remote_that_loses_interrupts_makes_the_demo_fail(tmp_path: Path) -> N
     report = json.loads(result.stdout)
     assert report["lost"] == 1
     assert report["raised"] == report["served"] + report["lost"]
+
+
+def test_a_demo_that_can_not_begin_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a guest that says something else than that it is ready."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'proxyd' in sys.orig_argv:\n"
+        "    from proxyd.vm.softmachine import SoftMachine\n"
+        "    real = SoftMachine.write_line\n"
+        "    SoftMachine.write_line = lambda self, text: real(self, 'panic')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+    before = count_fds()
+    with pytest.raises(ProtocolError, match="'panic' instead of"):
+        _Demo(tmp_path, "soft")
+    assert count_fds() == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.parametrize("rounds", ["0", "-1", "many"])

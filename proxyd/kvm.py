@@ -249,9 +249,14 @@ class Vcpu:
     """One vCPU; run() belongs to one thread at a time, immediate_exit to any."""
 
     def __init__(self, fd: int, mmap_size: int, vm: Vm) -> None:
+        """Takes ownership of the fd, also when it raises OSError because kvm_run can't be mapped."""
         self.fd = fd
         self._vm = vm
-        self._shared = mmap.mmap(fd, mmap_size)
+        try:
+            self._shared = mmap.mmap(fd, mmap_size)
+        except BaseException:
+            os.close(fd)
+            raise
         self._run: kvm_run | None = kvm_run.from_buffer(self._shared)
 
     @property

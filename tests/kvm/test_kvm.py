@@ -11,7 +11,7 @@ import pytest
 
 from proxyd.kvm import Kvm, Vm
 from proxyd.kvm_h import KVM_IRQCHIP_PIC_MASTER, ExitReason
-from tests.support.fds import count_fds
+from tests.support.fds import count_fds, no_more_fds
 from tests.support.irqbench import M_CMD, M_DATA, MASTER_BASE, KvmBench
 from tests.support.kvmguest import KvmMachine
 
@@ -59,6 +59,17 @@ def machine(recorder: Recorder) -> Iterator[KvmMachine]:
     machine = KvmMachine(recorder)
     yield machine
     machine.close()
+
+
+def test_a_vcpu_that_can_not_be_mapped_leaves_nothing_open(vm: Vm) -> None:
+    """The mapping takes a second fd, a duplicate of the vCPU's."""
+    before = count_fds()
+    spare = os.dup(0)
+    with no_more_fds():
+        os.close(spare)
+        with pytest.raises(OSError, match="Too many open files"):
+            vm.create_vcpu()
+    assert count_fds() == before
 
 
 def load(vm: Vm, code: bytes, address: int = 0x1000) -> mmap.mmap:

@@ -16,7 +16,7 @@ from common.link import Client, PeerCredentials
 from common.mpqemu import Command
 from common.pci import PCI_NUM_BARS
 
-__all__ = ["Handover", "find_server", "open_link"]
+__all__ = ["Handover", "connect", "examine", "find_server"]
 
 _ROUND_TRIP_SECONDS = 2.0
 _PROBED_REGISTERS = PCI_NUM_BARS + 1
@@ -35,40 +35,42 @@ class Handover(NamedTuple):
     """what a guest will find different from the device itself, behind QEMU's proxy"""
 
 
-def open_link(path: str) -> Handover:
-    """Connects to a device's socket and resets the function there. Blocks, for a few seconds at most.
+def connect(path: str) -> Client:
+    """A link to a device's socket. Never blocks: connect(2) doesn't wait for a UNIX socket's queue to have room.
 
+    Raises PeerGone when nobody listens there.
+    """
+    return Client.connect(path, _ROUND_TRIP_SECONDS)
+
+
+def examine(client: Client) -> Handover:
+    """Resets the function at the other end and looks at it.
+
+    Blocks for some 30 round trips at most, each with its own deadline; the client's shutdown() ends that at once.
     QEMU makes the socket that it gets a blocking one, and so this one: of the client only fileno(), peer,
     shutdown() and close() are of use then. Raises PeerGone when nobody answers, and ProtocolError for a
     function that QEMU's proxy can't stand for.
     """
-    client = Client.connect(path, _ROUND_TRIP_SECONDS)
-    try:
-        ids = _config_read(client, pci.PCI_VENDOR_ID, 4)
-        if ids & 0xFFFF in (0, 0xFFFF):
-            raise ProtocolError(f"no PCI function: vendor and device id {ids:#x}")
-        pin = _config_read(client, pci.PCI_INTERRUPT_PIN, 1)
-        if pin > 1:
-            raise ProtocolError(
-                f"interrupt pin {pin}: QEMU's x-pci-proxy-dev routes every function's as INTA"
-            )
-        client.request(Command.DEVICE_RESET)
-        remarks = []
-        for number in range(_PROBED_REGISTERS):
-            remarks += _probe(client, number)
-    except BaseException:
-        client.close()
-        raise
+    ids = _config_read(client, pci.PCI_VENDOR_ID, 4)
+    if ids & 0xFFFF in (0, 0xFFFF):
+        raise ProtocolError(f"no PCI function: vendor and device id {ids:#x}")
+    pin = _config_read(client, pci.PCI_INTERRUPT_PIN, 1)
+    if pin > 1:
+        raise ProtocolError(f"interrupt pin {pin}: QEMU's x-pci-proxy-dev routes every function's as INTA")
+    client.request(Command.DEVICE_RESET)
+    remarks = []
+    for number in range(_PROBED_REGISTERS):
+        remarks += _probe(client, number)
     return Handover(client, ids & 0xFFFF, ids >> 16, tuple(remarks))
 
 
 def find_server(path: str) -> PeerCredentials | None:
     """Who serves a device's socket, if a client is being served; None if one would be welcome, or nobody listens.
 
-    Blocks, for a few seconds at most.
+    Blocks for one round trip at most.
     """
     try:
-        client = Client.connect(path, _ROUND_TRIP_SECONDS)
+        client = connect(path)
     except PeerGone:
         return None
     try:

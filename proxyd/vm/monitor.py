@@ -56,6 +56,11 @@ class _Client(QMPClient):
         self.passenger: int | None = None
         """the fd that the next message takes along"""
 
+    def hang_up(self) -> None:
+        """Ends the stream: whatever the library waits for comes to its end."""
+        with contextlib.suppress(OSError):
+            self._monitor_socket.shutdown(socket.SHUT_RDWR)
+
     def _do_send(self, msg: Message) -> None:
         fd, self.passenger = self.passenger, None
         if fd is None:
@@ -115,8 +120,7 @@ class Monitor:
             raise PeerGone(f"{path}: {_cause(error)}") from error
         except asyncio.CancelledError:
             # The library doesn't bear to be cancelled while it cleans up; it does bear the end of the stream.
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+            client.hang_up()
             await asyncio.gather(greeting, return_exceptions=True)
             await cls(client, name).close()
             raise
@@ -142,7 +146,8 @@ class Monitor:
             await self._client.runstate_changed()
 
     async def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection. Doesn't wait for QEMU, which may read no more: disconnect() alone would."""
+        self._client.hang_up()
         # What has ended the reader comes up here once more; nothing that QEMU says may end more than that.
         with contextlib.suppress(Exception):
             await self._client.disconnect()
@@ -151,7 +156,8 @@ class Monitor:
         async with self._turn:
             self._client.passenger = fd
             try:
-                return await asyncio.wait_for(self._client.execute(command, arguments), _COMMAND_SECONDS)
+                async with asyncio.timeout(_COMMAND_SECONDS):
+                    return await self._client.execute(command, arguments)
             except ExecuteError as error:
                 raise CommandError(str(error), error.error_class) from error
             except ExecInterruptedError as error:

@@ -34,8 +34,8 @@ from proxyd.vm.slot import CONSENT_SECONDS, Function, Slot
 
 __all__ = ["QemuPlugger"]
 
-_LEAVE_SECONDS = 15.0
-"""how long the end of the daemon waits for what is being said to the monitor"""
+_LEAVE_SECONDS = 20.0
+"""how long the end of the daemon may take that needs QEMU: one command, and the guest's consent"""
 _RETRY_SECONDS = 1.0
 """the pause before a monitor that has just failed is tried again"""
 
@@ -86,13 +86,18 @@ class QemuPlugger:
         self._slots = [Slot(list(functions)) for _, functions in by_slot]
         stepper = _Stepper(self._loop, self._stop)
         serving = asyncio.create_task(self._serve())
+        stopped = asyncio.create_task(self._stop.wait())
+        ends: set[asyncio.Future[Any]] = {serving, stepper.failed}
         try:
-            await asyncio.wait({serving, stepper.failed}, return_when=asyncio.FIRST_COMPLETED)
-            await (serving if serving.done() else stepper.failed)
+            await asyncio.wait({*ends, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(ends, timeout=_LEAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                self._log.warning("not done with QEMU within %g s: what is plugged stays so", _LEAVE_SECONDS)
+            for task in done:
+                task.result()
         finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
             stepper.close()
+            await _cancel(serving, stopped)
 
     async def _serve(self) -> None:
         """One QEMU after the other, until told to stop."""
@@ -103,7 +108,8 @@ class QemuPlugger:
             except (PeerGone, ProtocolError) as error:
                 self._event_log.warning("lost %s: %s", monitor.name, error)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), _RETRY_SECONDS)
+                    async with asyncio.timeout(_RETRY_SECONDS):
+                        await self._stop.wait()
             finally:
                 for slot in self._slots:
                     slot.close()
@@ -156,16 +162,12 @@ class QemuPlugger:
         announcing = asyncio.create_task(self._announce())
         try:
             done, _ = await asyncio.wait({*ends, *slots}, return_when=asyncio.FIRST_COMPLETED)
+            async with self._turn:  # a command under way is let end
+                pass
             for task in done:
                 task.result()
         finally:
-            # A command under way is let end, but not for as long as a guest may take to consent.
-            has_turn = False
-            with contextlib.suppress(TimeoutError):
-                has_turn = await asyncio.wait_for(self._turn.acquire(), _LEAVE_SECONDS)
             await _cancel(announcing, *ends, *slots)
-            if has_turn:
-                self._turn.release()
         if self._stop.is_set() and self._unplug_on_exit:
             await self._unplug(monitor)
 

@@ -24,7 +24,7 @@ from common.journal import Log, RateLimited
 from common.link import PeerCredentials
 from common.loop import Loop
 from common.pci import format_devfn
-from proxyd.vm.handover import Handover, find_server, open_link
+from proxyd.vm.handover import Handover, connect, examine, find_server
 from proxyd.vm.monitor import CommandError, Monitor
 from proxyd.vm.qemu import PROXY_DRIVER, Inventory, take_inventory
 
@@ -137,8 +137,8 @@ class Slot:
     async def run(self, monitor: Monitor, inventory: Inventory, turn: asyncio.Lock) -> None:
         """Plugs what is missing, adopts what is there, replaces what has lost its link, until it is cancelled.
 
-        It is cancelled by whoever holds ``turn``: nothing is half done then. Raises PeerGone and ProtocolError
-        when the monitor is out of order; close() comes after it, however it ends.
+        It is best cancelled while nobody holds ``turn``: nothing is half done then. Raises PeerGone and
+        ProtocolError when the monitor is out of order; close() comes after it, however it ends.
         """
         async with turn:
             await self._reconcile(monitor, inventory)
@@ -160,7 +160,8 @@ class Slot:
         self._is_leaving = True
         await self._request_unplug(monitor)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._until(lambda: not self.plugged), seconds)
+            async with asyncio.timeout(seconds):
+                await self._until(lambda: not self.plugged)
         return self.plugged
 
     def on_deleted(self, function: Function) -> None:
@@ -214,7 +215,7 @@ class Slot:
             except CommandError as error:
                 function.log.warning("QEMU refuses it, it stays out: %s", error)
                 return False
-            except PeerGone:
+            except (PeerGone, asyncio.CancelledError):
                 function.break_link()
                 raise
             finally:
@@ -302,11 +303,13 @@ class Slot:
 
 
 async def _open(path: str) -> Handover:
-    """open_link() in a thread of its own; a link that comes after the caller has been cancelled is closed."""
-    opening = asyncio.ensure_future(asyncio.to_thread(open_link, path))
+    """A link whose other end was looked at. Raises PeerGone and ProtocolError."""
+    client = connect(path)
+    examining = asyncio.ensure_future(asyncio.to_thread(examine, client))
     try:
-        return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        with contextlib.suppress(PeerGone, ProtocolError):
-            (await opening).client.close()
+        return await asyncio.shield(examining)
+    except BaseException:
+        client.shutdown()  # which the thread doesn't outlast
+        await asyncio.gather(examining, return_exceptions=True)
+        client.close()
         raise

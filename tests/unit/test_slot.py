@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The end of a slot's stay in QEMU, whatever it is in the middle of."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.config import DeviceConfig
+from common.loop import Loop
+from common.pci import parse_devfn
+from proxyd.vm import handover
+from proxyd.vm.monitor import Monitor
+from proxyd.vm.qemu import PROXY_DRIVER, Inventory
+from proxyd.vm.slot import Function, Slot
+from tests.support.remote import RemoteThread
+from tests.support.remotebench import LineDevice
+
+DEVFN = parse_devfn("05.0")
+GREETING = {
+    "QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}
+}
+NOTHING = Inventory({}, {}, {})
+PLUGGED = Inventory({"dev0": PROXY_DRIVER}, {"dev0": DEVFN}, {DEVFN: "dev0"})
+DELETED = {"event": "DEVICE_DELETED", "data": {"device": "dev0"}, "timestamp": {}}
+HANGS = 20.0
+"""seconds after which what hasn't ended never will"""
+
+
+class Bench:
+    """A slot of one function, with QEMU's end of the monitor in the same asyncio loop."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.loop = Loop()
+        config = DeviceConfig("dev0", None, DEVFN, None, None, None, {})
+        path = str(directory / "dev0.sock")
+        self.function = Function(config, path, self.loop, logging.getLogger("tests.slot"))
+        self.slot: Slot
+        self.after: Mapping[str, list[dict[str, Any]]] = {}
+        """the events that follow the answers to commands"""
+        self.unanswered = ""
+        """a command that gets no answer"""
+        self._asked: dict[str, asyncio.Event] = {}
+
+    def run(self, inventory: Inventory, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        """Runs the slot until ``meanwhile`` is over, then cancels it; it must end."""
+        asyncio.run(self._main(inventory, meanwhile))
+
+    async def asked(self, command: str) -> None:
+        """Returns as soon as QEMU has the command, and has answered."""
+        await self._asked.setdefault(command, asyncio.Event()).wait()
+
+    async def _main(self, inventory: Inventory, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        path = self.directory / "qmp"
+        server = await asyncio.start_unix_server(self._serve, path)
+        self.slot = Slot([self.function])
+        self._asked.clear()
+        monitor = await Monitor.connect(str(path), self._on_event, lambda _line: None)
+        running = asyncio.create_task(self.slot.run(monitor, inventory, asyncio.Lock()))
+        try:
+            await meanwhile()
+            running.cancel()
+            done, _ = await asyncio.wait({running}, timeout=HANGS)
+            assert done, f"it goes on: {running}"
+        finally:
+            self.slot.close()
+            await monitor.close()
+            server.close()
+            path.unlink()
+
+    def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        assert (name, data) == ("DEVICE_DELETED", {"device": "dev0"})
+        self.slot.on_deleted(self.function)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(json.dumps(GREETING).encode() + b"\r\n")
+        while data := await reader.read(4096):
+            message = json.loads(data)
+            command = message["execute"]
+            if command != self.unanswered:
+                answers = [{"return": {}, "id": message.get("id")}, *self.after.get(command, [])]
+                writer.write(b"".join(json.dumps(answer).encode() + b"\r\n" for answer in answers))
+            self._asked.setdefault(command, asyncio.Event()).set()
+        writer.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.loop.close()
+
+
+def test_ends_whenever_it_is_cancelled(bench: Bench) -> None:
+    """Both what it waits for and the cancellation may come in one and the same pass of asyncio's loop."""
+    bench.after = {"device_del": [DELETED]}
+    plugged = []
+
+    for passes in range(40):
+
+        async def meanwhile(passes: int = passes) -> None:
+            await bench.asked("device_del")
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            plugged.append(bench.function.is_plugged)
+
+        bench.run(PLUGGED, meanwhile)
+    assert plugged[0]
+    assert not any(plugged[20:])
+
+
+def test_ends_with_the_link_that_it_is_looking_at(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "_ROUND_TRIP_SECONDS", 3600.0)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(bench.function.path)
+        listener.listen()
+        listener.setblocking(False)
+        links: list[socket.socket] = []
+
+        async def meanwhile() -> None:
+            loop = asyncio.get_running_loop()
+            link, _ = await loop.sock_accept(listener)
+            links.append(link)
+            assert await loop.sock_recv(link, 4096)
+            loop.call_later(2 * HANGS, link.close)
+
+        bench.run(NOTHING, meanwhile)
+        (link,) = links
+        with link:
+            assert link.recv(4096) == b""
+
+
+def test_breaks_the_link_that_qemu_may_wait_for(bench: Bench) -> None:
+    bench.unanswered = "device_add"
+    remote = RemoteThread(bench.directory)
+    remote.add(LineDevice, "dev0", DEVFN)
+    remote.start()
+    links: list[socket.socket] = []
+
+    async def meanwhile() -> None:
+        await bench.asked("device_add")
+        assert bench.function.handover is not None
+        links.append(socket.socket(fileno=os.dup(bench.function.handover.client.fileno())))
+
+    try:
+        bench.run(NOTHING, meanwhile)
+        (link,) = links
+        with link:
+            assert link.recv(4096, socket.MSG_DONTWAIT) == b""
+    finally:
+        remote.close()

@@ -107,6 +107,17 @@ def test_proxyd_ends_in_time_while_the_guest_waits_for_a_hung_remote(many: Daemo
     assert proxyd.process.wait(END_SECONDS) == 0
 
 
+def test_the_control_socket_answers_while_the_guest_waits_for_hung_remotes(many: Daemons) -> None:
+    """One call waits no longer than call() does, which is less than a deadline for each of the functions."""
+    remoted, proxyd = many.start_remoted(), many.start_proxyd()
+    many.connect_console()
+    os.kill(remoted.process.pid, signal.SIGSTOP)
+    many.send("setup")
+    wait_until(lambda: "link lost: no answer" in proxyd.log.read_text(), "the guest has waited for the first")
+    assert 0 < many.connected() < MANY
+    os.kill(remoted.process.pid, signal.SIGCONT)
+
+
 def test_proxyd_ends_in_time_while_it_connects_to_a_hung_remote(many: Daemons) -> None:
     remoted = many.start_remoted()
     os.kill(remoted.process.pid, signal.SIGSTOP)

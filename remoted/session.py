@@ -86,7 +86,7 @@ class Session:
             command = self._receive()
             while command >= 0:
                 self._handlers[command]()
-                if not link.is_partial:
+                if not link.is_partial:  # so after each frame that took several reads: the last ends with it
                     if self._partial is not None:
                         self._partial.cancel()
                         self._partial = None

@@ -596,6 +596,25 @@ def test_rest_of_a_frame_may_take_its_time(bench: RemoteBench, peer: Peer) -> No
     assert not peer.has_ended
 
 
+@pytest.mark.parametrize("size", [28, 30, 40, 100])
+def test_client_that_always_owes_half_a_frame_lives_as_long_as_each_ends_in_time(
+    bench: RemoteBench, peer: Peer, size: int
+) -> None:
+    request = request_frame(Command.PCI_CFGREAD, CONFIG.pack(0, 0, 4))
+    stream = request * 4 * size
+    replies = 0
+    peer.send_bytes(stream[:13])
+    for start in range(13, len(stream) // 2, size):
+        bench.settle()
+        bench.clock.now += 4.9
+        bench.loop.step()
+        peer.send_bytes(stream[start : start + size])
+        bench.settle()
+        while peer.receive() == 0x00421B36:
+            replies += 1
+    assert replies >= size
+
+
 def test_link_whose_other_end_remoted_itself_was_sent_ends_by_the_clock(bench: RemoteBench) -> None:
     """The client's own socket, in a frame that never ends: closing it is no end of the stream."""
     before = count_fds()

@@ -263,6 +263,23 @@ def test_a_command_without_an_answer_ends(peer: Peer, monkeypatch: pytest.Monkey
     peer.run(say, talk)
 
 
+def test_closing_does_not_wait_for_a_peer_that_reads_no_more(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "_COMMAND_SECONDS", 0.05)
+    closed = threading.Event()
+    seen: list[bool] = []
+
+    async def talk(monitor: Monitor) -> None:
+        with pytest.raises(PeerGone, match="QEMU hasn't answered query-kvm within"):
+            await monitor.execute("query-kvm", padding="x" * (4 << 20))
+        await monitor.close()
+        closed.set()
+
+    peer.run(lambda _sock: seen.append(closed.wait(20.0)), talk)
+    assert seen == [True]
+
+
 def test_nobody_at_the_socket(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
 

@@ -15,6 +15,8 @@ from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
 
+HASTY = "tests.support.hastyproxyd"
+
 MakeBench = Callable[[str], QmpBench]
 
 
@@ -93,9 +95,9 @@ def test_qemu_goes_on_after_a_remoted_that_hangs_while_it_creates_the_proxy(make
     bench = make_bench("Hangs")
     bench.start_remoted()
     monitor = bench.start_guest()
-    bench.start_proxyd()
-    bench.wait_log("proxyd", "QEMU hasn't answered device_add within 10 s")
-    bench.wait_log("proxyd", "found plugged without a link")
+    bench.start_proxyd(module=HASTY)
+    bench.wait_log(HASTY, "QEMU hasn't answered device_add within 1 s")
+    bench.wait_log(HASTY, "found plugged without a link")
     bench.eject(5)
     monitor.wait_event("DEVICE_DELETED", device="odd0")
     assert bench.end_proxyd() == 0

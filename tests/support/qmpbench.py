@@ -73,11 +73,14 @@ class QmpBench:
         options = [option for device in self._devices for option in ("--device", ",".join(device))]
         self._remoted = Child("remoted", [*self._common(), *options], self.directory)
 
-    def start_proxyd(self, *options: str) -> None:
-        """Returns when everything that can be plugged is plugged, or when it waits for QEMU."""
+    def start_proxyd(self, *options: str, module: str = "proxyd") -> None:
+        """Returns when everything that can be plugged is plugged, or when it waits for QEMU.
+
+        ``module`` is what runs as proxyd, and the name of its log.
+        """
         devices = [option for device in self._devices for option in ("--device", ",".join(device[1:]))]
         arguments = [*self._common(), "--vm", f"qmp:{self.monitor_path}", *devices, *options]
-        self._proxyd = Child("proxyd", arguments, self.directory, deadline=60.0)
+        self._proxyd = Child(module, arguments, self.directory, deadline=60.0)
 
     def start_guest(self) -> MonitorClient:
         """The test's own monitor of it. One that was before is ended."""
@@ -132,7 +135,7 @@ class QmpBench:
         return self.proxyd.process.wait(60.0)
 
     def log(self, name: str) -> str:
-        """What ``proxyd`` or ``remoted`` has logged so far."""
+        """What ``proxyd``, ``remoted``, or a module that was started as one, has logged so far."""
         return (self.directory / f"{name}.log").read_text()
 
     def wait_log(self, name: str, text: str, count: int = 1) -> None:

@@ -61,7 +61,7 @@ class Pirq:
             self.level -= 1
 
     def set_irqfd(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
-        """Replaces the eventfds, and takes ownership of the new ones."""
+        """Replaces the eventfds, and takes ownership of the new ones; a level that is high asserts the line."""
         self.drop_irqfd()
         self._irqfd, self._resamplefd = irqfd, resamplefd
         self._loop.add(resamplefd.fd, self._on_resample)
@@ -101,14 +101,6 @@ class IoHub:
     def map_irq(devfn: int, _pin: int) -> int:
         """The pirq of a function's interrupt pin: all four pins of a devfn share one."""
         return devfn
-
-    def set_irq(self, pirq: int, asserted: bool) -> None:
-        """One source of the pirq asserts it, or stops to."""
-        self.pirqs[pirq].set_irq(asserted)
-
-    def set_irqfd(self, pirq: int, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
-        """Replaces the pirq's eventfds; a level that is high is signalled to the new irqfd at once."""
-        self.pirqs[pirq].set_irqfd(irqfd, resamplefd)
 
     def finalize(self) -> None:
         """Closes every eventfd."""

@@ -19,7 +19,7 @@ from proxyd.kvm_h import (
     kvm_irqchip,
 )
 from tests.support.irqbench import ELCR1, ELCR2, M_CMD, S_CMD, SLAVE_BASE, SPECIFIC_EOI, KvmBench, Pair
-from tests.support.irqpeer import PIRQ, Function, Peer
+from tests.support.irqpeer import Function, Peer
 
 IRQ10, IRQ11 = SLAVE_BASE + 2, SLAVE_BASE + 3
 SPURIOUS_SLAVE = SLAVE_BASE + 7
@@ -154,7 +154,7 @@ def test_a_line_that_moves_before_eoi_arrives_on_the_new_pin(bench: KvmBench, fu
     bench.eoi(11)
     function.settle()
     assert bench.take() == []
-    assert function.peer.hub.pirqs[PIRQ].resamples == 3, "two kicks and the EOI of IRQ 11"
+    assert function.peer.pirq.resamples == 3, "two kicks and the EOI of IRQ 11"
 
 
 def test_a_line_whose_route_was_off_meanwhile_arrives_when_it_is_on(
@@ -204,7 +204,7 @@ def test_no_raise_is_lost_and_none_is_spurious(bench: KvmBench, function: Functi
         sharer.settle()
         assert bench.take() == []
     for peer in (function.peer, sharer.peer):
-        assert peer.hub.pirqs[PIRQ].raised == 200
+        assert peer.pirq.raised == 200
 
 
 @pytest.mark.parametrize("cause", ["specific EOI", "another function", "an emulated device"])
@@ -226,10 +226,10 @@ def test_a_resample_without_assertion_is_nothing_to_the_peer(
         assert bench.take() == [IRQ11]
         bench.irqchip.set_line(11, False)
         bench.eoi(11)
-    before = function.peer.hub.pirqs[PIRQ].resamples
+    before = function.peer.pirq.resamples
     function.settle()
-    assert function.peer.hub.pirqs[PIRQ].resamples == before + 1
-    assert function.peer.hub.pirqs[PIRQ].reasserts == 0
+    assert function.peer.pirq.resamples == before + 1
+    assert function.peer.pirq.reasserts == 0
     assert bench.irr() & 1 << 11 == 0
     assert bench.take() == []
 
@@ -337,7 +337,7 @@ def test_routes_for_msi_leave_an_asserted_line_alone(bench: KvmBench, function: 
     function.peer.set_level(False)
     bench.eoi(11)
     function.settle()
-    assert function.peer.hub.pirqs[PIRQ].resamples == 2, "the kick and the EOI"
+    assert function.peer.pirq.resamples == 2, "the kick and the EOI"
     assert bench.take() == []
     function.peer.set_level(True)
     function.settle()

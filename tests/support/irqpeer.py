@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A function on an irqchip bench whose level is kept by a real IOHub."""
+"""A function on an irqchip bench whose level is kept by the IOHub's real code."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ import os
 
 from common.loop import Loop
 from common.notifier import EventNotifier
-from remoted.iohub import IoHub
+from remoted.iohub import Pirq
 from tests.support.irqbench import IrqBench, Pair
-
-PIRQ = 0x28
 
 
 class Peer:
-    """The device's side: an IOHub with one function, holding duplicates of the eventfds."""
+    """The device's side: one function's pirq, holding duplicates of the eventfds."""
 
     def __init__(self, pair: Pair) -> None:
         self._loop = Loop()
-        self.hub = IoHub(self._loop)
-        self.hub.set_irqfd(PIRQ, *(EventNotifier(os.dup(notifier.fd)) for notifier in pair))
+        self.pirq = Pirq(self._loop)
+        self.pirq.set_irqfd(*(EventNotifier(os.dup(notifier.fd)) for notifier in pair))
 
     def set_level(self, level: bool) -> None:
-        self.hub.set_irq(PIRQ, level)
+        self.pirq.set_irq(level)
 
     def serve(self) -> None:
         """Handles the resamples that have come."""
         self._loop.step(0)
 
     def close(self) -> None:
-        self.hub.finalize()
+        self.pirq.drop_irqfd()
         self._loop.close()
 
 

@@ -36,7 +36,7 @@ class Bench:
         """Gives the hub a new pair; returns copies, the caller's."""
         pair = EventNotifier.create(), EventNotifier.create()
         copies = os.dup(pair[0].fd), os.dup(pair[1].fd)
-        self.hub.set_irqfd(pirq, *pair)
+        self.hub.pirqs[pirq].set_irqfd(*pair)
         return copies
 
 
@@ -73,26 +73,26 @@ def test_irqfd_is_written_when_the_level_rises_and_at_no_other_time(bench: Bench
     irqfd, _ = pair
     bench.loop.step()
     assert written(irqfd) == 0
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     assert written(irqfd) == 1
     bench.loop.step()
-    bench.hub.set_irq(PIRQ, False)
+    bench.pirq.set_irq(False)
     bench.loop.step()
     assert written(irqfd) == 0
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     assert written(irqfd) == 1
 
 
 def test_second_source_asserts_nothing_new_and_keeps_the_level(bench: Bench, pair: Fds) -> None:
     irqfd, resamplefd = pair
-    bench.hub.set_irq(PIRQ, True)
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
+    bench.pirq.set_irq(True)
     assert written(irqfd) == 1
-    bench.hub.set_irq(PIRQ, False)
+    bench.pirq.set_irq(False)
     os.eventfd_write(resamplefd, 1)
     bench.loop.step()
     assert written(irqfd) == 1
-    bench.hub.set_irq(PIRQ, False)
+    bench.pirq.set_irq(False)
     os.eventfd_write(resamplefd, 1)
     bench.loop.step()
     assert written(irqfd) == 0
@@ -100,16 +100,16 @@ def test_second_source_asserts_nothing_new_and_keeps_the_level(bench: Bench, pai
 
 def test_lowering_a_line_that_is_low_does_nothing(bench: Bench, pair: Fds) -> None:
     irqfd, _ = pair
-    bench.hub.set_irq(PIRQ, False)
-    bench.hub.set_irq(PIRQ, False)
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(False)
+    bench.pirq.set_irq(False)
+    bench.pirq.set_irq(True)
     assert written(irqfd) == 1
 
 
 @pytest.mark.parametrize("count", [1, 4, (1 << 64) - 2])
 def test_resample_while_high_asserts_once_whatever_its_count(bench: Bench, pair: Fds, count: int) -> None:
     irqfd, resamplefd = pair
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     written(irqfd)
     os.eventfd_write(resamplefd, count)
     for _ in range(3):
@@ -131,7 +131,7 @@ def test_resample_while_low_is_read_and_asserts_nothing(bench: Bench, pair: Fds)
 
 def test_resample_that_somebody_else_has_read_asserts_nothing(bench: Bench, pair: Fds) -> None:
     irqfd, _ = pair
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     written(irqfd)
     bench.pirq._on_resample(0)
     assert written(irqfd) == 0
@@ -139,7 +139,7 @@ def test_resample_that_somebody_else_has_read_asserts_nothing(bench: Bench, pair
 
 
 def test_new_irqfd_is_written_at_once_while_the_level_is_high(bench: Bench, pair: Fds) -> None:
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     irqfd, resamplefd = bench.assign()
     assert written(irqfd) == 1
     assert written(pair[0]) == 1
@@ -154,7 +154,7 @@ def test_new_irqfd_is_written_at_once_while_the_level_is_high(bench: Bench, pair
 
 
 def test_level_that_rose_before_any_irqfd_reaches_the_first_one(bench: Bench) -> None:
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     irqfd, resamplefd = bench.assign()
     assert written(irqfd) == 1
     os.close(irqfd)
@@ -162,8 +162,8 @@ def test_level_that_rose_before_any_irqfd_reaches_the_first_one(bench: Bench) ->
 
 
 def test_new_irqfd_is_left_alone_while_the_level_is_low(bench: Bench, pair: Fds) -> None:
-    bench.hub.set_irq(PIRQ, True)
-    bench.hub.set_irq(PIRQ, False)
+    bench.pirq.set_irq(True)
+    bench.pirq.set_irq(False)
     irqfd, resamplefd = bench.assign()
     bench.loop.step()
     assert written(irqfd) == 0
@@ -173,7 +173,7 @@ def test_new_irqfd_is_left_alone_while_the_level_is_low(bench: Bench, pair: Fds)
 
 def test_dropped_eventfds_are_closed_at_once_and_the_level_stays(bench: Bench, pair: Fds) -> None:
     before = count_fds()
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     written(pair[0])
     bench.pirq.drop_irqfd()
     bench.pirq.drop_irqfd()
@@ -208,7 +208,7 @@ def test_finalize_closes_every_eventfd(bench: Bench) -> None:
 def test_pirqs_know_nothing_of_each_other(bench: Bench) -> None:
     pairs = [bench.assign(pirq) for pirq in range(NB_PIRQS)]
     assert len(pairs) == 256
-    bench.hub.set_irq(7, True)
+    bench.hub.pirqs[7].set_irq(True)
     assert [pirq for pirq, (irqfd, _) in enumerate(pairs) if written(irqfd)] == [7]
     for _, resamplefd in pairs:
         os.eventfd_write(resamplefd, 1)
@@ -228,7 +228,7 @@ def test_peer_that_fills_the_counter_loses_nothing_and_holds_nobody(bench: Bench
     irqfd, _ = pair
     os.set_blocking(irqfd, True)
     os.eventfd_write(irqfd, (1 << 64) - 2)
-    bench.hub.set_irq(PIRQ, True)
+    bench.pirq.set_irq(True)
     os.set_blocking(irqfd, False)
     assert written(irqfd) == (1 << 64) - 2
 
@@ -237,10 +237,10 @@ def test_counters(bench: Bench, pair: Fds) -> None:
     _, resamplefd = pair
     pirq = bench.pirq
     for _ in range(3):
-        bench.hub.set_irq(PIRQ, True)
+        bench.pirq.set_irq(True)
         os.eventfd_write(resamplefd, 1)
         bench.loop.step()
-        bench.hub.set_irq(PIRQ, False)
+        bench.pirq.set_irq(False)
         os.eventfd_write(resamplefd, 1)
         bench.loop.step()
     assert (pirq.raised, pirq.resamples, pirq.reasserts, pirq.level) == (3, 6, 3, 0)

@@ -36,9 +36,9 @@ class Handover(NamedTuple):
 
 
 def connect(path: str) -> Client:
-    """A link to a device's socket. Never blocks: connect(2) doesn't wait for a UNIX socket's queue to have room.
+    """A link to a device's socket. Never blocks: with a deadline, connect(2) fails where the queue is full.
 
-    Raises PeerGone when nobody listens there.
+    Raises PeerGone when that is so, or nobody listens there.
     """
     return Client.connect(path, _ROUND_TRIP_SECONDS)
 

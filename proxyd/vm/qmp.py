@@ -35,7 +35,7 @@ from proxyd.vm.slot import CONSENT_SECONDS, Function, Slot
 __all__ = ["QemuPlugger"]
 
 _LEAVE_SECONDS = 20.0
-"""how long the end of the daemon may take that needs QEMU: one command, and the guest's consent"""
+"""how long the end of the daemon may wait for QEMU: for a command under way, and for the guest's consent"""
 _RETRY_SECONDS = 1.0
 """the pause before a monitor that has just failed is tried again"""
 

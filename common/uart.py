@@ -3,11 +3,13 @@
 
 Registers, bits and their names are those of linux/serial_reg.h and of the PC16550D data sheet (National
 Semiconductor, 1995, section 8). Where the two leave a choice this answers as QEMU 7.2's hw/char/serial.c:
-characters leave at once, the interrupt line isn't gated by OUT2, loopback doesn't set delta bits, a break
-doesn't start the character timeout. Different on purpose:
+characters leave at once, the interrupt line isn't gated by OUT2, loopback doesn't set delta bits. Different on
+purpose:
 
 - a reset also disables the FIFOs, as the chip's does;
 - in loopback the receiver is off the line: can_receive() is 0 until it ends.
+
+A line without wires has no breaks, and no parity or framing errors.
 """
 
 from __future__ import annotations
@@ -56,10 +58,6 @@ UART_MCR_LOOP = 0x10
 
 UART_LSR_DR = 0x01
 UART_LSR_OE = 0x02
-UART_LSR_PE = 0x04
-UART_LSR_FE = 0x08
-UART_LSR_BI = 0x10
-UART_LSR_BRK_ERROR_BITS = 0x1E
 UART_LSR_THRE = 0x20
 UART_LSR_TEMT = 0x40
 
@@ -151,8 +149,8 @@ class Uart16550:
             return self._divisor & 0xFF if self._lcr & UART_LCR_DLAB else self._read_rbr()
         if offset == UART_LSR:
             value = self._lsr
-            if value & UART_LSR_BRK_ERROR_BITS:
-                self._lsr &= ~UART_LSR_BRK_ERROR_BITS
+            if value & UART_LSR_OE:
+                self._lsr &= ~UART_LSR_OE
                 self._update_irq()
             return value
         if offset == UART_IIR:
@@ -210,12 +208,8 @@ class Uart16550:
             return self._trigger - count
         return 1 if count < FIFO_SIZE else 0
 
-    def receive(self, data: bytes, errors: int = 0) -> None:
-        """Characters arrive; those for which there is no room are lost and set the overrun error.
-
-        ``errors``: UART_LSR_PE and UART_LSR_FE, if the line delivered them so. They show at once, not only
-        when the character reaches the top of the FIFO.
-        """
+    def receive(self, data: bytes) -> None:
+        """Characters arrive; those for which there is no room are lost and set the overrun error."""
         if self._fifo_enabled:
             for byte in data:
                 self._push(byte)
@@ -226,15 +220,6 @@ class Uart16550:
                     self._lsr |= UART_LSR_OE
                 self._rbr = byte
                 self._lsr |= UART_LSR_DR
-        self._lsr |= errors
-        self._update_irq()
-
-    def receive_break(self) -> None:
-        """The line was held at 0 for a character time: one null character and the break indicator."""
-        self._rbr = 0
-        if self._fifo_enabled:
-            self._push(0)
-        self._lsr |= UART_LSR_BI | UART_LSR_DR
         self._update_irq()
 
     def set_modem_lines(self, lines: int) -> None:
@@ -261,12 +246,12 @@ class Uart16550:
             if self._rx_fifo:
                 self._start_timeout()
             else:
-                self._lsr &= ~(UART_LSR_DR | UART_LSR_BI)
+                self._lsr &= ~UART_LSR_DR
                 self._stop_timeout()
             self._timeout_pending = False
         else:
             value = self._rbr
-            self._lsr &= ~(UART_LSR_DR | UART_LSR_BI)
+            self._lsr &= ~UART_LSR_DR
         self._update_irq()
         self._input_ready()
         return value
@@ -306,7 +291,7 @@ class Uart16550:
         if enable is not self._fifo_enabled:
             value |= UART_FCR_CLEAR_RCVR | UART_FCR_CLEAR_XMIT
         if value & UART_FCR_CLEAR_RCVR:
-            self._lsr &= ~(UART_LSR_DR | UART_LSR_BI)
+            self._lsr &= ~UART_LSR_DR
             self._stop_timeout()
             self._timeout_pending = False
             self._rx_fifo.clear()
@@ -377,7 +362,7 @@ class Uart16550:
     def _update_irq(self) -> None:
         """Works out the pending interrupt of the highest priority, and INTR."""
         ier = self._ier
-        if ier & UART_IER_RLSI and self._lsr & UART_LSR_BRK_ERROR_BITS:
+        if ier & UART_IER_RLSI and self._lsr & UART_LSR_OE:
             source = UART_IIR_RLSI
         elif ier & UART_IER_RDI and self._timeout_pending:
             source = UART_IIR_RX_TIMEOUT

@@ -77,10 +77,6 @@ class Pair:
             raise AssertionError("QEMU's UART has no room")
         self.uart.receive(data)
 
-    def receive_break(self) -> None:
-        self.qtest.qmp("chardev-send-break", id="line")
-        self.uart.receive_break()
-
     def start_pit(self, seconds: float) -> None:
         """QEMU's timer raises its interrupt when so much virtual time has passed."""
         count = round(seconds * PIT_HZ)
@@ -140,7 +136,7 @@ def test_power_on_values(pair: Pair) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_accesses(pair: Pair, seed: int) -> None:
-    """Any access of any size, with characters and breaks that arrive in between."""
+    """Any access of any size, with characters that arrive in between."""
     rng = random.Random(seed)
     for _ in range(3000):
         _random_step(pair, rng)
@@ -195,11 +191,6 @@ def _random_step(pair: Pair, rng: random.Random) -> None:
         room = pair.uart.can_receive()
         if room:
             pair.receive(rng.randbytes(rng.randint(1, room)))
-        return
-    if choice < 0.10:
-        # Without FIFOs QEMU puts breaks into the FIFO that is off, and counts overruns there.
-        if pair.read(UART_IIR) & 0xC0:
-            pair.receive_break()
         return
     size = rng.choice((1, 1, 1, 1, 2, 4))
     offset = rng.randint(0, 8 - size)

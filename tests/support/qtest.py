@@ -88,9 +88,9 @@ class Qtest:
             self._read_line()
         self.qmp("stop")
 
-    def qmp(self, command: str, **arguments: Any) -> Any:
+    def qmp(self, command: str) -> Any:
         """Executes one QMP command and returns its result."""
-        message = {"execute": command, "arguments": arguments}
+        message = {"execute": command}
         self._qmp.sendall(json.dumps(message).encode())
         while True:
             answer = json.loads(self._qmp_lines.readline())

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Firmware for a pc whose pci-serial is at 05.0: programs its BAR and its interrupt, and then raises, lowers
- * and acknowledges without end.  Real mode, no data, no stack; runs wherever it lies.
+ * and acknowledges without end.  Real mode, no data, no stack.  64 KiB for -bios; runs wherever it lies.
  */
 	.code16
 	.globl _start
@@ -38,3 +38,7 @@ _start:
 	movb	$0x62, %al			/* specific EOI of IRQ 10, which KVM reports to the device */
 	outb	%al, $0xa0
 	jmp	1b
+
+	.org	0xfff0			/* where a CPU begins */
+	ljmp	$0xf000, $0
+	.org	0x10000

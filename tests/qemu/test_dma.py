@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import pci
-from tests.support.qemuguest import BOOT_TIMEOUT
+from tests.support.qemu import PATIENCE
 from tests.support.stockproxy import Remoted, StockGuest
 from tests.support.wait import wait_until
 
@@ -79,9 +79,11 @@ def test_dma(remoted: Remoted, tmp_path: Path) -> None:
         assert remoted.log.count(f"DMA failed: no RAM at {RAM_END:#x}") == 2
 
         driver.transfer(0x300000, BUFFER, 16, RAISE_IRQ)
+        # The interrupt comes by another way than the register that says that the transfer is over.
+        wait_until(lambda: guest.functions()[EDU].number("served"), "the interrupt is served")
         assert guest.functions()[EDU].number("served") == 1
 
         guest.monitor.execute("system_reset")
-        guest.console.wait_ready(BOOT_TIMEOUT)
+        guest.console.wait_ready(PATIENCE)
         Driver(guest).check_round_trip(0x300000, 0x400000)
     assert remoted.log.count("warning") == 2

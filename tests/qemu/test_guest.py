@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import select
 import socket
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from common.errors import ProtocolError
 from common.guestconsole import GuestConsole, Record, Reply
-from tests.support.qemuguest import BOOT_TIMEOUT, QemuGuest, guest_symbol
+from tests.support.qemu import PATIENCE
+from tests.support.qemuguest import QemuGuest, guest_symbol
+from tests.support.xremote import StockRemote
 
 pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
 
@@ -27,7 +28,7 @@ DEVICES = [
 
 @pytest.fixture(scope="module")
 def machine(requires_kvm: None, requires_qemu: None) -> Iterator[QemuGuest]:
-    with QemuGuest(DEVICES) as machine:
+    with QemuGuest(DEVICES, seabios=True) as machine:
         yield machine
 
 
@@ -158,7 +159,7 @@ def test_a_held_line_waits_for_its_release(console: GuestConsole, addr: str) -> 
 def test_reboot_with_a_line_high(machine: QemuGuest, console: GuestConsole, addr: str) -> None:
     ok(console, f"hold {addr}")
     ok(console, "reboot")
-    console.wait_ready(BOOT_TIMEOUT)
+    console.wait_ready(PATIENCE)
     assert console.command("run 1").reason == "no functions, setup comes first"
     ok(console, "setup")
     ok(console, "run 100 held 10")
@@ -288,9 +289,9 @@ def test_an_idle_guest_sleeps(machine: QemuGuest, console: GuestConsole) -> None
 
 
 def test_a_stuck_line_is_masked_and_the_console_lives(requires_kvm: None, requires_qemu: None) -> None:
-    """An e1000, for which the guest has no driver, holds the line that edu shares with it."""
+    """An e1000, placed by SeaBIOS as the guest has no driver for it, holds the line that edu shares with it."""
     devices = ["-device", "edu,addr=05.0", "-device", "edu,addr=06.0", "-device", "e1000,addr=09.0,romfile="]
-    with QemuGuest(devices) as machine:
+    with QemuGuest(devices, seabios=True) as machine:
         console = machine.console
         ok(console, "setup")
         ok(console, "config write 16 09.0 4 2")
@@ -310,25 +311,13 @@ def test_a_stuck_line_is_masked_and_the_console_lives(requires_kvm: None, requir
 def proxied(requires_kvm: None, requires_qemu: None) -> Iterator[QemuGuest]:
     """pci-serial at 05.0 in QEMU's own remote process, whose proxy drops a line that is re-routed."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        remote = subprocess.Popen(
-            [
-                *("qemu-system-x86_64", "-machine", "x-remote", "-display", "none", "-monitor", "none"),
-                *("-serial", "none", "-chardev", "null,id=null", "-device", "pci-serial,id=d,chardev=null"),
-                *("-object", f"x-remote-object,id=r,devid=d,fd={theirs.fileno()}"),
-            ],
-            pass_fds=[theirs.fileno()],
-        )
+    with ours, StockRemote(theirs):
         devices = [
             *("-object", "memory-backend-memfd,id=ram,size=64M,share=on"),
             *("-device", f"x-pci-proxy-dev,addr=05.0,fd={ours.fileno()}"),
         ]
-        try:
-            with QemuGuest(devices, [ours.fileno()], ",memory-backend=ram") as machine:
-                yield machine
-        finally:
-            remote.kill()
-            remote.wait()
+        with QemuGuest(devices, [ours.fileno()], ",memory-backend=ram") as machine:
+            yield machine
 
 
 def test_a_line_that_is_dropped_is_reported_as_lost(proxied: QemuGuest) -> None:

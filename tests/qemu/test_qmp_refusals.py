@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.monitorclient import MonitorClient
+from tests.support.qemu import PATIENCE, Qemu
 from tests.support.qmpbench import RAM
 
 pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
@@ -21,29 +22,24 @@ NO_IRQCHIP = ("-machine", "kernel-irqchip=off", "-cpu", "qemu64,-apic")
 """a newer QEMU has no APIC of its own beside KVM, and refuses to start unless told to have none"""
 
 
+def run_proxyd(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A proxyd that ends by itself."""
+    command = [sys.executable, "-m", "proxyd", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
 def refuse(directory: Path, qemu: Sequence[str], device: str = "id=dev0,addr=05.0") -> str:
     """Starts a stopped QEMU and a proxyd for it; the one line that proxyd says before it ends with status 2."""
     path = directory / "qmp"
     arguments = ["--name", "test", "--runtime-dir", str(directory), "--vm", f"qmp:{path}", "--device", device]
-    with subprocess.Popen(
-        [
-            *("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-m", "64", *qemu),
-            *("-qmp", f"unix:{path},server=on,wait=off", "-qmp", f"unix:{path}.test,server=on,wait=off"),
-        ]
-    ) as process:
-        try:
-            with MonitorClient(directory / "qmp.test") as monitor:
-                before = monitor.plugged()
-                ended = subprocess.run(
-                    [sys.executable, "-m", "proxyd", *arguments],
-                    capture_output=True,
-                    text=True,
-                    timeout=60.0,
-                    check=False,
-                )
-                assert monitor.plugged() == before
-        finally:
-            process.kill()
+    options = [
+        *("-S", "-nodefaults", "-display", "none", "-m", "64", *qemu),
+        *("-qmp", f"unix:{path},server=on,wait=off", "-qmp", f"unix:{path}.test,server=on,wait=off"),
+    ]
+    with Qemu(options) as process, MonitorClient(directory / "qmp.test") as monitor:
+        before = monitor.plugged()
+        ended = run_proxyd(arguments)
+        assert monitor.plugged() == before
     assert ended.returncode == 2
     assert ended.stdout == ""
     (line,) = ended.stderr.splitlines()
@@ -101,12 +97,6 @@ def test_ids_and_addresses_of_other_devices_are_theirs(tmp_path: Path, device: s
 
 def test_qemu_can_not_have_every_id(tmp_path: Path) -> None:
     arguments = ["--name", "test", "--runtime-dir", str(tmp_path), "--vm", "qmp:/none", "--device", "id=0dev"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "proxyd", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60.0,
-        check=False,
-    )
+    ended = run_proxyd(arguments)
     assert ended.returncode == 2
     assert ended.stderr == "iohub-proxyd: device 0dev: an id in QEMU begins with a letter\n"

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -21,12 +20,11 @@ from common.config import parse_proxyd, parse_remoted
 from common.guestconsole import GuestConsole, Record
 from remoted.models import find_model
 from tests.support.monitorclient import MonitorClient
-from tests.support.qemuguest import BOOT_TIMEOUT, guest_image
+from tests.support.qemu import PATIENCE, Qemu, boot, guest_image
 from tests.support.wait import wait_until
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PATIENCE = 60.0
 
 ADDR = "05.0"
 BAR = 0xE0000000
@@ -120,34 +118,27 @@ class Shell:
                 shell.wait()
 
 
-class Guest:
+class Guest(Qemu):
     """The test guest in a QEMU that has the README's options and what every VM needs."""
 
     def __init__(self, directory: Path) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
+            super().__init__(
                 [
-                    *("qemu-system-x86_64", "-nodefaults", "-display", "none", *qemu_options()),
-                    *("-kernel", str(guest_image()), "-serial", "chardev:console"),
-                    *("-chardev", f"socket,id=console,fd={theirs.fileno()}"),
+                    *("-nodefaults", "-display", "none", *qemu_options()),
+                    *boot(guest_image(), seabios=True),
+                    *("-chardev", f"socket,id=console,fd={theirs.fileno()}", "-serial", "chardev:console"),
                     *("-qmp", "unix:test,server=on,wait=off"),
                 ],
+                [theirs.fileno()],
                 cwd=directory,
-                pass_fds=[theirs.fileno()],
             )
-        self._console = GuestConsole(ours)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._console.close()
+        with self._starting() as owned:
+            self._console = owned.enter_context(GuestConsole(ours))
 
     def wait_ready(self) -> None:
-        self._console.wait_ready(BOOT_TIMEOUT)
+        self._console.wait_ready(PATIENCE)
 
     def do(self, line: str) -> Record:
         reply = self._console.command(line, timeout=PATIENCE)

@@ -14,7 +14,7 @@ import pytest
 
 from common.uart import UART_IER, UART_IER_RDI, UART_RX
 from tests.support.monitorclient import CommandRefused, MonitorClient
-from tests.support.qemuguest import BOOT_TIMEOUT
+from tests.support.qemu import PATIENCE
 from tests.support.stockproxy import HAMMER_ADDR, Remoted, StockGuest, start_hammer
 from tests.support.wait import wait_until
 
@@ -57,19 +57,14 @@ def test_200_kills(remoted: Remoted, tmp_path: Path) -> None:
     rng = random.Random(11)
     fds = remoted.count_idle_fds(HAMMER_ADDR)
     begin = time.monotonic()
-    qemu = start_hammer(tmp_path, remoted)
-    wait_for_traffic(remoted)
-    startup = time.monotonic() - begin
-    qemu.kill()
-    qemu.wait()
+    with start_hammer(remoted):
+        wait_for_traffic(remoted)
+        startup = time.monotonic() - begin
     interrupted = 0
     for _ in range(200):
         before = raised(remoted)
-        qemu = start_hammer(tmp_path, remoted)
-        with pytest.raises(subprocess.TimeoutExpired):
-            qemu.wait(rng.uniform(0, 2 * startup))
-        qemu.kill()
-        qemu.wait()
+        with start_hammer(remoted) as qemu, pytest.raises(subprocess.TimeoutExpired):
+            qemu.process.wait(rng.uniform(0, 2 * startup))
         assert remoted.count_idle_fds(HAMMER_ADDR) == fds
         interrupted += raised(remoted) > before
     assert 0 < interrupted < 200
@@ -82,31 +77,28 @@ def test_quit_during_traffic(remoted: Remoted, tmp_path: Path) -> None:
     fds = remoted.count_idle_fds(HAMMER_ADDR)
     for _ in range(5):
         path = tmp_path / "qmp"
-        qemu = start_hammer(tmp_path, remoted, "-qmp", f"unix:{path},server=on,wait=off")
-        try:
+        with start_hammer(remoted, "-qmp", f"unix:{path},server=on,wait=off") as qemu:
             with MonitorClient(path) as monitor:
                 wait_for_traffic(remoted)
                 monitor.execute("quit")
-            assert qemu.wait(60.0) == 0
-        finally:
-            qemu.kill()
-            qemu.wait()
+            assert qemu.process.wait(PATIENCE) == 0
         assert remoted.count_idle_fds(HAMMER_ADDR) == fds
     assert "warning" not in remoted.log
 
 
-def test_reset_with_lines_high(remoted: Remoted, tmp_path: Path) -> None:
-    """Ten times, with either line high, or both."""
+@pytest.mark.parametrize(("seabios", "times"), [(False, 10), (True, 3)], ids=["firmware", "SeaBIOS"])
+def test_reset_with_lines_high(remoted: Remoted, tmp_path: Path, seabios: bool, times: int) -> None:
+    """With either line high, or both; SeaBIOS programs the PIIX3 and the PICs before the guest does."""
     fds = [remoted.count_idle_fds(addr) for addr in (SERIAL, EDU)]
-    with StockGuest(tmp_path, remoted) as guest:
+    with StockGuest(tmp_path, remoted, seabios) as guest:
         guest.ok("setup")
-        for number in range(10):
+        for number in range(times):
             held = [SERIAL, EDU] if number % 3 == 2 else [(SERIAL, EDU)[number % 3]]
             for addr in held:
                 assert guest.ok(f"hold {addr}").result.number("status") == 1
                 assert remoted.status(addr)["asserted"]
             guest.monitor.execute("system_reset")
-            guest.console.wait_ready(BOOT_TIMEOUT)
+            guest.console.wait_ready(PATIENCE)
             assert not any(remoted.status(addr)["level"] for addr in (SERIAL, EDU))
             check_interrupts(guest)
     assert [remoted.count_idle_fds(addr) for addr in (SERIAL, EDU)] == fds

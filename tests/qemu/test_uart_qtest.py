@@ -27,7 +27,8 @@ from common.uart import (
     Uart16550,
 )
 from tests.support.clock import FakeClock
-from tests.support.qtest import TIMEOUT, Qtest
+from tests.support.qemu import PATIENCE
+from tests.support.qtest import Qtest
 
 pytestmark = pytest.mark.usefixtures("requires_qemu")
 
@@ -118,11 +119,11 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "line"))
         listener.listen()
-        listener.settimeout(TIMEOUT)
+        listener.settimeout(PATIENCE)
         args = ("-chardev", f"socket,id=line,path={tmp_path}/line", "-device", "isa-serial,chardev=line")
         with Qtest(tmp_path, args) as qtest:
             line, _ = listener.accept()
-            line.settimeout(TIMEOUT)
+            line.settimeout(PATIENCE)
             with line:
                 yield Pair(qtest, line)
 

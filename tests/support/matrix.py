@@ -11,7 +11,8 @@ from pathlib import Path
 
 from common.children import Child
 from common.guestconsole import GuestConsole, Reply
-from tests.support.qemuguest import BOOT_TIMEOUT, QemuGuest, guest_image
+from tests.support.qemu import PATIENCE, guest_image
+from tests.support.qemuguest import QemuGuest
 from tests.support.wait import wait_until
 from tests.support.xremote import StockRemote
 
@@ -73,7 +74,7 @@ class Cell:
         sock = socket.socket(socket.AF_UNIX)
         console = self._stack.enter_context(GuestConsole(sock))
         sock.connect(str(self._directory / "proxyd.console"))
-        console.wait_ready(BOOT_TIMEOUT)
+        console.wait_ready(PATIENCE)
         if broker is not None:
             broker.wait_ready()
         wait_until(lambda: self._is_found(console), "the guest finds its function")
@@ -119,7 +120,7 @@ class Broker:
 
     def wait_ready(self) -> None:
         """Waits until a client's remote has been reset for the first time."""
-        assert self._is_ready.wait(BOOT_TIMEOUT), "no client came for QEMU's remote process"
+        assert self._is_ready.wait(PATIENCE), "no client came for QEMU's remote process"
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)

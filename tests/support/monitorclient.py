@@ -10,31 +10,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.qemu import PATIENCE
 from tests.support.wait import wait_until
-
-_TIMEOUT = 60.0
 
 
 class CommandRefused(Exception):
     """QEMU answered with an error."""
 
 
-class MonitorClient:
+class Monitor:
     """One QMP connection; ``events`` are those that came so far and nobody waited for."""
 
-    def __init__(self, path: Path) -> None:
-        """Connects, as soon as somebody listens, and waits for the greeting."""
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(_TIMEOUT)
-        try:
-            wait_until(lambda: self._socket.connect_ex(str(path)) == 0, f"a monitor at {path}")
-        except BaseException:
-            self._socket.close()
-            raise
-        self._lines = self._socket.makefile("r")
+    def __init__(self, sock: socket.socket) -> None:
+        """Takes ownership of a connected socket and waits for the greeting.
+
+        Raises EOFError or ConnectionError when QEMU has ended instead.
+        """
+        self._socket = sock
+        self._socket.settimeout(PATIENCE)
+        self._lines = sock.makefile("r")
         self.events: list[dict[str, Any]] = []
-        self._read()
-        self.execute("qmp_capabilities")
+        try:
+            self._read()
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -87,3 +88,17 @@ class MonitorClient:
         if not line:
             raise EOFError("the monitor was closed")
         return json.loads(line)
+
+
+class MonitorClient(Monitor):
+    """A connection to where QEMU listens."""
+
+    def __init__(self, path: Path) -> None:
+        """Connects as soon as somebody listens."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            wait_until(lambda: sock.connect_ex(str(path)) == 0, f"a monitor at {path}")
+        except BaseException:
+            sock.close()
+            raise
+        super().__init__(sock)

@@ -6,60 +6,43 @@ Virtual time stands still while the machine is stopped. The guest CPU halts at i
 
 from __future__ import annotations
 
-import json
 import socket
-import subprocess
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
-QEMU = "qemu-system-x86_64"
-TIMEOUT = 20.0
+from tests.support.monitorclient import Monitor
+from tests.support.qemu import FIRMWARE_SIZE, PATIENCE, Qemu
 
-_HALT = bytes.fromhex("fa f4 eb fd".replace(" ", ""))  # cli; hlt; jmp to the hlt
-_BIOS_SIZE = 1 << 16
+_HALT = bytes.fromhex("fa f4 eb fd")  # cli; hlt; jmp to the hlt
 
 
-class Qtest:
+class Qtest(Qemu):
     """One QEMU process. ``irqs`` collects the level changes of the IOAPIC's inputs: (pin, level)."""
 
     def __init__(self, directory: Path, args: Sequence[str]) -> None:
-        """Starts a ``pc`` machine without default devices; sockets and files go into the directory."""
+        """Starts a ``pc`` machine without default devices; its firmware goes into the directory."""
         bios = directory / "bios"
-        bios.write_bytes((bytes(_BIOS_SIZE - 16) + _HALT).ljust(_BIOS_SIZE, b"\0"))
+        bios.write_bytes((bytes(FIRMWARE_SIZE - 16) + _HALT).ljust(FIRMWARE_SIZE, b"\0"))
         self.irqs: list[tuple[int, bool]] = []
-        with _listen(directory / "qtest") as qtest, _listen(directory / "qmp") as qmp:
-            self._process = subprocess.Popen(
+        self._qtest, qtest = socket.socketpair()
+        monitor, qmp = socket.socketpair()
+        with qtest, qmp:
+            super().__init__(
                 [
-                    *(QEMU, "-S", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg"),
-                    *("-qtest", f"unix:{directory}/qtest", "-qtest-log", "/dev/null", "-bios", str(bios)),
-                    *("-qmp", f"unix:{directory}/qmp", *args),
-                ]
+                    *("-S", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg"),
+                    *("-chardev", f"socket,id=qtest,fd={qtest.fileno()}", "-qtest", "chardev:qtest"),
+                    *("-qtest-log", "/dev/null", "-bios", str(bios)),
+                    *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
+                    *args,
+                ],
+                [qtest.fileno(), qmp.fileno()],
             )
-            try:
-                self._qtest = _accept(qtest)
-                self._qmp = _accept(qmp)
-                self._qtest_lines = self._qtest.makefile("r")
-                self._qmp_lines = self._qmp.makefile("r")
-                self._qmp_lines.readline()
-                self.qmp("qmp_capabilities")
-                self.command("irq_intercept_in ioapic")
-            except BaseException:
-                self._process.kill()
-                self._process.wait()
-                raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        for closable in (self._qtest_lines, self._qmp_lines, self._qtest, self._qmp):
-            closable.close()
+        with self._starting() as owned:
+            owned.enter_context(self._qtest)
+            self._qtest.settimeout(PATIENCE)
+            self._qtest_lines = owned.enter_context(self._qtest.makefile("r"))
+            self.monitor = owned.enter_context(Monitor(monitor))
+            self.command("irq_intercept_in ioapic")
 
     def command(self, text: str) -> str:
         """Sends one line and returns what follows the OK."""
@@ -83,21 +66,10 @@ class Qtest:
     def run_until_irqs(self, pins: Collection[int]) -> None:
         """Lets virtual time pass until each of these IOAPIC inputs has gone high."""
         seen = len(self.irqs)
-        self.qmp("cont")
+        self.monitor.execute("cont")
         while not all((pin, True) in self.irqs[seen:] for pin in pins):
             self._read_line()
-        self.qmp("stop")
-
-    def qmp(self, command: str) -> Any:
-        """Executes one QMP command and returns its result."""
-        message = {"execute": command}
-        self._qmp.sendall(json.dumps(message).encode())
-        while True:
-            answer = json.loads(self._qmp_lines.readline())
-            if "return" in answer:
-                return answer["return"]
-            if "error" in answer:
-                raise RuntimeError(f"{command}: {answer['error']['desc']}")
+        self.monitor.execute("stop")
 
     def _read_line(self) -> str | None:
         """The next line of an answer, or None after a report of an interrupt."""
@@ -109,17 +81,3 @@ class Qtest:
 
 
 _SUFFIX = {1: "b", 2: "w", 4: "l"}
-
-
-def _listen(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(str(path))
-    sock.listen()
-    sock.settimeout(TIMEOUT)
-    return sock
-
-
-def _accept(listener: socket.socket) -> socket.socket:
-    sock, _ = listener.accept()
-    sock.settimeout(TIMEOUT)
-    return sock

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,8 @@ from common.guestconsole import Record, Reply
 from common.link import Client
 from common.mpqemu import CONFIG, Command
 from tests.support.fds import count_fds
-from tests.support.kvmguest import GUESTS
 from tests.support.monitorclient import MonitorClient
+from tests.support.qemu import GUESTS, Qemu, build_guests, kvm_machine
 from tests.support.qemuguest import QemuGuest
 
 __all__ = ["HAMMER_ADDR", "Remoted", "StockGuest", "start_hammer"]
@@ -24,11 +23,8 @@ __all__ = ["HAMMER_ADDR", "Remoted", "StockGuest", "start_hammer"]
 HAMMER_ADDR = "05.0"
 
 _DEADLINE = 20.0
-_MACHINE = "pc,accel=kvm,memory-backend=ram"
+_BACKEND = ",memory-backend=ram"
 _RAM = ("-object", "memory-backend-memfd,id=ram,size=64M,share=on")
-_FIRMWARE_SIZE = 1 << 16
-_FIRMWARE_ENTRY = 0xE000
-_JUMP_TO_ENTRY = bytes((0xEA, _FIRMWARE_ENTRY & 0xFF, _FIRMWARE_ENTRY >> 8, 0x00, 0xF0))
 
 
 class Remoted:
@@ -73,7 +69,7 @@ class Remoted:
 class StockGuest:
     """The guest, on a machine with 64 MiB, whose functions are a remoted's."""
 
-    def __init__(self, directory: Path, remoted: Remoted) -> None:
+    def __init__(self, directory: Path, remoted: Remoted, seabios: bool = False) -> None:
         """Boots it; ``monitor`` is a monitor of QEMU."""
         self._stack = ExitStack()
         path = directory / "qmp"
@@ -86,7 +82,7 @@ class StockGuest:
                 links.callback(link.close)
                 fds.append(link.fileno())
                 arguments += ["-device", f"x-pci-proxy-dev,addr={addr},fd={link.fileno()}"]
-            self.machine = self._stack.enter_context(QemuGuest(arguments, fds, ",memory-backend=ram"))
+            self.machine = self._stack.enter_context(QemuGuest(arguments, fds, _BACKEND, seabios))
         self.console = self.machine.console
         self.monitor = self._stack.enter_context(MonitorClient(path))
 
@@ -113,24 +109,17 @@ class StockGuest:
         return {record.text("addr"): record for record in self.ok("stats").of_kind("function")}
 
 
-def start_hammer(directory: Path, remoted: Remoted, *args: str) -> subprocess.Popen[bytes]:
+def start_hammer(remoted: Remoted, *args: str) -> Qemu:
     """A QEMU whose firmware raises, lowers and acknowledges the pci-serial at HAMMER_ADDR without end."""
-    firmware = directory / "hammer"
-    code = (GUESTS / "hammer.bin").read_bytes()
-    image = bytes(_FIRMWARE_ENTRY) + code
-    image = image.ljust(_FIRMWARE_SIZE - 16, b"\0") + _JUMP_TO_ENTRY.ljust(16, b"\0")
-    firmware.write_bytes(image)
+    build_guests()
     link = remoted.connect(HAMMER_ADDR)
     try:
-        return subprocess.Popen(
+        return Qemu(
             [
-                *("qemu-system-x86_64", "-machine", _MACHINE, "-m", "64", "-nodefaults", "-display", "none"),
-                *_RAM,
-                *("-bios", str(firmware)),
+                *(*kvm_machine(_BACKEND), *_RAM, "-bios", str(GUESTS / "hammer.bin")),
                 *("-device", f"x-pci-proxy-dev,addr={HAMMER_ADDR},fd={link.fileno()}", *args),
             ],
-            pass_fds=[link.fileno()],
-            stderr=subprocess.DEVNULL,
+            [link.fileno()],
         )
     finally:
         link.close()

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU as a process of a test: its command line, what boots a guest in it, and its end."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+QEMU = "qemu-system-x86_64"
+PATIENCE = 60.0
+"""seconds; SeaBIOS on an emulating KVM takes one or two, on a busy machine more"""
+GUESTS = Path(__file__).parent.parent / "guests"
+FIRMWARE_SIZE = 1 << 16
+
+_ROOT = Path(__file__).parents[2]
+_LOAD_ADDRESS = 0x100000
+
+
+@functools.cache
+def build_guests() -> None:
+    """Brings all guest images up to date with their sources, once a session."""
+    subprocess.run(["make", "--silent", "--no-print-directory", "guest"], cwd=_ROOT, check=True)
+
+
+def guest_image() -> Path:
+    """The image of the guest with the console."""
+    build_guests()
+    return _ROOT / "proxyd" / "vm" / "guest.bin"
+
+
+def kvm_machine(options: str = "") -> list[str]:
+    """A ``pc`` on KVM with 64 MiB and nothing but its chipset; ``options`` of -machine, with their comma."""
+    return ["-machine", f"pc,accel=kvm{options}", "-m", "64", "-nodefaults", "-display", "none"]
+
+
+def boot(image: Path, seabios: bool = False) -> list[str]:
+    """Starts a multiboot image that is loaded at 1 MiB: by SeaBIOS, or in a tenth of its time."""
+    if seabios:
+        return ["-kernel", str(image)]
+    build_guests()
+    loader = f"loader,file={image},addr={_LOAD_ADDRESS:#x},force-raw=on"
+    return ["-bios", str(GUESTS / "firmware.bin"), "-device", loader]
+
+
+class Qemu:
+    """One process, which is killed at the end; then what it owns is closed."""
+
+    def __init__(self, args: Sequence[str], pass_fds: Sequence[int] = (), cwd: Path | None = None) -> None:
+        self.process = subprocess.Popen([QEMU, *args], pass_fds=pass_fds, cwd=cwd)
+        self.pid = self.process.pid
+        self._owned = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kills it; once more does nothing."""
+        self.process.kill()
+        self.process.wait()
+        self._owned.close()
+
+    @contextmanager
+    def _starting(self) -> Iterator[ExitStack]:
+        """What is put on the stack is closed with the process; an error ends the process at once."""
+        try:
+            yield self._owned
+        except BaseException:
+            self.close()
+            raise
+
+    def fds(self) -> dict[int, str]:
+        """What it has open: number and what it is."""
+        directory = Path(f"/proc/{self.pid}/fd")
+        return {int(entry.name): os.readlink(entry) for entry in directory.iterdir()}

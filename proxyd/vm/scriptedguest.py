@@ -183,7 +183,8 @@ class ScriptedGuest:
 
     def _round(self, function: _Function, hold: bool) -> bool:
         while True:
-            served, held = function.served, function.held
+            before = function.raised, function.served, function.held, function.reasserts
+            served = function.served
             function.hold = hold
             self._raise(function)
             expires = time.monotonic() + _SERVED_WITHIN
@@ -191,12 +192,12 @@ class ScriptedGuest:
                 now = time.monotonic()
                 self._machine.halt(now + TICK_SECONDS, self._interrupt)
                 if function.served == served and not function.driver.is_alive():
-                    function.raised -= 1
-                    function.held = held
-                    function.redone += 1
-                    # Itself first: what it may still assert must not be served while another is waited for.
-                    self._recover(function)
-                    self._recover_all()
+                    try:
+                        self._recover_all()
+                    finally:
+                        # What a device that goes on where it was has asserted meanwhile is of no round.
+                        function.raised, function.served, function.held, function.reasserts = before
+                        function.redone += 1
                     break
                 if function.served == served and now > expires:
                     function.lost += 1

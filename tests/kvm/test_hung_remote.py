@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,8 +33,8 @@ class Daemons:
         self._devices = [(f"edu{slot}", f"{slot:02x}.0") for slot in range(3, 3 + count)]
         self._stack = ExitStack()
 
-    def start_remoted(self) -> Child:
-        options = [f"--device=edu,id={name},addr={addr}" for name, addr in self._devices]
+    def start_remoted(self, model: str = "edu") -> Child:
+        options = [f"--device={model},id={name},addr={addr}" for name, addr in self._devices]
         return self._start("remoted", options)
 
     def start_proxyd(self) -> Child:
@@ -141,6 +142,32 @@ def test_a_remote_that_goes_on_is_linked_again(few: Daemons) -> None:
     assert console.command("run 20 held 2").ok
     stats = console.command("stats").of_kind("function")
     assert [(function.number("served"), function.number("lost")) for function in stats] == [(20, 0)] * 2
+
+
+def test_rounds_that_are_redone_are_counted_once(few: Daemons) -> None:
+    """A remote that hung goes on with its line high: the interrupt is that of a round that is not counted."""
+    remoted = few.start_remoted(model="tests.support.oddfunctions:HangsWithItsLineHigh")
+    proxyd = few.start_proxyd()
+    console = few.connect_console()
+    assert console.command("setup").result.number("functions") == 2
+
+    def lost() -> int:
+        return proxyd.log.read_text().count("link lost: no answer")
+
+    def go_on() -> None:
+        wait_until(lambda: lost() == 1, "the first function hangs, and its link is lost")
+        os.kill(remoted.process.pid, signal.SIGCONT)
+        wait_until(lambda: lost() == 2, "the second one, too")
+        os.kill(remoted.process.pid, signal.SIGCONT)
+
+    helper = threading.Thread(target=go_on)
+    helper.start()
+    assert console.command("run 20 held 2", timeout=END_SECONDS).ok
+    helper.join()
+    stats = console.command("stats").of_kind("function")
+    assert all(function.number("redone") for function in stats)
+    for counts, count in ((("raised", "served"), 20), (("held", "reasserts"), 10), (("lost",), 0)):
+        assert [function.number(name) for function in stats for name in counts] == [count] * 2 * len(counts)
 
 
 def test_a_remote_that_comes_late_is_linked_and_routed(few: Daemons) -> None:

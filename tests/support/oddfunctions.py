@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Functions that remoted serves, and that QEMU's proxy must be kept from, or from waiting for."""
+"""Functions that remoted serves, and that a proxy must be kept from, or from waiting for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 from typing import ClassVar
 
 from common import pci
+from remoted.devices.edu import REG_IRQ_RAISE, Edu
 from remoted.function import Bar, BarKind, PciFunction
 
 
@@ -59,3 +60,16 @@ class Dies(_SecondClient):
 class Hangs(_SecondClient):
     def turn_bad(self) -> None:
         signal.pause()
+
+
+class HangsWithItsLineHigh(Edu):
+    """Stops the whole daemon, once, between its tenth interrupt and the answer to the access that raised it."""
+
+    _raised = 0
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        super().bar_write(bar, offset, size, value)
+        if offset == REG_IRQ_RAISE:
+            self._raised += 1
+            if self._raised == 10:
+                os.kill(os.getpid(), signal.SIGSTOP)

@@ -101,7 +101,8 @@ static enum outcome round_attempt(struct function *fn, bool hold)
 static const char *round(struct function *fn, bool hold, u32 *lost_in_a_row)
 {
 	for (;;) {
-		u32 held = fn->held;
+		u32 raised = fn->raised, served = fn->served, held = fn->held, reasserts = fn->reasserts;
+		bool back;
 
 		switch (round_attempt(fn, hold)) {
 		case SERVED:
@@ -114,11 +115,14 @@ static const char *round(struct function *fn, bool hold, u32 *lost_in_a_row)
 				return "an IRQ is stuck";
 			return ++*lost_in_a_row == LOST_IN_A_ROW ? "too many rounds in a row were lost" : NULL;
 		case RESET:
-			fn->raised--;
+			back = functions_recover();
+			/* What a device that goes on where it was has asserted meanwhile is of no round. */
+			fn->raised = raised;
+			fn->served = served;
 			fn->held = held;
+			fn->reasserts = reasserts;
 			fn->redone++;
-			/* Itself first: what it may still assert must not be served while another is waited for. */
-			if (!function_recover(fn) || !functions_recover())
+			if (!back)
 				return gone;
 			break;
 		}

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a process has open."""
+"""What a process has open, and how it gives that to another."""
 
 from __future__ import annotations
 
+import array
 import os
 import resource
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.support.wait import wait_until
@@ -39,6 +41,12 @@ def identity(fd: int) -> str:
                 return line.strip()
     status = os.fstat(fd)
     return f"{status.st_dev}:{status.st_ino}"
+
+
+def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """Sends all of the data in one piece, with duplicates of the fds on its first byte."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    assert sock.sendmsg([data], rights) == len(data)
 
 
 @contextmanager

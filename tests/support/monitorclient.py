@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import array
 import json
 import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.fds import send_fds
 from tests.support.qemu import PATIENCE
 from tests.support.wait import wait_until
 
@@ -59,8 +59,7 @@ class Monitor:
 
     def _execute(self, command: str, arguments: dict[str, object], fds: list[int]) -> Any:
         request = json.dumps({"execute": command, "arguments": arguments}).encode()
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self._socket.sendmsg([request], rights)
+        send_fds(self._socket, request, fds)
         while True:
             answer = self._read()
             if "error" in answer:

@@ -6,8 +6,8 @@ Nothing happens until the test lets it: what clients send and what they signal i
 
 from __future__ import annotations
 
-import array
 import logging
+import os
 import select
 import socket
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ from remoted.host import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.server import DeviceServer
+from tests.support.fds import send_fds
 
 F = TypeVar("F", bound=PciFunction)
 
@@ -109,6 +110,13 @@ class Pair:
     def fds(self) -> list[int]:
         return [self.irqfd.fd, self.resamplefd.fd]
 
+    def written(self) -> int:
+        """How often the irqfd was written since the last look."""
+        try:
+            return os.eventfd_read(self.irqfd.fd)
+        except BlockingIOError:
+            return 0
+
     def close(self) -> None:
         self.irqfd.close()
         self.resamplefd.close()
@@ -136,8 +144,7 @@ class Peer:
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Queues bytes."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        assert self.sock.sendmsg([data], rights) == len(data)
+        send_fds(self.sock, data, fds)
 
     def send(self, command: Command, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Queues a message."""
@@ -263,6 +270,11 @@ class RemoteBench:
                 return
             self.loop.step()
         raise AssertionError("the loop doesn't come to rest")
+
+    def resample(self, pair: Pair) -> None:
+        """What KVM does at an EOI."""
+        pair.resamplefd.set()
+        self.settle()
 
     def close(self) -> None:
         for server in self.servers.values():

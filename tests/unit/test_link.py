@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One link: framing, the fds that belong to a frame, deadlines. Both ends over real socketpairs."""
+"""The serving end of a link: framing, the fds that belong to a frame, whose end it is. Over a real socketpair."""
 
 from __future__ import annotations
 
-import array
 import contextlib
 import itertools
 import os
 import socket
 import struct
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -18,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import PeerGone, ProtocolError
-from common.link import Client, Link, peer_credentials
+from common.link import Link, peer_credentials
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
-from tests.support.fds import count_fds, identity
+from tests.support.fds import count_fds, identity, send_fds
 
 
 class Frame(NamedTuple):
@@ -51,11 +49,6 @@ UNWELCOME = [Frame(RESET, 3), Frame(CONFIG_READ, 1), Frame(BAR_WRITE, 8)]
 Received = tuple[int, bytes, list[str]]
 
 
-def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    assert sock.sendmsg([data], rights) == len(data)
-
-
 class Bench:
     """A Link, its peer, and fresh fds to send whose copies can be told apart."""
 
@@ -69,7 +62,7 @@ class Bench:
         try:
             edges = [0, *cuts, len(frame.data)]
             for number, (start, end) in enumerate(itertools.pairwise(edges)):
-                send(self.peer, frame.data[start:end], fds if number == 0 else ())
+                send_fds(self.peer, frame.data[start:end], fds if number == 0 else ())
             return expected(frame, [identity(fd) for fd in fds])
         finally:
             for fd in fds:
@@ -143,11 +136,11 @@ def test_frame_byte_by_byte(bench: Bench, frame: Frame) -> None:
     """Only the last byte completes it, and its fds, sent with the first byte, are kept until then."""
     fds = [os.eventfd(0) for _ in range(frame.fds)]
     wanted = expected(frame, [identity(fd) for fd in fds])
-    send(bench.peer, frame.data[:1], fds)
+    send_fds(bench.peer, frame.data[:1], fds)
     for byte in frame.data[1:]:
         assert bench.receive() is None
         assert bench.link.is_partial
-        send(bench.peer, bytes([byte]))
+        send_fds(bench.peer, bytes([byte]))
     assert bench.receive_all() == [wanted]
     assert not bench.link.is_partial
     for fd in fds:
@@ -204,8 +197,8 @@ def test_fds_sent_with_glued_frames_go_to_the_one_that_may_have_them(bench: Benc
     """One sendmsg for two frames: the kernel doesn't say whose byte the fds came with."""
     fds = [os.eventfd(0), os.eventfd(0)]
     names = [identity(fd) for fd in fds]
-    send(bench.peer, RESET + SET_IRQFD, fds)
-    send(bench.peer, SET_IRQFD + CONFIG_READ, fds)
+    send_fds(bench.peer, RESET + SET_IRQFD, fds)
+    send_fds(bench.peer, SET_IRQFD + CONFIG_READ, fds)
     assert [(command, got) for command, _, got in bench.receive_all()] == [
         (Command.DEVICE_RESET, []),
         (Command.SET_IRQFD, names),
@@ -219,11 +212,11 @@ def test_fds_sent_with_glued_frames_go_to_the_one_that_may_have_them(bench: Benc
 def test_fds_that_come_with_payload_are_closed(bench: Bench) -> None:
     before = count_fds()
     fd = os.eventfd(0)
-    send(bench.peer, SYNC[:16])
+    send_fds(bench.peer, SYNC[:16])
     assert bench.receive() is None
-    send(bench.peer, SYNC[16:100], [fd] * 8)
+    send_fds(bench.peer, SYNC[16:100], [fd] * 8)
     assert bench.receive() is None
-    send(bench.peer, SYNC[100:], [fd])
+    send_fds(bench.peer, SYNC[100:], [fd])
     assert bench.receive_all() == [(Command.SYNC_SYSMEM, SYNC[16:], [])]
     os.close(fd)
     assert count_fds() == before
@@ -249,7 +242,7 @@ def test_unwelcome_fds_are_closed_at_once(bench: Bench, frame: Frame) -> None:
 def test_close_closes_fds_of_a_frame_that_never_ended(bench: Bench) -> None:
     before = count_fds()
     fds = [os.eventfd(0) for _ in range(3)]
-    send(bench.peer, SYNC[:5], fds)
+    send_fds(bench.peer, SYNC[:5], fds)
     for fd in fds:
         os.close(fd)
     assert bench.receive() is None
@@ -262,7 +255,7 @@ def test_close_closes_fds_of_a_frame_that_never_ended(bench: Bench) -> None:
 @pytest.mark.parametrize("count", [9, 10, 253])
 def test_more_fds_than_a_message_may_have(bench: Bench, count: int) -> None:
     fd = os.eventfd(0)
-    send(bench.peer, SET_IRQFD, [fd] * count)
+    send_fds(bench.peer, SET_IRQFD, [fd] * count)
     os.close(fd)
     with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
         bench.receive()
@@ -270,8 +263,8 @@ def test_more_fds_than_a_message_may_have(bench: Bench, count: int) -> None:
 
 def test_more_fds_than_a_message_may_have_in_pieces(bench: Bench) -> None:
     fd = os.eventfd(0)
-    send(bench.peer, SET_IRQFD[:5], [fd] * 8)
-    send(bench.peer, SET_IRQFD[5:9], [fd])
+    send_fds(bench.peer, SET_IRQFD[:5], [fd] * 8)
+    send_fds(bench.peer, SET_IRQFD[5:9], [fd])
     os.close(fd)
     assert bench.receive() is None
     with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
@@ -281,7 +274,7 @@ def test_more_fds_than_a_message_may_have_in_pieces(bench: Bench) -> None:
 def test_received_fds_are_close_on_exec(bench: Bench) -> None:
     sent = os.eventfd(0)
     os.set_inheritable(sent, True)
-    send(bench.peer, SET_IRQFD, [sent, sent])
+    send_fds(bench.peer, SET_IRQFD, [sent, sent])
     os.close(sent)
     assert bench.link.receive() == Command.SET_IRQFD
     fds = bench.link.take_fds()
@@ -297,7 +290,7 @@ def test_end_of_stream_within_a_frame(bench: Bench, frame: Frame) -> None:
         if cut < len(frame.data):
             with open_bench() as other:
                 fds = [os.eventfd(0) for _ in range(frame.fds)]
-                send(other.peer, frame.data[:cut], fds)
+                send_fds(other.peer, frame.data[:cut], fds)
                 for fd in fds:
                     os.close(fd)
                 other.peer.close()
@@ -319,13 +312,13 @@ def test_end_of_stream_comes_after_what_was_sent(bench: Bench) -> None:
     [(Command.PCI_CFGREAD, 13), (Command.SYNC_SYSMEM, 1 << 63), (Command.RET, 8), (8, 0), (-1, 0)],
 )
 def test_bad_header_is_refused_before_its_payload_is_here(bench: Bench, command: int, size: int) -> None:
-    send(bench.peer, struct.pack("<i4xQ", command, size))
+    send_fds(bench.peer, struct.pack("<i4xQ", command, size))
     with pytest.raises(ProtocolError):
         bench.receive()
 
 
 def test_bad_header_behind_a_good_frame(bench: Bench) -> None:
-    send(bench.peer, CONFIG_READ + struct.pack("<i4xQ", 99, 0))
+    send_fds(bench.peer, CONFIG_READ + struct.pack("<i4xQ", 99, 0))
     assert bench.receive() is not None
     with pytest.raises(ProtocolError, match="command 99"):
         bench.receive_all()
@@ -371,218 +364,3 @@ def test_a_peers_name_cant_forge_a_log_line(bench: Bench) -> None:
         with open(comm, "w", encoding="utf-8") as file:
             file.write(name)
     assert text == f"a?b?[2J[{os.getpid()}]"
-
-
-# The asking end.
-
-LONG = 60.0
-"""a deadline that no test waits for"""
-
-
-class Asker:
-    """A Client, and a peer that does something in its own thread."""
-
-    def __init__(self, deadline: float = LONG) -> None:
-        self.peer, sock = socket.socketpair()
-        self.peer.settimeout(LONG)
-        self.client = Client(sock, deadline)
-        self._threads: list[threading.Thread] = []
-
-    def peer_does(self, action: Callable[[], None]) -> None:
-        thread = threading.Thread(target=action)
-        thread.start()
-        self._threads.append(thread)
-
-    def answer(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Lets the peer answer the next request."""
-
-        def run() -> None:
-            self.peer.recv(100)
-            send(self.peer, data, fds)
-
-        self.peer_does(run)
-
-    def close(self) -> None:
-        self.client.close()
-        for thread in self._threads:
-            thread.join()
-        self.peer.close()
-
-
-@contextlib.contextmanager
-def open_asker(deadline: float = LONG) -> Iterator[Asker]:
-    before = count_fds()
-    asker = Asker(deadline)
-    try:
-        yield asker
-    finally:
-        asker.close()
-    assert count_fds() == before
-
-
-@pytest.fixture
-def asker() -> Iterator[Asker]:
-    with open_asker() as asker:
-        yield asker
-
-
-def test_round_trip(asker: Asker) -> None:
-    seen = []
-
-    def run() -> None:
-        seen.append(asker.peer.recv(100))
-        send(asker.peer, reply_frame(0x1122334455667788))
-
-    asker.peer_does(run)
-    assert asker.client.request(Command.BAR_WRITE, BAR_WRITE[16:]) == 0x1122334455667788
-    assert seen == [BAR_WRITE]
-    asker.answer(reply_frame(ERROR))
-    assert asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:]) == ERROR
-
-
-def test_message_with_fds(asker: Asker) -> None:
-    fds = [os.eventfd(0), os.eventfd(0)]
-    asker.client.send(Command.SET_IRQFD, fds=fds)
-    data, received, _, _ = socket.recv_fds(asker.peer, 100, 8)
-    assert data == SET_IRQFD
-    assert [identity(fd) for fd in received] == [identity(fd) for fd in fds]
-    for fd in fds + received:
-        os.close(fd)
-
-
-def test_reply_byte_by_byte(asker: Asker) -> None:
-    def run() -> None:
-        asker.peer.recv(100)
-        for byte in reply_frame(7):
-            send(asker.peer, bytes([byte]))
-
-    asker.peer_does(run)
-    assert asker.client.request(Command.DEVICE_RESET) == 7
-
-
-def test_empty_reply_to_a_reset(asker: Asker) -> None:
-    asker.answer(struct.pack("<i4xQ", Command.RET, 0))
-    assert asker.client.request(Command.DEVICE_RESET) == 0
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        struct.pack("<i4xQ", Command.RET, 0),
-        struct.pack("<i4xQ", Command.RET, 1000) + bytes(1000),
-        struct.pack("<i4xQ", Command.RET, 9) + bytes(9),
-        struct.pack("<i4xQQ", Command.PCI_CFGREAD, 8, 0),
-        struct.pack("<i4xQQ", 99, 8, 0),
-        struct.pack("<i4xQQ", -1, 8, 0),
-        reply_frame(1) * 2,
-        reply_frame(1) + b"\0",
-    ],
-    ids=["empty", "size-1000", "size-9", "a-request", "command-99", "command--1", "two", "a-byte-more"],
-)
-def test_any_answer_but_one_clean_ret(asker: Asker, answer: bytes) -> None:
-    asker.answer(answer)
-    with pytest.raises(ProtocolError):
-        asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:])
-
-
-@pytest.mark.parametrize("count", [1, 8, 200])
-def test_ret_with_fds(asker: Asker, count: int) -> None:
-    fd = os.eventfd(0)
-    asker.answer(reply_frame(1), [fd] * count)
-    with pytest.raises(ProtocolError, match="file descriptors"):
-        asker.client.request(Command.DEVICE_RESET)
-    os.close(fd)
-
-
-def test_late_second_ret_isnt_taken_for_the_next_answer(asker: Asker) -> None:
-    asker.answer(reply_frame(1))
-    assert asker.client.request(Command.DEVICE_RESET) == 1
-    send(asker.peer, reply_frame(2))
-    with pytest.raises(ProtocolError, match="nobody asked for"):
-        asker.client.request(Command.DEVICE_RESET)
-
-
-def test_ret_that_nobody_asked_for_stops_a_message_without_reply(asker: Asker) -> None:
-    send(asker.peer, b"\1")
-    with pytest.raises(ProtocolError, match="nobody asked for"):
-        asker.client.send(Command.SYNC_SYSMEM, SYNC[16:])
-
-
-def test_silent_peer_costs_the_deadline() -> None:
-    with open_asker(deadline=0.02) as asker, pytest.raises(PeerGone, match=r"within 0\.02 s"):
-        asker.client.request(Command.DEVICE_RESET)
-
-
-def test_deadline_that_has_passed_already_waits_for_nothing() -> None:
-    with open_asker(deadline=0) as asker, pytest.raises(PeerGone, match="within 0 s"):
-        asker.client.request(Command.DEVICE_RESET)
-
-
-def test_dripping_peer_costs_the_deadline() -> None:
-    """24 bytes at no less than 10 ms each take longer than the deadline; no byte may extend it."""
-    with open_asker(deadline=0.1) as asker:
-        enough = threading.Event()
-
-        def drip() -> None:
-            asker.peer.recv(100)
-            for byte in reply_frame(7):
-                if enough.wait(0.01):
-                    return
-                with contextlib.suppress(OSError):
-                    asker.peer.send(bytes([byte]))
-
-        asker.peer_does(drip)
-        with pytest.raises(PeerGone, match=r"within 0\.1 s"):
-            asker.client.request(Command.DEVICE_RESET)
-        enough.set()
-
-
-def test_peer_that_doesnt_read(asker: Asker) -> None:
-    def flood() -> None:
-        while True:
-            asker.client.send(Command.SYNC_SYSMEM, SYNC[16:])
-
-    with pytest.raises(PeerGone, match="doesn't read"):
-        flood()
-
-
-@pytest.mark.parametrize("sent", [0, 1, 16, 23])
-def test_peer_that_closes_instead_of_answering(asker: Asker, sent: int) -> None:
-    def run() -> None:
-        asker.peer.recv(100)
-        asker.peer.send(reply_frame(1)[:sent])
-        asker.peer.close()
-
-    asker.peer_does(run)
-    with pytest.raises(PeerGone):
-        asker.client.request(Command.DEVICE_RESET)
-
-
-def test_peer_that_has_gone(asker: Asker) -> None:
-    asker.peer.close()
-    with pytest.raises(PeerGone):
-        asker.client.request(Command.DEVICE_RESET)
-    with pytest.raises(PeerGone):
-        asker.client.send(Command.SET_IRQFD)
-
-
-def test_shutdown_ends_the_wait_of_another_thread(asker: Asker) -> None:
-    def run() -> None:
-        asker.peer.recv(100)
-        asker.client.shutdown()
-
-    asker.peer_does(run)
-    with pytest.raises(PeerGone):
-        asker.client.request(Command.DEVICE_RESET)
-
-
-def test_connect_where_nobody_listens(tmp_path: os.PathLike[str]) -> None:
-    before = count_fds()
-    path = os.path.join(tmp_path, "socket")
-    with pytest.raises(PeerGone, match="socket: No such file"):
-        Client.connect(path, LONG)
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(path)
-    with pytest.raises(PeerGone, match="socket: Connection refused"):
-        Client.connect(path, LONG)
-    assert count_fds() == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +14,6 @@ from common.errors import UsageError
 from remoted.server import adopt_connection
 from tests.support.fds import count_fds, no_more_fds
 from tests.support.remotebench import LineDevice, Peer, RemoteBench
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    before = count_fds()
-    bench = RemoteBench(tmp_path)
-    bench.add(LineDevice, "dev0", 0x28)
-    bench.add(LineDevice, "dev1", 0x30)
-    yield bench
-    bench.close()
-    assert count_fds() == before
 
 
 def works(peer: Peer) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The 16550A: interrupt sources and their priorities, FIFOs, loopback, modem lines, timeouts."""
+"""The 16550A: registers, FIFOs, a busy line, loopback, modem lines."""
 
 from __future__ import annotations
 
@@ -7,59 +7,20 @@ import pytest
 
 from common import uart as u
 from common.uart import Uart16550
-from tests.support.clock import FakeClock
-
-CHARACTER = 10 / 9600
-"""seconds, with the divisor and format of power-on"""
-
-RLS, TIMEOUT, RDA, THRE, MS, NONE = 0xC6, 0xCC, 0xC4, 0xC2, 0xC0, 0xC1
-"""what IIR reads with FIFOs on"""
-
-
-class Bench:
-    """A UART with a line that is recorded, and may be busy."""
-
-    def __init__(self) -> None:
-        self.clock = FakeClock()
-        self.irqs: list[bool] = []
-        self.sent = bytearray()
-        self.busy = False
-        self.input_ready = 0
-        self.uart = Uart16550(self.irqs.append, self._transmit, self.clock.call_later, self._input_ready)
-
-    def _transmit(self, byte: int) -> bool:
-        if not self.busy:
-            self.sent.append(byte)
-        return not self.busy
-
-    def _input_ready(self) -> None:
-        self.input_ready += 1
+from tests.support.uartbench import NONE, UartBench, fifos, read_all
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> UartBench:
+    return UartBench()
 
 
 @pytest.fixture
-def uart(bench: Bench) -> Uart16550:
+def uart(bench: UartBench) -> Uart16550:
     return bench.uart
 
 
-def fifos(uart: Uart16550, trigger: int = 0) -> None:
-    """Turns the FIFOs on; ``trigger`` 0 to 3."""
-    uart.write(u.UART_FCR, trigger << 6 | u.UART_FCR_ENABLE_FIFO)
-
-
-def read_all(uart: Uart16550) -> bytes:
-    """Everything the receiver holds."""
-    data = bytearray()
-    while uart.read(u.UART_LSR) & u.UART_LSR_DR:
-        data.append(uart.read(u.UART_RX))
-    return bytes(data)
-
-
-def test_power_on(uart: Uart16550, bench: Bench) -> None:
+def test_power_on(uart: Uart16550, bench: UartBench) -> None:
     assert [uart.read(offset) for offset in range(8)] == [0, 0, 0x01, 0, 0x08, 0x60, 0xB0, 0]
     assert not uart.irq
     assert bench.irqs == []
@@ -81,7 +42,7 @@ def test_lsr_and_msr_are_read_only(uart: Uart16550) -> None:
         assert uart.read(offset) == value
 
 
-def test_divisor_latch(uart: Uart16550, bench: Bench) -> None:
+def test_divisor_latch(uart: Uart16550, bench: UartBench) -> None:
     """DLAB puts the divisor before RBR, THR and IER."""
     uart.write(u.UART_IER, u.UART_IER_RLSI)
     uart.receive(b"x")
@@ -96,205 +57,11 @@ def test_divisor_latch(uart: Uart16550, bench: Bench) -> None:
     assert bench.sent == b""
 
 
-def test_transmit(uart: Uart16550, bench: Bench) -> None:
+def test_transmit(uart: Uart16550, bench: UartBench) -> None:
     for byte in b"hello":
         uart.write(u.UART_TX, byte)
         assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT
     assert bench.sent == b"hello"
-
-
-class TestInterrupts:
-    """Each source: what raises it, what clears it, what enables it."""
-
-    def test_receiver_line_status(self, uart: Uart16550) -> None:
-        fifos(uart)
-        uart.receive(bytes(17))
-        assert not uart.irq
-        uart.write(u.UART_IER, u.UART_IER_RLSI)
-        assert uart.irq
-        assert uart.read(u.UART_IIR) == RLS
-        assert uart.irq, "reading IIR must not clear it"
-        assert uart.read(u.UART_LSR) & u.UART_LSR_OE
-        assert not uart.irq
-        assert uart.read(u.UART_IIR) == NONE
-
-    def test_overrun_without_fifo(self, uart: Uart16550) -> None:
-        uart.write(u.UART_IER, u.UART_IER_RLSI)
-        uart.receive(b"a")
-        assert not uart.irq
-        uart.receive(b"b")
-        assert uart.irq
-        assert uart.read(u.UART_LSR) & u.UART_LSR_OE
-        assert not uart.irq
-        assert uart.read(u.UART_RX) == ord("b"), "the holding register has the last character"
-
-    def test_received_data_without_fifo(self, uart: Uart16550) -> None:
-        uart.write(u.UART_IER, u.UART_IER_RDI)
-        uart.receive(b"a")
-        assert uart.irq
-        assert uart.read(u.UART_IIR) == u.UART_IIR_RDI
-        assert uart.irq, "reading IIR must not clear it"
-        uart.read(u.UART_RX)
-        assert not uart.irq
-
-    @pytest.mark.parametrize(("code", "level"), [(0, 1), (1, 4), (2, 8), (3, 14)])
-    def test_received_data_at_the_trigger_level(self, uart: Uart16550, code: int, level: int) -> None:
-        fifos(uart, code)
-        uart.write(u.UART_IER, u.UART_IER_RDI)
-        uart.receive(bytes(level - 1))
-        assert not uart.irq
-        uart.receive(b"x")
-        assert uart.irq
-        assert uart.read(u.UART_IIR) == RDA
-        uart.read(u.UART_RX)
-        assert not uart.irq, "one below the trigger level"
-
-    def test_transmitter_empty(self, uart: Uart16550) -> None:
-        fifos(uart)
-        uart.write(u.UART_IER, u.UART_IER_THRI)
-        assert uart.irq
-        assert uart.read(u.UART_IIR) == THRE
-        assert not uart.irq, "reading IIR clears it"
-        assert uart.read(u.UART_IIR) == NONE
-        uart.write(u.UART_TX, 1)
-        assert uart.irq
-
-    def test_iir_read_clears_only_the_source_it_shows(self, uart: Uart16550) -> None:
-        fifos(uart)
-        uart.write(u.UART_IER, u.UART_IER_THRI | u.UART_IER_RDI)
-        uart.receive(b"x")
-        assert uart.read(u.UART_IIR) == RDA
-        uart.read(u.UART_RX)
-        assert uart.read(u.UART_IIR) == THRE
-
-    def test_enabling_thre_again_raises_it_again(self, uart: Uart16550) -> None:
-        uart.write(u.UART_IER, u.UART_IER_THRI)
-        uart.read(u.UART_IIR)
-        uart.write(u.UART_IER, u.UART_IER_THRI | u.UART_IER_MSI)
-        assert not uart.irq, "it was enabled all the time"
-        uart.write(u.UART_IER, 0)
-        uart.write(u.UART_IER, u.UART_IER_THRI)
-        assert uart.irq
-
-    def test_thr_write_gives_an_edge(self, uart: Uart16550, bench: Bench) -> None:
-        """On an edge-triggered line a driver that never reads IIR needs a new edge for each character."""
-        uart.write(u.UART_IER, u.UART_IER_THRI)
-        bench.irqs.clear()
-        uart.write(u.UART_TX, 1)
-        assert bench.irqs == [False, True]
-
-    def test_modem_status(self, uart: Uart16550) -> None:
-        fifos(uart)
-        uart.write(u.UART_IER, u.UART_IER_MSI)
-        assert not uart.irq
-        uart.set_modem_lines(u.UART_MSR_CTS | u.UART_MSR_DSR)
-        assert uart.irq
-        assert uart.read(u.UART_IIR) == MS
-        assert uart.irq, "reading IIR must not clear it"
-        assert uart.read(u.UART_MSR) == u.UART_MSR_CTS | u.UART_MSR_DSR | 0x08
-        assert not uart.irq
-
-    def test_priorities(self, uart: Uart16550, bench: Bench) -> None:
-        """All five pending: they show in the order of the data sheet's table, and one by one go away."""
-        fifos(uart, trigger=1)
-        uart.write(u.UART_IER, 0x0F)
-        uart.set_modem_lines(0)
-        uart.receive(bytes(17))
-        bench.clock.advance(5 * CHARACTER)
-        assert uart.read(u.UART_IIR) == RLS
-        uart.read(u.UART_LSR)
-        assert uart.read(u.UART_IIR) == TIMEOUT
-        uart.read(u.UART_RX)
-        assert uart.read(u.UART_IIR) == RDA
-        read_all(uart)
-        assert uart.read(u.UART_IIR) == THRE
-        assert uart.read(u.UART_IIR) == MS
-        assert uart.irq
-        uart.read(u.UART_MSR)
-        assert uart.read(u.UART_IIR) == NONE
-        assert not uart.irq
-        assert bench.irqs == [True, False], "INTR stayed high all the time"
-
-    def test_out2_does_not_gate(self, uart: Uart16550) -> None:
-        uart.write(u.UART_MCR, 0)
-        uart.write(u.UART_IER, u.UART_IER_THRI)
-        assert uart.irq
-
-
-class TestTimeout:
-    """Characters below the trigger level are reported after four character times."""
-
-    @pytest.fixture(autouse=True)
-    def _enable(self, uart: Uart16550) -> None:
-        fifos(uart, trigger=3)
-        uart.write(u.UART_IER, u.UART_IER_RDI)
-
-    @pytest.mark.parametrize(
-        ("divisor", "lcr", "seconds"),
-        [
-            (12, 0x03, 40 / 9600),
-            (1, 0x03, 40 / 115200),
-            (96, 0x00, 28 / 1200),
-            (96, 0x1F, 48 / 1200),
-            (0, 0x03, 40 / 3500),
-        ],
-    )
-    def test_after_four_characters(
-        self, uart: Uart16550, bench: Bench, divisor: int, lcr: int, seconds: float
-    ) -> None:
-        uart.write(u.UART_LCR, u.UART_LCR_DLAB)
-        uart.write(u.UART_DLL, divisor)
-        uart.write(u.UART_LCR, lcr)
-        uart.receive(b"ab")
-        bench.clock.advance(0.999 * seconds)
-        assert not uart.irq
-        bench.clock.advance(0.002 * seconds)
-        assert uart.irq
-        assert uart.read(u.UART_IIR) == TIMEOUT
-
-    def test_begins_anew_with_each_character_and_each_read(self, uart: Uart16550, bench: Bench) -> None:
-        uart.receive(b"ab")
-        bench.clock.advance(3 * CHARACTER)
-        uart.receive(b"c")
-        bench.clock.advance(3 * CHARACTER)
-        uart.read(u.UART_RX)
-        bench.clock.advance(3 * CHARACTER)
-        assert not uart.irq
-        bench.clock.advance(2 * CHARACTER)
-        assert uart.irq
-
-    def test_a_read_clears_it(self, uart: Uart16550, bench: Bench) -> None:
-        uart.receive(b"ab")
-        bench.clock.advance(5 * CHARACTER)
-        uart.read(u.UART_RX)
-        assert uart.read(u.UART_IIR) == NONE
-        bench.clock.advance(5 * CHARACTER)
-        assert uart.read(u.UART_IIR) == TIMEOUT
-
-    def test_no_timer_while_there_is_nothing_to_report(self, uart: Uart16550, bench: Bench) -> None:
-        uart.receive(b"ab")
-        assert len(bench.clock.pending) == 1
-        read_all(uart)
-        assert bench.clock.pending == []
-
-    @pytest.mark.parametrize("fcr", [0x00, 0xC3])
-    def test_fifo_reset_stops_it(self, uart: Uart16550, bench: Bench, fcr: int) -> None:
-        uart.receive(b"ab")
-        bench.clock.advance(5 * CHARACTER)
-        uart.write(u.UART_FCR, fcr)
-        assert not uart.irq
-        uart.write(u.UART_FCR, 0xC1)
-        uart.receive(b"ab")
-        uart.write(u.UART_FCR, fcr)
-        assert bench.clock.pending == []
-
-    def test_masked_by_its_enable_bit(self, uart: Uart16550, bench: Bench) -> None:
-        uart.write(u.UART_IER, 0)
-        uart.receive(b"ab")
-        bench.clock.advance(5 * CHARACTER)
-        assert not uart.irq
-        uart.write(u.UART_IER, u.UART_IER_RDI)
-        assert uart.read(u.UART_IIR) == TIMEOUT
 
 
 class TestFifos:
@@ -321,7 +88,7 @@ class TestFifos:
         uart.receive(b"d")
         assert read_all(uart) == b"d"
 
-    def test_a_clear_bit_clears_only_its_fifo(self, uart: Uart16550, bench: Bench) -> None:
+    def test_a_clear_bit_clears_only_its_fifo(self, uart: Uart16550, bench: UartBench) -> None:
         fifos(uart)
         uart.receive(b"abc")
         uart.write(u.UART_FCR, u.UART_FCR_ENABLE_FIFO | u.UART_FCR_CLEAR_XMIT)
@@ -334,7 +101,7 @@ class TestFifos:
         uart.transmit_ready()
         assert bench.sent == b"xyz"
 
-    def test_transmitter_reset_leaves_the_shift_register(self, uart: Uart16550, bench: Bench) -> None:
+    def test_transmitter_reset_leaves_the_shift_register(self, uart: Uart16550, bench: UartBench) -> None:
         fifos(uart)
         bench.busy = True
         for byte in b"xyz":
@@ -359,7 +126,7 @@ class TestFifos:
         uart.read(u.UART_RX)
         assert uart.can_receive() == 1
 
-    def test_room_without_fifos(self, uart: Uart16550, bench: Bench) -> None:
+    def test_room_without_fifos(self, uart: Uart16550, bench: UartBench) -> None:
         assert uart.can_receive() == 1
         uart.receive(b"x")
         assert uart.can_receive() == 0
@@ -370,7 +137,7 @@ class TestFifos:
 
     @pytest.mark.parametrize(("offset", "value"), [(u.UART_FCR, 0x43), (u.UART_MCR, 0)])
     def test_input_is_told_when_room_appears(
-        self, uart: Uart16550, bench: Bench, offset: int, value: int
+        self, uart: Uart16550, bench: UartBench, offset: int, value: int
     ) -> None:
         uart.write(u.UART_MCR, u.UART_MCR_LOOP if offset == u.UART_MCR else 0)
         fifos(uart)
@@ -386,7 +153,7 @@ class TestFifos:
 class TestBusyLine:
     """What the line refuses stays in the chip, and the guest can tell."""
 
-    def test_without_fifos(self, uart: Uart16550, bench: Bench) -> None:
+    def test_without_fifos(self, uart: Uart16550, bench: UartBench) -> None:
         bench.busy = True
         uart.write(u.UART_TX, ord("a"))
         assert uart.read(u.UART_LSR) == u.UART_LSR_THRE, "it sits in the shift register"
@@ -399,7 +166,7 @@ class TestBusyLine:
         assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT
         assert bench.sent == b"ab"
 
-    def test_thre_interrupt_comes_when_the_fifo_is_empty(self, uart: Uart16550, bench: Bench) -> None:
+    def test_thre_interrupt_comes_when_the_fifo_is_empty(self, uart: Uart16550, bench: UartBench) -> None:
         fifos(uart)
         uart.write(u.UART_IER, u.UART_IER_THRI)
         bench.busy = True
@@ -411,7 +178,7 @@ class TestBusyLine:
         assert uart.irq
         assert bench.sent == bytes(range(3))
 
-    def test_an_overfull_fifo_loses_the_oldest(self, uart: Uart16550, bench: Bench) -> None:
+    def test_an_overfull_fifo_loses_the_oldest(self, uart: Uart16550, bench: UartBench) -> None:
         fifos(uart)
         bench.busy = True
         for byte in range(20):
@@ -420,14 +187,14 @@ class TestBusyLine:
         uart.transmit_ready()
         assert bench.sent == bytes([0, *range(4, 20)])
 
-    def test_ready_without_need_sends_nothing(self, uart: Uart16550, bench: Bench) -> None:
+    def test_ready_without_need_sends_nothing(self, uart: Uart16550, bench: UartBench) -> None:
         uart.write(u.UART_TX, 1)
         uart.transmit_ready()
         assert bench.sent == b"\1"
 
 
 class TestLoopback:
-    def test_data_comes_back_and_stays_off_the_line(self, uart: Uart16550, bench: Bench) -> None:
+    def test_data_comes_back_and_stays_off_the_line(self, uart: Uart16550, bench: UartBench) -> None:
         fifos(uart)
         uart.write(u.UART_MCR, u.UART_MCR_LOOP)
         for byte in b"loop":
@@ -489,7 +256,7 @@ class TestModemLines:
         assert uart.read(u.UART_MSR) == 0xB8
 
 
-def test_reset(uart: Uart16550, bench: Bench) -> None:
+def test_reset(uart: Uart16550, bench: UartBench) -> None:
     """Everything goes back to power-on, except for the modem inputs: they are pins."""
     fifos(uart, trigger=3)
     for offset in (u.UART_LCR, u.UART_MCR, u.UART_SCR):

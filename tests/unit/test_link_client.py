@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The asking end of a link: round trips, answers that are none, deadlines. Over a real socketpair."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from common.errors import PeerGone, ProtocolError
+from common.link import Client
+from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
+from tests.support.fds import count_fds, identity, send_fds
+
+CONFIG_READ = request_frame(Command.PCI_CFGREAD, CONFIG.pack(0x3D, 0x11223344, 1))
+BAR_WRITE = request_frame(Command.BAR_WRITE, BAR.pack(0xFEDCBA9876543210, 0x1122334455667788, 8, True))
+SYNC = request_frame(Command.SYNC_SYSMEM, SYSMEM.pack(*range(1, 25)))
+SET_IRQFD = request_frame(Command.SET_IRQFD)
+
+LONG = 60.0
+"""a deadline that no test waits for"""
+
+
+class Asker:
+    """A Client, and a peer that does something in its own thread."""
+
+    def __init__(self, deadline: float = LONG) -> None:
+        self.peer, sock = socket.socketpair()
+        self.peer.settimeout(LONG)
+        self.client = Client(sock, deadline)
+        self._threads: list[threading.Thread] = []
+
+    def peer_does(self, action: Callable[[], None]) -> None:
+        thread = threading.Thread(target=action)
+        thread.start()
+        self._threads.append(thread)
+
+    def answer(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Lets the peer answer the next request."""
+
+        def run() -> None:
+            self.peer.recv(100)
+            send_fds(self.peer, data, fds)
+
+        self.peer_does(run)
+
+    def close(self) -> None:
+        self.client.close()
+        for thread in self._threads:
+            thread.join()
+        self.peer.close()
+
+
+@contextlib.contextmanager
+def open_asker(deadline: float = LONG) -> Iterator[Asker]:
+    before = count_fds()
+    asker = Asker(deadline)
+    try:
+        yield asker
+    finally:
+        asker.close()
+    assert count_fds() == before
+
+
+@pytest.fixture
+def asker() -> Iterator[Asker]:
+    with open_asker() as asker:
+        yield asker
+
+
+def test_round_trip(asker: Asker) -> None:
+    seen = []
+
+    def run() -> None:
+        seen.append(asker.peer.recv(100))
+        send_fds(asker.peer, reply_frame(0x1122334455667788))
+
+    asker.peer_does(run)
+    assert asker.client.request(Command.BAR_WRITE, BAR_WRITE[16:]) == 0x1122334455667788
+    assert seen == [BAR_WRITE]
+    asker.answer(reply_frame(ERROR))
+    assert asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:]) == ERROR
+
+
+def test_message_with_fds(asker: Asker) -> None:
+    fds = [os.eventfd(0), os.eventfd(0)]
+    asker.client.send(Command.SET_IRQFD, fds=fds)
+    data, received, _, _ = socket.recv_fds(asker.peer, 100, 8)
+    assert data == SET_IRQFD
+    assert [identity(fd) for fd in received] == [identity(fd) for fd in fds]
+    for fd in fds + received:
+        os.close(fd)
+
+
+def test_reply_byte_by_byte(asker: Asker) -> None:
+    def run() -> None:
+        asker.peer.recv(100)
+        for byte in reply_frame(7):
+            send_fds(asker.peer, bytes([byte]))
+
+    asker.peer_does(run)
+    assert asker.client.request(Command.DEVICE_RESET) == 7
+
+
+def test_empty_reply_to_a_reset(asker: Asker) -> None:
+    asker.answer(struct.pack("<i4xQ", Command.RET, 0))
+    assert asker.client.request(Command.DEVICE_RESET) == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        struct.pack("<i4xQ", Command.RET, 0),
+        struct.pack("<i4xQ", Command.RET, 1000) + bytes(1000),
+        struct.pack("<i4xQ", Command.RET, 9) + bytes(9),
+        struct.pack("<i4xQQ", Command.PCI_CFGREAD, 8, 0),
+        struct.pack("<i4xQQ", 99, 8, 0),
+        struct.pack("<i4xQQ", -1, 8, 0),
+        reply_frame(1) * 2,
+        reply_frame(1) + b"\0",
+    ],
+    ids=["empty", "size-1000", "size-9", "a-request", "command-99", "command--1", "two", "a-byte-more"],
+)
+def test_any_answer_but_one_clean_ret(asker: Asker, answer: bytes) -> None:
+    asker.answer(answer)
+    with pytest.raises(ProtocolError):
+        asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:])
+
+
+@pytest.mark.parametrize("count", [1, 8, 200])
+def test_ret_with_fds(asker: Asker, count: int) -> None:
+    fd = os.eventfd(0)
+    asker.answer(reply_frame(1), [fd] * count)
+    with pytest.raises(ProtocolError, match="file descriptors"):
+        asker.client.request(Command.DEVICE_RESET)
+    os.close(fd)
+
+
+def test_late_second_ret_isnt_taken_for_the_next_answer(asker: Asker) -> None:
+    asker.answer(reply_frame(1))
+    assert asker.client.request(Command.DEVICE_RESET) == 1
+    send_fds(asker.peer, reply_frame(2))
+    with pytest.raises(ProtocolError, match="nobody asked for"):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_ret_that_nobody_asked_for_stops_a_message_without_reply(asker: Asker) -> None:
+    send_fds(asker.peer, b"\1")
+    with pytest.raises(ProtocolError, match="nobody asked for"):
+        asker.client.send(Command.SYNC_SYSMEM, SYNC[16:])
+
+
+def test_silent_peer_costs_the_deadline() -> None:
+    with open_asker(deadline=0.02) as asker, pytest.raises(PeerGone, match=r"within 0\.02 s"):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_deadline_that_has_passed_already_waits_for_nothing() -> None:
+    with open_asker(deadline=0) as asker, pytest.raises(PeerGone, match="within 0 s"):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_dripping_peer_costs_the_deadline() -> None:
+    """24 bytes at no less than 10 ms each take longer than the deadline; no byte may extend it."""
+    with open_asker(deadline=0.1) as asker:
+        enough = threading.Event()
+
+        def drip() -> None:
+            asker.peer.recv(100)
+            for byte in reply_frame(7):
+                if enough.wait(0.01):
+                    return
+                with contextlib.suppress(OSError):
+                    asker.peer.send(bytes([byte]))
+
+        asker.peer_does(drip)
+        with pytest.raises(PeerGone, match=r"within 0\.1 s"):
+            asker.client.request(Command.DEVICE_RESET)
+        enough.set()
+
+
+def test_peer_that_doesnt_read(asker: Asker) -> None:
+    def flood() -> None:
+        while True:
+            asker.client.send(Command.SYNC_SYSMEM, SYNC[16:])
+
+    with pytest.raises(PeerGone, match="doesn't read"):
+        flood()
+
+
+@pytest.mark.parametrize("sent", [0, 1, 16, 23])
+def test_peer_that_closes_instead_of_answering(asker: Asker, sent: int) -> None:
+    def run() -> None:
+        asker.peer.recv(100)
+        asker.peer.send(reply_frame(1)[:sent])
+        asker.peer.close()
+
+    asker.peer_does(run)
+    with pytest.raises(PeerGone):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_peer_that_has_gone(asker: Asker) -> None:
+    asker.peer.close()
+    with pytest.raises(PeerGone):
+        asker.client.request(Command.DEVICE_RESET)
+    with pytest.raises(PeerGone):
+        asker.client.send(Command.SET_IRQFD)
+
+
+def test_shutdown_ends_the_wait_of_another_thread(asker: Asker) -> None:
+    def run() -> None:
+        asker.peer.recv(100)
+        asker.client.shutdown()
+
+    asker.peer_does(run)
+    with pytest.raises(PeerGone):
+        asker.client.request(Command.DEVICE_RESET)
+
+
+def test_connect_where_nobody_listens(tmp_path: os.PathLike[str]) -> None:
+    before = count_fds()
+    path = os.path.join(tmp_path, "socket")
+    with pytest.raises(PeerGone, match="socket: No such file"):
+        Client.connect(path, LONG)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(path)
+    with pytest.raises(PeerGone, match="socket: Connection refused"):
+        Client.connect(path, LONG)
+    assert count_fds() == before

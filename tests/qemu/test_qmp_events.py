@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.monitorclient import MonitorClient
 from tests.support.qmpbench import QmpBench
 from tests.support.wait import wait_until
 
@@ -78,27 +77,6 @@ def test_resets_while_lines_are_high(bench: QmpBench) -> None:
     bench.wait_log("proxyd", "the machine was reset (host-qmp-system-reset)")
 
 
-def test_says_that_the_guest_does_not_consent(bench: QmpBench) -> None:
-    monitor = bench.start_guest()
-    bench.start_proxyd("--unplug-on-exit")
-    bench.run_guest()
-    assert bench.end_proxyd() == 0
-    assert bench.log("proxyd").count("the guest hasn't let it go in 5 s: it stays plugged") == 2
-    assert set(monitor.plugged()) == {"edu0", "com1"}
-    bench.check_interrupts()
-    monitor.execute("system_reset")
-    monitor.wait_event("DEVICE_DELETED", device="edu0")
-
-
-def test_says_that_a_stopped_guest_can_not_consent(bench: QmpBench) -> None:
-    monitor = bench.start_guest()
-    monitor.execute("stop")
-    bench.start_proxyd("--unplug-on-exit")
-    assert bench.end_proxyd() == 0
-    assert bench.log("proxyd").count("the guest is stopped and can't let it go in 5 s: it stays plugged") == 2
-    assert set(monitor.plugged()) == {"edu0", "com1"}
-
-
 def test_a_reset_lets_go_of_what_has_lost_its_remoted(bench: QmpBench) -> None:
     monitor = bench.start_guest()
     bench.start_proxyd()
@@ -125,21 +103,3 @@ def test_what_somebody_else_unplugs_stays_out(bench: QmpBench) -> None:
     assert bench.end_proxyd() == 0
     bench.start_proxyd()
     bench.run_guest()
-
-
-def test_a_busy_monitor_is_told_and_waited_for(bench: QmpBench) -> None:
-    bench.start_guest()
-    with MonitorClient(bench.monitor_path):
-        bench.start_proxyd()
-        assert f"QEMU's monitor {bench.monitor_path} doesn't answer" in bench.log("proxyd")
-    bench.wait_linked(0)
-    bench.run_guest()
-    assert bench.end_proxyd() == 0
-
-
-def test_sigterm_ends_it_while_the_monitor_is_busy(bench: QmpBench) -> None:
-    bench.start_guest()
-    with MonitorClient(bench.monitor_path):
-        bench.start_proxyd()
-        assert f"QEMU's monitor {bench.monitor_path} doesn't answer" in bench.log("proxyd")
-        assert bench.end_proxyd() == 0

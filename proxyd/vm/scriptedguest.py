@@ -2,35 +2,29 @@
 """The guest of --vm soft: what proxyd/vm/guest does in C, as far as the demo and tests need it, in Python.
 
 The console protocol, the commands and the meaning of every count are those at the top of guest/main.c; there are
-fewer commands, and latencies are in nanoseconds. Accesses to devices are the same ones that the C drivers make.
+fewer commands, and latencies are in nanoseconds. This is the part that takes commands; the interrupts' handler is
+in scriptedirq.py, the drivers are in scripteddrivers.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 
 from common.errors import UsageError
-from common.pci import PCI_COMMAND_INTX_DISABLE, PCI_STATUS_INTERRUPT, format_devfn, parse_devfn
+from common.pci import parse_devfn
 from proxyd.pcihost import RESET_PORT
-from proxyd.vm.scripteddrivers import DRIVERS, Driver
+from proxyd.vm.scripteddrivers import DRIVERS
+from proxyd.vm.scriptedirq import MASTER_VECTOR, PIRQ_IRQS, SLAVE_VECTOR, SPARE_IRQ, Function, Interrupts
 from proxyd.vm.softmachine import TICK_SECONDS, MachineReset, PowerOff, SoftMachine
 
 __all__ = ["ScriptedGuest"]
 
-_PIRQ_IRQS = (10, 11, 5, 9)
-_SPARE_IRQ = 12
 _PIRQ_DISABLED = 0x80
-_MASTER_VECTOR, _SLAVE_VECTOR = 0x20, 0x28
-_COMMAND_RUNNING = 0x0003
-_ISA_BRIDGE = parse_devfn("01.0")
 
 _SERVED_WITHIN = 1.0
 _BACK_WITHIN = 20.0
 _SETTLE = 3 * TICK_SECONDS
-_STORM_LIMIT = 200
 _PROGRESS_STEPS = 20
 _LOST_IN_A_ROW = 10
 _SAMPLES_A_LINE = 16
@@ -41,51 +35,13 @@ class _CommandError(Exception):
     """What follows ``err``."""
 
 
-@dataclass(eq=False)
-class _Function:
-    devfn: int
-    driver: Driver
-    pirq: int
-    irq: int
-    raised: int = 0
-    served: int = 0
-    lost: int = 0
-    redone: int = 0
-    eois: int = 0
-    held: int = 0
-    reasserts: int = 0
-    hold: bool = False
-    move_to: int | None = None
-    intx_disabled: bool = False
-    recovering: bool = False
-    raised_at: int = 0
-    eoi_at: int = 0
-    samples: dict[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def addr(self) -> str:
-        return format_devfn(self.devfn)
-
-
-@dataclass
-class _Line:
-    entries: int = 0
-    eois: int = 0
-    spurious: int = 0
-    orphaned: int = 0
-    unclaimed: int = 0
-    stuck: int = 0
-
-
 class ScriptedGuest:
     """Takes commands from the console until the daemon ends."""
 
     def __init__(self, machine: SoftMachine) -> None:
         self._machine = machine
-        self._functions: list[_Function] = []
-        self._lines: dict[int, _Line] = {}
-        self._routes: dict[int, int] = {}
-        self._spurious = {7: 0, 15: 0}
+        self._functions: list[Function] = []
+        self._interrupts = Interrupts(machine, ())
         self._commands: dict[str, Callable[[list[str]], str]] = {
             "setup": self._setup,
             "run": self._run,
@@ -108,8 +64,9 @@ class ScriptedGuest:
                 return
 
     def _boot(self) -> None:
-        self._functions, self._lines, self._routes = [], {}, {}
-        for command, base, cascade in ((0x20, _MASTER_VECTOR, 0x04), (0xA0, _SLAVE_VECTOR, 0x02)):
+        self._functions = []
+        self._interrupts = Interrupts(self._machine, ())
+        for command, base, cascade in ((0x20, MASTER_VECTOR, 0x04), (0xA0, SLAVE_VECTOR, 0x02)):
             for port, value in (
                 (command, 0x11),
                 (command + 1, base),
@@ -131,7 +88,6 @@ class ScriptedGuest:
 
     def _setup(self, _words: list[str]) -> str:
         self._functions = []
-        self._lines = {irq: _Line() for irq in (*_PIRQ_IRQS, _SPARE_IRQ)}
         memory, io = 0xE0000000, 0xC000
         for devfn in range(256):
             ids = self._machine.config_read(devfn, 0x00, 4)
@@ -142,12 +98,13 @@ class ScriptedGuest:
             memory, io = (memory + (1 << 20), io) if DRIVERS[ids].is_memory else (memory, io + 0x100)
             pirq = ((devfn >> 3) - 1 + pin - 1) & 3
             driver = DRIVERS[ids](self._machine, address)
-            function = _Function(devfn, driver, pirq, _PIRQ_IRQS[pirq])
-            self._start(function)
+            function = Function(self._machine, devfn, driver, pirq, PIRQ_IRQS[pirq])
+            function.start()
             self._functions.append(function)
-        for pirq, irq in enumerate(_PIRQ_IRQS):
+        self._interrupts = Interrupts(self._machine, self._functions)
+        for pirq, irq in enumerate(PIRQ_IRQS):
             self._machine.set_level_triggered(irq)
-            self._route(pirq, irq)
+            self._interrupts.route(pirq, irq)
             self._machine.mask(irq, False)
         for function in self._functions:
             model, ids = function.driver.model, self._machine.config_read(function.devfn, 0x00, 4)
@@ -181,37 +138,44 @@ class ScriptedGuest:
                     self._recover_all()
         return f"ticks={int((time.monotonic() - started) / TICK_SECONDS)}"
 
-    def _round(self, function: _Function, hold: bool) -> bool:
+    def _round(self, function: Function, hold: bool) -> bool:
+        """One round, however often the device is reset under it. False if its interrupt was lost."""
         while True:
             before = function.raised, function.served, function.held, function.reasserts
-            served = function.served
-            function.hold = hold
-            self._raise(function)
-            expires = time.monotonic() + _SERVED_WITHIN
-            while function.served == served:
-                now = time.monotonic()
-                self._machine.halt(now + TICK_SECONDS, self._interrupt)
-                if function.served == served and not function.driver.is_alive():
-                    try:
-                        self._recover_all()
-                    finally:
-                        # What a device that goes on where it was has asserted meanwhile is of no round.
-                        function.raised, function.served, function.held, function.reasserts = before
-                        function.redone += 1
-                    break
-                if function.served == served and now > expires:
-                    function.lost += 1
-                    self._quiesce(function)
-                    return False
-            else:
+            served = self._attempt(function, hold)
+            if served is not None:
+                return served
+            try:
+                self._recover_all()
+            finally:
+                # What a device that goes on where it was has asserted meanwhile is of no round.
+                function.raised, function.served, function.held, function.reasserts = before
+                function.redone += 1
+
+    def _attempt(self, function: Function, hold: bool) -> bool | None:
+        """Raises, and waits: whether that was served, or None if the device has been reset or has gone."""
+        served = function.served
+        function.hold = hold
+        function.raise_line()
+        expires = time.monotonic() + _SERVED_WITHIN
+        while True:
+            now = time.monotonic()
+            self._machine.halt(now + TICK_SECONDS, self._interrupts.take)
+            if function.served != served:
                 return True
+            if not function.driver.is_alive():
+                return None
+            if now > expires:
+                function.lost += 1
+                function.quiesce()
+                return False
 
     def _recover_all(self) -> None:
         """What reset one device has seldom left the others alone."""
         for function in self._functions:
             self._recover(function)
 
-    def _recover(self, function: _Function) -> None:
+    def _recover(self, function: Function) -> None:
         """Waits until the function answers with its cookie; initialises it if it was reset."""
         if function.driver.is_alive():
             return
@@ -222,7 +186,7 @@ class ScriptedGuest:
                 self._record(f"gone addr={function.addr}")
                 raise _CommandError("a function did not come back")
             if self._machine.config_read(function.devfn, 0x00, 4) in DRIVERS:
-                self._quiesce(function)
+                function.quiesce()
             self._settle(TICK_SECONDS)
         ticks = int((time.monotonic() - started) / TICK_SECONDS)
         self._record(f"back addr={function.addr} after_ticks={ticks} config=kept")
@@ -244,40 +208,41 @@ class ScriptedGuest:
             self._record(
                 f"function addr={function.addr} model={function.driver.model} gsi={function.irq} {text}"
             )
-        for irq, line in self._lines.items():
+        for irq, line in self._interrupts.lines.items():
             line_counts = ("entries", "eois", "spurious", "orphaned", "stuck")
             self._record(
                 f"irq irq={irq} " + " ".join(f"{count}={getattr(line, count)}" for count in line_counts)
             )
-        self._record(f"vectors spurious7={self._spurious[7]} spurious15={self._spurious[15]}")
+        spurious = self._interrupts.spurious
+        self._record(f"vectors spurious7={spurious[7]} spurious15={spurious[15]}")
         return ""
 
     def _reroute(self, words: list[str]) -> str:
         function = self._named(words)
         pirq, irq = function.pirq, function.irq
-        self._machine.set_level_triggered(_SPARE_IRQ)
-        self._machine.mask(_SPARE_IRQ, False)
+        self._machine.set_level_triggered(SPARE_IRQ)
+        self._machine.mask(SPARE_IRQ, False)
 
         def move_before_inta() -> None:
-            self._raise(function)
-            self._route(pirq, _SPARE_IRQ)
+            function.raise_line()
+            self._interrupts.route(pirq, SPARE_IRQ)
 
         def move_before_eoi() -> None:
             function.hold, function.move_to = True, irq
-            self._raise(function)
+            function.raise_line()
 
         def disable() -> None:
-            self._raise(function)
-            self._route(pirq, _PIRQ_DISABLED)
+            function.raise_line()
+            self._interrupts.route(pirq, _PIRQ_DISABLED)
 
-        good = self._step("before_inta", function, _SPARE_IRQ, move_before_inta, (1, 0, 1))
+        good = self._step("before_inta", function, SPARE_IRQ, move_before_inta, (1, 0, 1))
         good &= self._step("before_eoi", function, irq, move_before_eoi, (1, 1, 1))
         good &= self._step("disabled", function, irq, disable, (0, 0, 0))
-        good &= self._step("enabled", function, irq, lambda: self._route(pirq, irq), (1, 0, 1))
+        good &= self._step("enabled", function, irq, lambda: self._interrupts.route(pirq, irq), (1, 0, 1))
         for sharer in self._functions:
             if sharer.pirq == pirq:
-                good &= self._step("restored", sharer, irq, partial(self._raise, sharer), (1, 0, 1))
-        self._machine.mask(_SPARE_IRQ, True)
+                good &= self._step("restored", sharer, irq, sharer.raise_line, (1, 0, 1))
+        self._machine.mask(SPARE_IRQ, True)
         if not good:
             raise _CommandError("a step had the wrong interrupts")
         return ""
@@ -286,19 +251,15 @@ class ScriptedGuest:
         function = self._named(words)
         shared = sum(other.pirq == function.pirq for other in self._functions) > 1
 
-        def disable() -> None:
-            self._raise(function)
-            self._disable_intx(function, True)
-
-        before = self._lines[function.irq].entries
-        disable()
+        before = self._interrupts.lines[function.irq].entries
+        function.raise_line()
+        function.disable_intx(True)
         self._settle(_SETTLE)
-        entries = self._lines[function.irq].entries - before
-        status = self._machine.config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT
-        if not status:
+        entries = self._interrupts.lines[function.irq].entries - before
+        if not function.is_asserting():
             raise _CommandError("the status bit was clear while INTx was disabled")
         enabled = self._step(
-            "enabled", function, function.irq, lambda: self._disable_intx(function, False), (1, 0, 1)
+            "enabled", function, function.irq, lambda: function.disable_intx(False), (1, 0, 1)
         )
         if entries > shared or not enabled:
             raise _CommandError("a step had the wrong interrupts")
@@ -307,9 +268,8 @@ class ScriptedGuest:
     def _hold(self, words: list[str]) -> str:
         function = self._named(words)
         self._machine.mask(function.irq, True)
-        self._raise(function)
-        status = self._machine.config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT
-        return f"status={int(bool(status))}"
+        function.raise_line()
+        return f"status={int(function.is_asserting())}"
 
     def _reboot(self, _words: list[str]) -> str:
         self._machine.write_line("ok")
@@ -319,7 +279,7 @@ class ScriptedGuest:
     def _step(
         self,
         name: str,
-        function: _Function,
+        function: Function,
         irq: int,
         act: Callable[[], None],
         expected: tuple[int, int, int],
@@ -327,17 +287,17 @@ class ScriptedGuest:
         """Acts and waits; whether entries on the IRQ, entries elsewhere and services are as expected."""
 
         def counts() -> tuple[int, int, int]:
-            elsewhere = sum(line.entries for other, line in self._lines.items() if other != irq)
-            return self._lines[irq].entries, elsewhere, function.served
+            elsewhere = sum(line.entries for other, line in self._interrupts.lines.items() if other != irq)
+            return self._interrupts.lines[irq].entries, elsewhere, function.served
 
         before = counts()
         act()
         expires = time.monotonic() + _SERVED_WITHIN
         while expected[2] and function.served == before[2] and time.monotonic() < expires:
-            self._machine.halt(time.monotonic() + TICK_SECONDS, self._interrupt)
+            self._machine.halt(time.monotonic() + TICK_SECONDS, self._interrupts.take)
         if expected[2] and function.served == before[2]:
             function.lost += 1
-            self._quiesce(function)
+            function.quiesce()
         self._settle(_SETTLE)
         got = tuple(after - start for after, start in zip(counts(), before, strict=True))
         result = "good" if got == expected else "bad"
@@ -347,96 +307,12 @@ class ScriptedGuest:
         )
         return got == expected
 
-    def _interrupt(self, vector: int) -> None:
-        now = time.perf_counter_ns()
-        irq = vector - _MASTER_VECTOR if vector < _SLAVE_VECTOR else vector - _SLAVE_VECTOR + 8
-        if irq in self._spurious and not self._machine.is_in_service(irq):
-            self._spurious[irq] += 1
-            if irq == 15:
-                self._machine.outp(0x20, 0x62)
-            return
-        if irq in self._lines:
-            self._device_interrupt(irq, now)
-        self._machine.eoi(irq)
-
-    def _device_interrupt(self, irq: int, now: int) -> None:
-        line = self._lines[irq]
-        line.entries += 1
-        on_line = [function for function in self._functions if self._routes.get(function.pirq) == irq]
-        claimed = False
-        held: _Function | None = None
-        for function in on_line:
-            if function.intx_disabled:
-                continue
-            if function.hold:
-                if not self._machine.config_read(function.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT:
-                    continue
-                self._entered(function, now)
-                function.hold, held = False, function
-                function.held += 1
-            elif function.driver.claim():
-                self._entered(function, now)
-                function.served += 1
-            else:
-                continue
-            claimed = True
-        self._account(line, irq, claimed, on_line)
-        if held is not None and held.move_to is not None:
-            self._route(held.pirq, held.move_to)
-            held.move_to = None
-        line.eois += 1
-        for function in on_line:
-            function.eois += 1
-        if held is not None:
-            held.eoi_at = time.perf_counter_ns()
-
-    def _account(self, line: _Line, irq: int, claimed: bool, on_line: list[_Function]) -> None:
-        if claimed:
-            line.unclaimed = 0
-            return
-        if any(function.recovering or not function.driver.is_alive() for function in on_line):
-            line.orphaned += 1
-        else:
-            line.spurious += 1
-        line.unclaimed += 1
-        if line.unclaimed == _STORM_LIMIT:
-            line.stuck = 1
-            self._machine.mask(irq, True)
-
-    def _entered(self, function: _Function, now: int) -> None:
-        if function.raised_at:
-            kind, began, function.raised_at = "raise_to_handler", function.raised_at, 0
-        elif function.eoi_at:
-            kind, began, function.eoi_at = "eoi_to_reassert", function.eoi_at, 0
-            function.reasserts += 1
-        else:
-            return
-        if kind in function.samples:
-            function.samples[kind].append(now - began)
-
-    def _raise(self, function: _Function) -> None:
-        function.raised += 1
-        function.eoi_at = 0
-        function.raised_at = time.perf_counter_ns()
-        function.driver.raise_line()
-
-    def _start(self, function: _Function) -> None:
-        self._machine.config_write(function.devfn, 0x10, 4, function.driver.base)
-        self._machine.config_write(function.devfn, 0x3C, 1, function.irq)
-        self._machine.config_write(function.devfn, 0x04, 2, _COMMAND_RUNNING)
-        function.driver.init()
-
-    def _quiesce(self, function: _Function) -> None:
-        function.hold, function.move_to = False, None
-        function.raised_at = function.eoi_at = 0
-        function.driver.init()
-
     def _settle(self, seconds: float) -> None:
         expires = time.monotonic() + seconds
         while time.monotonic() < expires:
-            self._machine.halt(expires, self._interrupt)
+            self._machine.halt(expires, self._interrupts.take)
 
-    def _named(self, words: list[str]) -> _Function:
+    def _named(self, words: list[str]) -> Function:
         try:
             devfn = parse_devfn(words[0] if words else "")
         except UsageError as error:
@@ -445,15 +321,6 @@ class ScriptedGuest:
             if function.devfn == devfn:
                 return function
         raise _CommandError("no such function, setup comes first")
-
-    def _disable_intx(self, function: _Function, disable: bool) -> None:
-        function.intx_disabled = disable
-        command = _COMMAND_RUNNING | (PCI_COMMAND_INTX_DISABLE if disable else 0)
-        self._machine.config_write(function.devfn, 0x04, 2, command)
-
-    def _route(self, pirq: int, irq: int) -> None:
-        self._routes[pirq] = irq
-        self._machine.config_write(_ISA_BRIDGE, 0x60 + pirq, 1, irq)
 
     def _record(self, text: str) -> None:
         self._machine.write_line(f"* {text}")

@@ -72,18 +72,18 @@ def open_chardev(
     Raises UsageError for another text and for a path that can't be used.
     """
     kind, _, path = spec.partition(":")
-    if spec == "null":
-        return Chardev()
-    if spec == "pty":
-        return PtyChardev(loop, log, frontend, on_connected)
-    if kind == "file" and path:
-        return FileChardev(path, log)
-    if kind == "unix" and path:
-        try:
+    try:
+        if spec == "null":
+            return Chardev()
+        if spec == "pty":
+            return PtyChardev(loop, log, frontend, on_connected)
+        if kind == "file" and path:
+            return FileChardev(path, log)
+        if kind == "unix" and path:
             return UnixChardev(path, loop, log, frontend, on_connected)
-        except UsageError as error:
-            raise UsageError(f"chardev={spec}: {error}") from error
-    raise UsageError(f"chardev={spec}: must be null, pty, file:PATH or unix:PATH")
+        raise UsageError("must be null, pty, file:PATH or unix:PATH")
+    except UsageError as error:
+        raise UsageError(f"chardev={spec}: {error}") from error
 
 
 class FileChardev(Chardev):
@@ -97,7 +97,7 @@ class FileChardev(Chardev):
         try:
             self._fd = os.open(path, flags, 0o666)
         except (OSError, ValueError) as error:
-            raise UsageError(f"chardev=file:{path}: {getattr(error, 'strerror', error)}") from error
+            raise UsageError(str(getattr(error, "strerror", error))) from error
 
     def write(self, data: bytes | bytearray) -> int:
         try:
@@ -261,7 +261,7 @@ class PtyChardev(StreamChardev):
         try:
             master, slave = os.openpty()
         except OSError as error:
-            raise UsageError(f"chardev=pty: {error.strerror}") from error
+            raise UsageError(str(error.strerror)) from error
         tty.setraw(slave)
         log.info("char device redirected to %s", os.ttyname(slave))
         os.close(slave)

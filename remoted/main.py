@@ -122,10 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup(PROGRAM, config.name)
         config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         remoted = Remoted(config)
-    except UsageError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
+    except (UsageError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     try:

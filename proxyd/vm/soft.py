@@ -22,7 +22,7 @@ class Soft:
         check_addresses(config.devices)
         self._irqchip = SoftIrqchip(loop)
         self._board = Board(program, config, loop, self._irqchip)
-        machine = SoftMachine(loop, self._irqchip, self._board.host, self._board.console)
+        machine = SoftMachine(loop, self._irqchip.pic, self._board.host, self._board.console)
         self._guest = ScriptedGuest(machine)
 
     def run(self) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from common.loop import Loop
 from proxyd.console import COM1_PORTS, Console
+from proxyd.i8259 import I8259Pair
 from proxyd.pcihost import RESET_CPU, RESET_PORT, PciHost
-from proxyd.softirqchip import SoftIrqchip
 
 __all__ = ["TICK_SECONDS", "TSC_KHZ", "MachineReset", "PowerOff", "SoftMachine"]
 
@@ -23,6 +23,7 @@ TSC_KHZ = 1_000_000
 """the scripted guest's time stamps are nanoseconds"""
 
 _LOOP_MAY_WAIT_SECONDS = 0.1
+"""a guest that doesn't halt lets the loop run every so often, between two accesses"""
 
 _PIC_PORTS = frozenset((0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1))
 _COM1 = COM1_PORTS.start
@@ -41,10 +42,9 @@ class MachineReset(Exception):
 class SoftMachine:
     """The board, and the CPU as far as a scripted guest needs one: ports, memory, interrupts, halting."""
 
-    def __init__(self, loop: Loop, irqchip: SoftIrqchip, host: PciHost, console: Console) -> None:
+    def __init__(self, loop: Loop, pic: I8259Pair, host: PciHost, console: Console) -> None:
         self._loop = loop
-        self._irqchip = irqchip
-        self._pic = irqchip.pic
+        self._pic = pic
         self._host = host
         self._console = console
         self._loop_ran_at = time.monotonic()

@@ -24,17 +24,29 @@ ERESTART_RESTARTBLOCK = 516
 
 _NR_IOCTL = 16
 
-# What only waits, changes nothing when it fails with EINTR, and fails so on any stop (signal(7)).
-_PURE_WAITS = {
+# What changes nothing when it fails with EINTR, and fails so on any stop, of a socket if that has a timeout
+# (signal(7)). Not connect(2), which goes on in the background.
+_REPEATABLE = {
+    "read": 0,
+    "write": 1,
+    "readv": 19,
+    "writev": 20,
     "accept": 43,
+    "sendto": 44,
     "recvfrom": 45,
+    "sendmsg": 46,
     "recvmsg": 47,
     "semop": 65,
     "rt_sigtimedwait": 128,
+    "io_getevents": 208,
     "semtimedop": 220,
     "epoll_wait": 232,
     "epoll_pwait": 281,
     "accept4": 288,
+    "recvmmsg": 299,
+    "sendmmsg": 307,
+    "io_pgetevents": 333,
+    "io_uring_enter": 426,
     "epoll_pwait2": 441,
 }
 
@@ -80,10 +92,10 @@ def make_restartable(regs: user_regs_struct) -> None:
     Nothing is lost by a second go, and with the code for "unless a handler runs" a signal that did come still
     ends them with EINTR. A timeout begins anew.
     """
-    pure_wait = regs.orig_rax in _PURE_WAITS.values() or (
+    repeatable = regs.orig_rax in _REPEATABLE.values() or (
         regs.orig_rax == _NR_IOCTL and regs.rsi & 0xFFFF_FFFF == Request.KVM_RUN
     )
-    if pure_wait and _interrupted(regs) == errno.EINTR:
+    if repeatable and _interrupted(regs) == errno.EINTR:
         regs.rax = -ERESTARTNOHAND & _U64
 
 

@@ -34,20 +34,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from common.errors import IohubError, PeerGone
 from proxyd import ptrace, sigframe
 from proxyd.interrupted import leave_critical_section, make_restartable, restarted
+from proxyd.landmarks import RESTORE_RT_MAX, SYSCALL_RET, Landmarks, is_restore_rt
 from proxyd.ptrace import user_regs_struct
 
-__all__ = ["Gadgets", "StoppedThread", "Syscall", "find_gadgets", "match_gadgets", "run_stopped"]
+__all__ = ["StoppedThread", "Syscall", "run_stopped"]
 
 STOP_DEADLINE = 5.0
 """Seconds that a thread gets to come to each stop; in uninterruptible sleep it can't."""
 
 LOOK_SECONDS = 0.1
-"""How soon a stop is seen whose SIGCHLD went to another thread, one that doesn't block it. Looking every
+"""How soon a stop is seen whose SIGCHLD went to another thread, so each should block it. Looking every
 millisecond from the target's CPU kept KVM's kernel threads off it for seconds when the machine was busy."""
 
 SCRATCH_SIZE = 1024
@@ -57,11 +58,9 @@ MAX_OPEN = 3
 """fds that one stop may have open at a time."""
 
 _RED_ZONE = 128  # System V ABI, AMD64 supplement, 3.2.2: below the stack pointer, yet in use
+_OFF_STACK_SECONDS = 0.001  # how soon a thread that wasn't on its stack is looked at again
 _STAT_PROCESSOR = 36  # fields after the name in proc_pid_stat(5)
 _MINUS_1 = (1 << 64) - 1
-_SYSCALL_RET = b"\x0f\x05\xc3"
-_RESTORE_RT = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
-_CHUNK = 1 << 20
 _WALL = 0x40000000  # __WALL of wait(2)
 
 
@@ -78,55 +77,12 @@ class Syscall(IntEnum):
 _T = TypeVar("_T")
 
 
-class Gadgets(NamedTuple):
-    """Addresses of two pieces of code that every C library has."""
-
-    syscall_ret: int
-    """``syscall; ret``"""
-    restore_rt: int
-    """``mov $15, %rax; syscall``, where signal handlers return to"""
-
-
-def match_gadgets(code: bytes) -> tuple[int, int]:
-    """Offsets of the first of each kind in ``code``, -1 where there is none."""
-    found = [offset for offset in map(code.find, _RESTORE_RT) if offset >= 0]
-    return code.find(_SYSCALL_RET), min(found, default=-1)
-
-
-def find_gadgets(pid: int) -> Gadgets:
-    """Looks through the executable mappings of a process, the dynamic linker and the libraries first.
-
-    Raises OSError if they can't be read, IohubError if there is no such code.
-    """
-    syscall_ret = restore_rt = -1
-    for address, code in _executable_code(pid):
-        first, second = match_gadgets(code)
-        syscall_ret = address + first if syscall_ret < 0 <= first else syscall_ret
-        restore_rt = address + second if restore_rt < 0 <= second else restore_rt
-        if syscall_ret >= 0 and restore_rt >= 0:
-            return Gadgets(syscall_ret, restore_rt)
-    raise IohubError(f"process {pid} has no code that makes a system call or that returns from a signal")
-
-
-def _executable_code(pid: int) -> Iterator[tuple[int, bytes]]:
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-        mappings = [line.split(maxsplit=5) for line in file]
-    for fields in reversed(mappings):
-        if fields[1] != "r-xp" or fields[4] == "0":
-            continue  # of the others only files' are sure to be readable and to stay
-        start, end = (int(bound, 16) for bound in fields[0].split("-"))
-        for address in range(start, end, _CHUNK):
-            # A pattern may begin in one chunk and end in the next.
-            size = min(end - address, _CHUNK + len(_RESTORE_RT[0]) - 1)
-            yield address, ptrace.read_memory(pid, address, size)
-
-
 class StoppedThread:
     """The main thread of a process, stopped, ready to make calls; see run_stopped()."""
 
-    def __init__(self, pid: int, gadgets: Gadgets) -> None:
+    def __init__(self, pid: int, landmarks: Landmarks) -> None:
         self.pid = pid
-        self._gadgets = gadgets
+        self._landmarks = landmarks
         self._seized = False
         self._regs: user_regs_struct | None = None  # set while the thread's registers aren't its own
         self._mask: int | None = None  # set while its signal mask isn't its own
@@ -147,29 +103,32 @@ class StoppedThread:
         IohubError if it can't serve. release() must follow in any case.
         """
         _run_beside(self.pid)
-        ptrace.seize(self.pid, ptrace.PTRACE_O_TRACESYSGOOD)
-        self._seized = True
-        self._began = time.monotonic()
-        ptrace.interrupt(self.pid)
-        self._wait(ptrace.cont, _is_event_stop)
-        regs = ptrace.getregs(self.pid)
-        if regs is None:
-            raise IohubError(f"process {self.pid} runs 32-bit code, which can't be served")
-        self._check_gadgets()
+        deadline = time.monotonic() + STOP_DEADLINE
+        while True:
+            regs = self._interrupt()
+            xstate = sigframe.without_unused_tiles(ptrace.get_xstate(self.pid))
+            frame_size = sigframe.size(xstate)
+            top = regs.rsp - _RED_ZONE - SCRATCH_SIZE
+            frame = (top - frame_size) // sigframe.FP_ALIGNMENT * sigframe.FP_ALIGNMENT
+            floor = frame - MAX_OPEN * sigframe.size()
+            if floor in self._landmarks.stack and regs.rsp in self._landmarks.stack:
+                break
+            # Below the stack of a coroutine there may be anything.
+            ptrace.detach(self.pid)
+            self._seized = False
+            if time.monotonic() > deadline:
+                raise IohubError(f"process {self.pid} has its main thread on a stack of its own")
+            signal.sigtimedwait({signal.SIGCHLD}, _OFF_STACK_SECONDS)
+        self._check_code()
         leave_critical_section(self.pid, regs)
         make_restartable(regs)
         mask = ptrace.get_signal_mask(self.pid)
-        xstate = ptrace.get_xstate(self.pid)
-        frame_size = sigframe.size(xstate)
-        top = regs.rsp - _RED_ZONE - SCRATCH_SIZE
-        frame = (top - frame_size) // sigframe.FP_ALIGNMENT * sigframe.FP_ALIGNMENT
-        floor = frame - MAX_OPEN * sigframe.size()
         self._scratch = frame + frame_size
         self._scratch_end = self._scratch + SCRATCH_SIZE
         self._saved = floor, ptrace.read_memory(self.pid, floor, self._scratch_end - floor)
         home = restarted(regs)
         ptrace.write_memory(
-            self.pid, frame, sigframe.build(frame, self._gadgets.restore_rt, home, mask, xstate)
+            self.pid, frame, sigframe.build(frame, self._landmarks.restore_rt, home, mask, xstate)
         )
         self._home = frame
         self._regs = regs
@@ -229,7 +188,7 @@ class StoppedThread:
                 frame = self._way_home - sigframe.size()
                 regs = self._calling(Syscall.close, fd)
                 ptrace.write_memory(
-                    self.pid, frame, sigframe.build(frame, self._gadgets.restore_rt, regs, ptrace.NSIG_MASK)
+                    self.pid, frame, sigframe.build(frame, self._landmarks.restore_rt, regs, ptrace.NSIG_MASK)
                 )
                 self._closers[fd] = frame
             ptrace.setregs(self.pid, self._homebound())
@@ -272,7 +231,7 @@ class StoppedThread:
     def _calling(self, number: Syscall, *arguments: int) -> user_regs_struct:
         """Registers that make a call, and then take the way home."""
         regs = user_regs_struct.from_buffer_copy(self._regs or user_regs_struct())
-        regs.rip = self._gadgets.syscall_ret
+        regs.rip = self._landmarks.syscall_ret
         regs.rsp = self._way_home
         regs.orig_rax = _MINUS_1  # none that could be restarted
         regs.rax = number
@@ -283,14 +242,25 @@ class StoppedThread:
     def _homebound(self) -> user_regs_struct:
         """Registers that take the way home at once."""
         regs = self._calling(Syscall.close)
-        regs.rip += len(_SYSCALL_RET) - 1
+        regs.rip += len(SYSCALL_RET) - 1
         return regs
 
-    def _check_gadgets(self) -> None:
-        # The process may have executed another program since they were found.
-        code = ptrace.read_memory(self.pid, self._gadgets.syscall_ret, len(_SYSCALL_RET))
-        back = ptrace.read_memory(self.pid, self._gadgets.restore_rt, len(_RESTORE_RT[0]))
-        if code != _SYSCALL_RET or not back.startswith(_RESTORE_RT):
+    def _interrupt(self) -> user_regs_struct:
+        ptrace.seize(self.pid, ptrace.PTRACE_O_TRACESYSGOOD)
+        self._seized = True
+        self._began = time.monotonic()
+        ptrace.interrupt(self.pid)
+        self._wait(ptrace.cont, _is_event_stop)
+        regs = ptrace.getregs(self.pid)
+        if regs is None:
+            raise IohubError(f"process {self.pid} runs 32-bit code, which can't be served")
+        return regs
+
+    def _check_code(self) -> None:
+        # The process may have executed another program since it was looked at.
+        call = ptrace.read_memory(self.pid, self._landmarks.syscall_ret, len(SYSCALL_RET))
+        back = ptrace.read_memory(self.pid, self._landmarks.restore_rt, RESTORE_RT_MAX)
+        if call != SYSCALL_RET or not is_restore_rt(back):
             raise IohubError(f"process {self.pid} has replaced its code")
 
     def _wait(self, resume: Callable[[int, int], None], wanted: Callable[[int], bool]) -> None:
@@ -345,9 +315,9 @@ def _run_beside(pid: int) -> None:
 class _Tracer(threading.Thread, Generic[_T]):
     """Does its work and ends, and the kernel releases what it still traces."""
 
-    def __init__(self, pid: int, gadgets: Gadgets, body: Callable[[StoppedThread], _T]) -> None:
+    def __init__(self, pid: int, landmarks: Landmarks, body: Callable[[StoppedThread], _T]) -> None:
         super().__init__(name=f"tracer-{pid}")
-        self.thread = StoppedThread(pid, gadgets)
+        self.thread = StoppedThread(pid, landmarks)
         self.body = body
         self.result: list[_T] = []
         self.error: BaseException | None = None
@@ -364,13 +334,13 @@ class _Tracer(threading.Thread, Generic[_T]):
             self.error = self.error or error
 
 
-def run_stopped(pid: int, gadgets: Gadgets, body: Callable[[StoppedThread], _T]) -> tuple[_T, float]:
+def run_stopped(pid: int, landmarks: Landmarks, body: Callable[[StoppedThread], _T]) -> tuple[_T, float]:
     """Stops the main thread of a process, lets ``body`` make calls in it, and lets it go.
 
     Returns what ``body`` returned and the seconds for which the thread was stopped, at most. Raises what
     ``body`` and StoppedThread's methods raise; the process runs on in any case.
     """
-    tracer = _Tracer(pid, gadgets, body)
+    tracer = _Tracer(pid, landmarks, body)
     # The tracer inherits the mask, and waits for the signal.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:

@@ -12,7 +12,7 @@ from ctypes import Structure, c_uint16, c_uint32, c_uint64, sizeof
 
 from proxyd.ptrace import user_regs_struct
 
-__all__ = ["FP_ALIGNMENT", "build", "size"]
+__all__ = ["FP_ALIGNMENT", "build", "size", "without_unused_tiles"]
 
 FP_XSTATE_MAGIC1 = 0x46505853
 FP_XSTATE_MAGIC2 = 0x46505845
@@ -22,6 +22,10 @@ UC_STRICT_RESTORE_SS = 0x4
 
 FP_ALIGNMENT = 64
 """What XRSTOR wants of its area, in bytes; build() wants it of the frame's address."""
+
+_XSTATE_BV = 512  # of struct _xstate: what isn't in its initial state
+_XTILEDATA = 18
+_XTILEDATA_SIZE = 8192  # the last component of the standard format
 
 _SW_RESERVED = 464  # of struct _fpstate_64; the register set keeps XCR0 there, the frame struct _fpx_sw_bytes
 _FPX_SW_BYTES = struct.Struct("<IIQI28x")
@@ -74,6 +78,22 @@ class rt_sigframe(Structure):
 
 
 _FPSTATE = -(-sizeof(rt_sigframe) // FP_ALIGNMENT) * FP_ALIGNMENT
+
+
+def without_unused_tiles(xstate: bytes) -> bytes:
+    """A vector state as PTRACE_GETREGSET gives it, less AMX's tile data where that is in its initial state.
+
+    The register set has room for it in any case, but of a thread that never asked for AMX the kernel takes a
+    frame of that size for a broken one and restores x87 and SSE alone (arch/x86/kernel/fpu/signal.c:
+    check_xstate_in_sigframe()).
+    """
+    bit = 1 << _XTILEDATA
+    xcr0 = int.from_bytes(xstate[_SW_RESERVED : _SW_RESERVED + 8], "little")
+    used = int.from_bytes(xstate[_XSTATE_BV : _XSTATE_BV + 8], "little")
+    if not xcr0 & bit or used & bit:
+        return xstate
+    without = (xcr0 & ~bit).to_bytes(8, "little")
+    return xstate[:_SW_RESERVED] + without + xstate[_SW_RESERVED + 8 : -_XTILEDATA_SIZE]
 
 
 def size(xstate: bytes = b"") -> int:

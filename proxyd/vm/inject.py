@@ -19,7 +19,6 @@ the socket pair, or the irqfd of a line that nobody raises any more.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import socket
 import struct
@@ -40,12 +39,12 @@ from proxyd.kvm_h import (
     kvm_irqchip,
     kvm_irqfd,
 )
-from proxyd.remotecall import StoppedThread, Syscall, find_gadgets, run_stopped
+from proxyd.landmarks import find_landmarks
+from proxyd.remotecall import StoppedThread, Syscall, run_stopped
 from proxyd.vm.process import Process
 
 __all__ = ["Line", "Target"]
 
-_Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 _T = TypeVar("_T")
 
 
@@ -88,6 +87,8 @@ class Line:
     gsi: int
     irqfd: EventNotifier
     resamplefd: EventNotifier
+    seconds: float
+    """for how long the process stood still for it, at most"""
 
     def close(self) -> None:
         """Closes both eventfds. The last copy of the irqfd takes it out of KVM and lowers the line."""
@@ -98,29 +99,28 @@ class Line:
 class Target:
     """A running process with one VM; made by open()."""
 
-    def __init__(self, process: Process, log: _Log) -> None:
+    def __init__(self, process: Process) -> None:
         """Raises UsageError, one line that says what is in the way; the process is what it was then.
 
         Stops the process once, to ask KVM what irqchip its VM has.
         """
         self._process = process
-        self._log = log
         status = process.refuse_unfit()
         with process.explained(UsageError):
             process.refuse_foreign_architecture()
             self._vm_fd = process.find_vm(int(status["FDSize"]))
-            self._gadgets = find_gadgets(process.pid)
+            self._landmarks = find_landmarks(process.pid)
         try:
             self._run(self._check_irqchip)
         except IohubError as error:
             raise UsageError(str(error)) from error
 
     @classmethod
-    def open(cls, pid: int, log: _Log) -> Self:
+    def open(cls, pid: int) -> Self:
         """The target with this process id. Raises UsageError as the constructor does."""
         process = Process(pid)
         try:
-            return cls(process, log)
+            return cls(process)
         except BaseException:
             process.close()
             raise
@@ -145,26 +145,16 @@ class Target:
         with ExitStack() as copies:
             (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi, copies))
             copies.pop_all()
-        line = Line(gsi, *adopt_pair(irqfd, resamplefd))
-        self._log.info(
-            "pid:%d: attached to GSI %d, the process stood still for %.0f us", self.pid, gsi, seconds * 1e6
-        )
-        return line
+        return Line(gsi, *adopt_pair(irqfd, resamplefd), seconds)
 
-    def detach(self, line: Line) -> None:
+    def detach(self, line: Line) -> float:
         """Has the process deassign the irqfd, whoever holds a copy of it, and closes the line in any case.
 
-        The GSI is low then, as far as no other device asserts it. Raises as attach() does; the irqfd ends
-        with its last copy then.
+        The GSI is low then, as far as no other device asserts it. Returns the seconds for which the process
+        stood still, at most. Raises as attach() does; the irqfd ends with its last copy then.
         """
         with closing(line):
-            _, seconds = self._run(lambda thread: self._deassign(thread, line))
-        self._log.info(
-            "pid:%d: detached from GSI %d, the process stood still for %.0f us",
-            self.pid,
-            line.gsi,
-            seconds * 1e6,
-        )
+            return self._run(lambda thread: self._deassign(thread, line))[1]
 
     def close(self) -> None:
         """Lets go of the process; lines stay as they are."""
@@ -178,7 +168,7 @@ class Target:
 
         self._process.refuse_unfit()
         with self._process.explained(IohubError):
-            return run_stopped(self.pid, self._gadgets, checked)
+            return run_stopped(self.pid, self._landmarks, checked)
 
     def _vm_ioctl(self, thread: StoppedThread, request: Request, argument: Structure) -> None:
         try:

@@ -8,6 +8,7 @@ out of the VM, so the line is low.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable
 
 from common import mpqemu, pci
@@ -80,7 +81,7 @@ class _Function:
         self.pin = pin
 
     def attach(self) -> None:
-        """Has the process make and assign the irqfd, then sends it, then kicks.
+        """Has the process make and assign the irqfd, then kicks, then sends it.
 
         Raises PeerGone, also when the process refuses, and ProtocolError.
         """
@@ -92,11 +93,14 @@ class _Function:
                 self._line = self._target.attach(self._gsi)
             except IohubError as error:
                 raise PeerGone(str(error)) from error
-            client.send(Command.SET_IRQFD, fds=(self._line.irqfd.fd, self._line.resamplefd.fd))
+            # The kick first: if the other end looks at it only when it has asserted a level that is high, it does
+            # so twice.
             self._line.resamplefd.set()
+            client.send(Command.SET_IRQFD, fds=(self._line.irqfd.fd, self._line.resamplefd.fd))
         except BaseException:
             self.detach()
             raise
+        self._tell("attached to", self._line.seconds)
         self._client, self._connecting = client, None
         self.reconnects += self._was_linked
         self._was_linked = True
@@ -140,9 +144,15 @@ class _Function:
             line.close()
         elif line is not None:
             try:
-                self._target.detach(line)
+                seconds = self._target.detach(line)
             except IohubError as error:
                 self.log.warning("not detached in order: %s", error)
+            else:
+                self._tell("detached from", seconds)
+
+    def _tell(self, what: str, seconds: float) -> None:
+        text = "%s GSI %d, the process stood still for %.0f us"
+        self.log.info(text, what, self._gsi, seconds * 1e6, peer=f"pid:{self._target.pid}")
 
 
 def _check_gsi(device: DeviceConfig) -> int:
@@ -163,7 +173,10 @@ class Attached:
         self._loop = loop
         self._exited = False
         gsis = {device.id: _check_gsi(device) for device in config.devices}
-        self._target = Target.open(int(config.vm.partition(":")[2]), self._log)
+        # Before any thread is started: one that doesn't block it can take the signal that says that the process
+        # has stopped, and it would stand still until somebody looks.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        self._target = Target.open(int(config.vm.partition(":")[2]))
         self._keeper = LinkKeeper(loop)
         try:
             self._functions = [

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from proxyd.vm.inject import Target
 from tests.support.countguest import CountGuest
 
@@ -13,28 +11,15 @@ __all__ = ["stops"]
 _GSI = 10
 
 
-class _Microseconds(logging.Handler):
-    """Collects what Target reports."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: list[float] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if isinstance(record.args, tuple):
-            *_, value = record.args
-            self.values.append(float(str(value)))
-
-
 def stops(count: int) -> dict[str, list[float]]:
     """Microseconds, so many of each kind, of a QEMU whose guest sleeps."""
-    log = logging.getLogger("bench")
-    log.setLevel(logging.INFO)
-    reported = _Microseconds()
-    log.addHandler(reported)
+    attach = []
+    detach = []
     with CountGuest() as guest:
-        target = Target.open(guest.pid, log)
+        target = Target.open(guest.pid)
         for _ in range(count):
-            target.detach(target.attach(_GSI))
+            line = target.attach(_GSI)
+            attach.append(line.seconds * 1e6)
+            detach.append(target.detach(line) * 1e6)
         target.close()
-    return {"attach": reported.values[::2], "detach": reported.values[1::2]}
+    return {"attach": attach, "detach": detach}

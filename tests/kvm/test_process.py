@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import shutil
 import subprocess
@@ -24,13 +23,12 @@ from tests.support.target import TargetProcess, build, needs_gcc
 from tests.support.wait import wait_until
 
 ROOT = Path(__file__).parents[2]
-LOG = logging.getLogger("test")
 ATTACH = """
-import logging, sys
+import sys
 from common.errors import UsageError
 from proxyd.vm.inject import Target
 try:
-    target = Target.open(int(sys.argv[1]), logging.getLogger())
+    target = Target.open(int(sys.argv[1]))
     target.detach(target.attach(5))
     print("attached")
 except UsageError as error:
@@ -72,7 +70,7 @@ def vm_holder(kind: str) -> Iterator[int]:
 def refusal(pid: int) -> str:
     """The line, without the process id at its beginning."""
     with pytest.raises(UsageError) as caught:
-        Target.open(pid, LOG)
+        Target.open(pid)
     line = str(caught.value)
     assert line.startswith(f"pid:{pid}: ")
     assert "\n" not in line
@@ -83,7 +81,7 @@ def refusal(pid: int) -> str:
 @pytest.mark.parametrize("kind", ["one", "dup"])
 def test_a_process_with_one_vm(kind: str) -> None:
     with vm_holder(kind) as pid:
-        target = Target.open(pid, LOG)
+        target = Target.open(pid)
         line = target.attach(5)
         target.detach(line)
         target.close()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import logging
 import os
 import re
 import resource
@@ -15,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +34,6 @@ from tests.support.wait import wait_until
 pytestmark = [pytest.mark.usefixtures("requires_kvm", "requires_qemu"), needs_gcc]
 
 ROOT = Path(__file__).parents[2]
-LOG = logging.getLogger("test")
 PATIENCE = 20.0
 
 # A failure of these can't leave an fd behind; of the others it is unknown what the call has done.
@@ -61,7 +60,7 @@ def guest(machine: CountGuest) -> Iterator[CountGuest]:
 
 @pytest.fixture
 def target(guest: CountGuest) -> Iterator[Target]:
-    target = Target.open(guest.pid, LOG)
+    target = Target.open(guest.pid)
     yield target
     target.close()
 
@@ -157,7 +156,7 @@ def test_kill_of_the_daemons(guest: CountGuest, killed: tuple[str, ...]) -> None
         wait_until(lambda: not high(guest), "the line is low")
     assert guest.fds() == fds
     guest.qmp("cont")
-    target = Target.open(guest.pid, LOG)
+    target = Target.open(guest.pid)
     line = target.attach(GSI)
     serve_one(guest, line)
     target.detach(line)
@@ -287,14 +286,13 @@ def test_hundreds_of_attachments(guest: CountGuest, target: Target) -> None:
     assert guest.fds() == fds
 
 
-def test_the_stop_is_measured_and_logged(
-    guest: CountGuest, target: Target, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        target.detach(target.attach(10))
-    lines = [record.getMessage() for record in caplog.records]
-    for line, what in zip(lines, ("attached to", "detached from"), strict=True):
-        assert re.fullmatch(rf"pid:{guest.pid}: {what} GSI 10, the process stood still for \d+ us", line)
+def test_the_stop_is_measured(guest: CountGuest, target: Target) -> None:
+    begin = time.monotonic()
+    line = target.attach(10)
+    seconds = target.detach(line)
+    assert line.seconds > 0
+    assert seconds > 0
+    assert line.seconds + seconds < time.monotonic() - begin
 
 
 @pytest.mark.parametrize("gsi", [-1, 24, 1 << 32])
@@ -311,7 +309,7 @@ def test_a_vm_without_a_full_irqchip_is_refused(irqchip: str) -> None:
         with pytest.raises(
             UsageError, match=r"no full in-kernel irqchip \(QEMU: -machine kernel-irqchip=on\)"
         ):
-            Target.open(guest.pid, LOG)
+            Target.open(guest.pid)
         assert guest.fds() == fds
         assert guest.qmp("query-status")["running"]
 
@@ -319,13 +317,13 @@ def test_a_vm_without_a_full_irqchip_is_refused(irqchip: str) -> None:
 def test_a_sandboxed_qemu_is_refused() -> None:
     with CountGuest(args=["-sandbox", "on"]) as guest:
         with pytest.raises(UsageError, match=r"is under seccomp, which may kill it \(QEMU: -sandbox off\)"):
-            Target.open(guest.pid, LOG)
+            Target.open(guest.pid)
         assert guest.qmp("query-status")["running"]
 
 
 def test_the_end_of_the_process_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with CountGuest() as guest:
-        target = Target.open(guest.pid, LOG)
+        target = Target.open(guest.pid)
         first, second = target.attach(GSI), target.attach(10)
         assert not select.select([target], [], [], 0)[0]
         os.kill(guest.pid, signal.SIGKILL)

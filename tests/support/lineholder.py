@@ -9,7 +9,6 @@ Each prints a line when it has done so, and another when it has let go because t
 
 from __future__ import annotations
 
-import logging
 import socket
 import sys
 
@@ -18,7 +17,7 @@ from proxyd.vm.inject import Target
 
 
 def proxyd(link: socket.socket, pid: int, gsi: int) -> None:
-    target = Target.open(pid, logging.getLogger("lineholder"))
+    target = Target.open(pid)
     line = target.attach(gsi)
     socket.send_fds(link, [b"\0"], [line.irqfd.fd, line.resamplefd.fd])
     print("attached", flush=True)

@@ -14,7 +14,6 @@ the process, at most; in "calls" these aren't looked at.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import sys
@@ -25,7 +24,8 @@ from functools import wraps
 from pathlib import Path
 
 from proxyd import ptrace
-from proxyd.remotecall import SCRATCH_SIZE, StoppedThread, Syscall, find_gadgets, run_stopped
+from proxyd.landmarks import find_landmarks
+from proxyd.remotecall import SCRATCH_SIZE, StoppedThread, Syscall, run_stopped
 from proxyd.vm.inject import Target
 from tests.support.wait import wait_until
 
@@ -139,17 +139,16 @@ def _trace(prepare: Callable[[], Callable[[], object]], number: int, after: bool
 
 def main(pid: int, kind: str) -> None:
     """The program."""
-    log = logging.getLogger("ptracefaults")
     if kind == "calls":
-        gadgets = find_gadgets(pid)
+        landmarks = find_landmarks(pid)
         steps, killed, left = kill_at_each_step(
-            lambda: lambda: run_stopped(pid, gadgets, two_calls), count=lambda: 0
+            lambda: lambda: run_stopped(pid, landmarks, two_calls), count=lambda: 0
         )
     elif kind == "attach":
-        target = Target.open(pid, log)
+        target = Target.open(pid)
         steps, killed, left = kill_at_each_step(lambda: lambda: target.attach(GSI), lambda: _count_idle(pid))
     else:
-        target = Target.open(pid, log)
+        target = Target.open(pid)
 
         def prepare() -> Callable[[], object]:
             line = target.attach(GSI)

@@ -2,16 +2,19 @@
 /*
  * A process that notices when somebody meddles with its main thread.
  *
- *      target CHECK [eintr]
+ *      target CHECK [eintr|stay]
  *
  * runs one check over and over in the main thread until standard input ends, then prints the number of rounds and
  * exits with 0. A wrong result prints a line and exits with 1. With "eintr" it puts up with what a tracer does that is
  * killed in the midst of its work: a call that waits for a time may fail with EINTR, or be restarted after a handler.
+ * With "stay" the check of a coroutine stays in it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <linux/futex.h>
+#include <linux/io_uring.h>
 #include <linux/kvm.h>
 #include <linux/rseq.h>
 #include <poll.h>
@@ -32,8 +35,10 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <time.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 static const char *check;
@@ -163,10 +168,13 @@ static void check_semtimedop(void)
 static void check_socket(void)
 {
         static int pair[2] = { -1, -1 }, listener;
+        static char much[1 << 20];
         struct timeval timeout = { 0, 1000 };
         struct sockaddr_un name = { .sun_family = AF_UNIX };
-        struct msghdr message = { 0 };
         char byte;
+        struct iovec vector = { &byte, 1 };
+        struct mmsghdr messages[1] = { { .msg_hdr = { .msg_iov = &vector, .msg_iovlen = 1 } } };
+        struct msghdr message = { 0 };
 
         if (pair[0] == -1) {
                 socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
@@ -175,11 +183,53 @@ static void check_socket(void)
                 expect("listen", listen(listener, 1), 0);
                 setsockopt(pair[0], SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
                 setsockopt(listener, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout));
+                setsockopt(pair[0], SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
+                while (send(pair[0], much, sizeof(much), MSG_DONTWAIT) > 0)
+                        ;
+                while (send(pair[0], much, 1, MSG_DONTWAIT) > 0)
+                        ;
         }
         expect_errno("recv", recv(pair[0], &byte, 1, 0), EAGAIN);
         expect_errno("recvmsg", recvmsg(pair[0], &message, 0), EAGAIN);
+        expect_errno("recvmmsg", recvmmsg(pair[0], messages, 1, 0, NULL), EAGAIN);
+        expect_errno("read", read(pair[0], &byte, 1), EAGAIN);
+        expect_errno("readv", readv(pair[0], &vector, 1), EAGAIN);
+        expect_errno("send", send(pair[0], much, 1, 0), EAGAIN);
+        expect_errno("sendmsg", sendmsg(pair[0], &messages[0].msg_hdr, 0), EAGAIN);
+        expect_errno("sendmmsg", sendmmsg(pair[0], messages, 1, 0), EAGAIN);
+        expect_errno("write", write(pair[0], much, 1), EAGAIN);
+        expect_errno("writev", writev(pair[0], &vector, 1), EAGAIN);
         expect_errno("accept", syscall(SYS_accept, listener, NULL, NULL), EAGAIN);
         expect_errno("accept4", accept4(listener, NULL, NULL, 0), EAGAIN);
+}
+
+static void check_io_uring(void)
+{
+        static int fd = -1;
+        struct __kernel_timespec timeout = { 0, 1000000 };
+        struct io_uring_getevents_arg argument = { .ts = (uintptr_t)&timeout };
+        struct io_uring_params parameters = { 0 };
+
+        if (fd == -1) {
+                fd = syscall(SYS_io_uring_setup, 4, &parameters);
+                if (fd < 0)
+                        fail("io_uring_setup", fd);
+        }
+        expect_errno("io_uring_enter",
+                     syscall(SYS_io_uring_enter, fd, 0, 1, IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG, &argument,
+                             sizeof(argument)),
+                     ETIME);
+}
+
+static void check_io_getevents(void)
+{
+        static aio_context_t context;
+        struct io_event event;
+
+        if (!context)
+                expect("io_setup", syscall(SYS_io_setup, 4, &context), 0);
+        expect_or_eintr("io_getevents", syscall(SYS_io_getevents, context, 1L, 1L, &event, &ms), 0);
+        expect_or_eintr("io_pgetevents", syscall(SYS_io_pgetevents, context, 1L, 1L, &event, &ms, NULL), 0);
 }
 
 /* A byte goes round between two threads: the reads block for an unknown time. */
@@ -295,6 +345,105 @@ static void check_registers(void)
         expect("registers", wrong, 0);
         expect("mxcsr", mxcsr_after, mxcsr);
         expect("xmm", memcmp(vector, after, 8) || memcmp(vector + 2, after + 2, 8), 0);
+}
+
+/* User code with something in every byte of the vector registers, as wide as the CPU has them. */
+static const char pattern[64] = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_";
+
+static __attribute__((target("avx512f"))) void keep_zmm(char *after)
+{
+        __asm__ volatile(
+                "vmovdqu64 (%1), %%zmm3\n\t"
+                "vmovdqu64 (%1), %%zmm20\n\t"
+                "movq $300000, %%rcx\n\t"
+                "1: decq %%rcx\n\t"
+                "jnz 1b\n\t"
+                "vpandq %%zmm3, %%zmm20, %%zmm20\n\t"
+                "vmovdqu64 %%zmm20, (%0)"
+                :
+                : "r"(after), "r"(pattern)
+                : "rcx", "xmm3", "xmm20", "cc", "memory");
+}
+
+static __attribute__((target("avx"))) void keep_ymm(char *after)
+{
+        __asm__ volatile(
+                "vmovdqu (%1), %%ymm3\n\t"
+                "vmovdqu 32(%1), %%ymm12\n\t"
+                "movq $300000, %%rcx\n\t"
+                "1: decq %%rcx\n\t"
+                "jnz 1b\n\t"
+                "vmovdqu %%ymm3, (%0)\n\t"
+                "vmovdqu %%ymm12, 32(%0)"
+                :
+                : "r"(after), "r"(pattern)
+                : "rcx", "xmm3", "xmm12", "cc", "memory");
+}
+
+static void check_vectors(void)
+{
+        char after[sizeof(pattern)];
+
+        if (__builtin_cpu_supports("avx512f")) {
+                keep_zmm(after);
+                expect("zmm", memcmp(after, pattern, sizeof(pattern)), 0);
+        }
+        if (__builtin_cpu_supports("avx")) {
+                keep_ymm(after);
+                expect("ymm", memcmp(after, pattern, sizeof(pattern)), 0);
+        }
+}
+
+/*
+ * The main thread is on a small stack of its own for a while, with another thread's memory right below it; then it
+ * waits on its main stack, unless told to stay.
+ */
+enum { SMALL_STACK = 4096, BELOW = 16384 };
+
+static _Atomic uint64_t *below;
+static ucontext_t on_main, on_small;
+static int stays;
+
+static void *write_below(void *unused)
+{
+        const size_t count = BELOW / sizeof(*below);
+
+        for (uint64_t round = 1; !done; round++) {
+                for (size_t i = 0; i < count; i++) {
+                        if (below[i] != round - 1)
+                                fail("memory below the small stack", below[i]);
+                        below[i] = round;
+                }
+        }
+        return unused;
+}
+
+static void small_stack(void)
+{
+        for (;;) {
+                for (int i = 0; i < 5 || (stays && !done); i++)
+                        ppoll(NULL, 0, &ms, NULL);
+                swapcontext(&on_small, &on_main);
+        }
+}
+
+static void check_coroutine(void)
+{
+        pthread_t thread;
+
+        if (!below) {
+                char *memory = mmap(NULL, BELOW + SMALL_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+                below = (void *)memory;
+                getcontext(&on_small);
+                on_small.uc_stack.ss_sp = memory + BELOW;
+                on_small.uc_stack.ss_size = SMALL_STACK;
+                makecontext(&on_small, small_stack, 0);
+                if (pthread_create(&thread, NULL, write_below, NULL))
+                        fail("pthread_create", -1);
+        }
+        swapcontext(&on_main, &on_small);
+        ppoll(NULL, 0, &ms, NULL);
 }
 
 /*
@@ -471,8 +620,12 @@ static const struct {
         { "sigtimedwait", check_sigtimedwait },
         { "semtimedop", check_semtimedop },
         { "socket", check_socket },
+        { "io_uring", check_io_uring },
+        { "io_getevents", check_io_getevents },
         { "read", check_read },
         { "registers", check_registers },
+        { "vectors", check_vectors },
+        { "coroutine", check_coroutine },
         { "rseq", check_rseq },
         { "signals", check_signals },
         { "kvm_run", check_kvm_run },
@@ -498,6 +651,7 @@ int main(int argc, char **argv)
 
         check = argc > 1 ? argv[1] : "";
         eintr_allowed = argc > 2 && strcmp(argv[2], "eintr") == 0;
+        stays = argc > 2 && strcmp(argv[2], "stay") == 0;
         for (size_t i = 0; i < sizeof(checks) / sizeof(checks[0]); i++)
                 if (strcmp(checks[i].name, check) == 0)
                         round = checks[i].round;

@@ -21,7 +21,8 @@ import pytest
 
 from common.errors import IohubError, PeerGone
 from proxyd import ptrace, remotecall
-from proxyd.remotecall import StoppedThread, Syscall, find_gadgets, match_gadgets, run_stopped
+from proxyd.landmarks import find_landmarks, match_gadgets
+from proxyd.remotecall import StoppedThread, Syscall, run_stopped
 from tests.support.fds import count_fds
 from tests.support.ptracefaults import StepFailedError, at_step, fail, two_calls
 from tests.support.target import TargetProcess, build, needs_gcc
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 # What ends a wait without the kernel's restart_block, and what needs it.
 CHECKS = (
     *("ppoll", "poll", "pselect", "nanosleep", "clock_nanosleep", "futex", "epoll_wait", "sigtimedwait"),
-    *("semtimedop", "socket", "read", "registers", "signals"),
+    *("semtimedop", "socket", "io_uring", "io_getevents", "read", "registers", "vectors", "signals", "coroutine"),
 )
 
 
@@ -69,9 +70,9 @@ def status(pid: int) -> dict[str, str]:
 def test_the_target_does_not_notice(check: str) -> None:
     chance = random.Random(check)
     with TargetProcess(check) as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         for _ in range(300):
-            run_stopped(target.pid, gadgets, two_calls)
+            run_stopped(target.pid, landmarks, two_calls)
             target.pause(chance.uniform(0, 0.003))
         assert rounds(target.finish()) > 0
 
@@ -96,10 +97,10 @@ def test_the_target_does_not_notice_that_its_tracer_is_killed(check: str) -> Non
 
 def test_a_failure_at_any_step_leaves_the_target_as_it_was(check: str) -> None:
     with TargetProcess(check, "eintr") as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         for number in itertools.count(1):
             with at_step(number, fail) as begun, contextlib.suppress(StepFailedError):
-                run_stopped(target.pid, gadgets, two_calls)
+                run_stopped(target.pid, landmarks, two_calls)
             # The end of the tracer's thread, which releases the target, may come a little after its result.
             wait_until(lambda: status(target.pid)["TracerPid"] == "0", "the target is released")
             if len(begun) < number:
@@ -111,11 +112,25 @@ def test_a_failure_at_any_step_leaves_the_target_as_it_was(check: str) -> None:
 
 def test_a_restartable_sequence_is_aborted_and_not_forgotten() -> None:
     with TargetProcess("rseq") as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         for _ in range(20):
             before = target.ask()
-            run_stopped(target.pid, gadgets, two_calls)
+            run_stopped(target.pid, landmarks, two_calls)
             wait_until(lambda: target.ask() > before, "the sequence is aborted")  # noqa: B023
+
+
+def test_a_thread_that_stays_on_a_stack_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_left_the_main_stack() -> bool:
+        fields = Path(f"/proc/{target.pid}/syscall").read_text().split()  # proc_pid_syscall(5)
+        return len(fields) > 1 and int(fields[-2], 16) not in landmarks.stack
+
+    monkeypatch.setattr(remotecall, "STOP_DEADLINE", 0.1)
+    with TargetProcess("coroutine", "stay") as target:
+        landmarks = find_landmarks(target.pid)
+        wait_until(has_left_the_main_stack, "the thread is on the stack of its own")
+        with pytest.raises(IohubError, match=f"process {target.pid} has its main thread on a stack of its own"):
+            run_stopped(target.pid, landmarks, two_calls)
+        assert rounds(target.finish()) > 0
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
@@ -132,7 +147,7 @@ def test_a_stop_signal_holds(when: str) -> None:
         if when == "before":
             os.kill(target.pid, signal.SIGSTOP)
             wait_until(stopped, "the target is stopped")
-        run_stopped(target.pid, find_gadgets(target.pid), stop_and_call)
+        run_stopped(target.pid, find_landmarks(target.pid), stop_and_call)
         wait_until(stopped, "the target is stopped again")
         os.kill(target.pid, signal.SIGCONT)
         assert rounds(target.finish()) > 0
@@ -147,7 +162,7 @@ def test_a_signal_that_comes_before_the_stop_is_delivered(monkeypatch: pytest.Mo
     interrupt = ptrace.interrupt
     monkeypatch.setattr(ptrace, "interrupt", signal_and_interrupt)
     with program_with_threads(1) as pid, pytest.raises(PeerGone, match=f"process {pid} has exited"):
-        run_stopped(pid, find_gadgets(pid), two_calls)
+        run_stopped(pid, find_landmarks(pid), two_calls)
 
 
 def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +181,7 @@ def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> No
 
     with TargetProcess("nanosleep", "eintr") as target:
         with pytest.raises(IohubError, match=rf"process {target.pid} didn't stop within 0\.05 s"):
-            run_stopped(target.pid, find_gadgets(target.pid), wait_for_a_message)
+            run_stopped(target.pid, find_landmarks(target.pid), wait_for_a_message)
         with ends[0]:
             ends[0].send(b"x")
         assert rounds(target.finish()) > 0
@@ -175,14 +190,14 @@ def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_target_that_cannot_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remotecall, "STOP_DEADLINE", 0.05)
     with TargetProcess("vfork") as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         children = Path(f"/proc/{target.pid}/task/{target.pid}/children")
         wait_until(
             lambda: children.read_text() and status(target.pid)["State"].startswith("D"),
             "the target waits for its child",
         )
         with pytest.raises(IohubError, match="didn't stop within"):
-            run_stopped(target.pid, gadgets, two_calls)
+            run_stopped(target.pid, landmarks, two_calls)
         assert target.finish() == "child\n1 rounds"
 
 
@@ -194,16 +209,16 @@ def test_a_call_that_has_just_returned_is_not_made_again(monkeypatch: pytest.Mon
         target.end_input()
 
     with TargetProcess("ppoll") as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         with at_step(0, fail) as steps:
-            run_stopped(target.pid, gadgets, two_calls)
+            run_stopped(target.pid, landmarks, two_calls)
     at_entry = [number for number, name in enumerate(steps, 1) if name == "cont_to_syscall"][1]
     interrupt = ptrace.interrupt
     monkeypatch.setattr(ptrace, "interrupt", interrupt_and_return)
     with TargetProcess("vfork") as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         with at_step(at_entry, fail), pytest.raises(StepFailedError):
-            run_stopped(target.pid, gadgets, two_calls)
+            run_stopped(target.pid, landmarks, two_calls)
         assert target.finish() == "child\n1 rounds"
 
 
@@ -214,7 +229,7 @@ def test_a_target_that_is_killed_meanwhile(threads: int) -> None:
         two_calls(thread)
 
     with program_with_threads(threads) as pid, pytest.raises((PeerGone, ProcessLookupError)):
-        run_stopped(pid, find_gadgets(pid), kill_and_call)
+        run_stopped(pid, find_landmarks(pid), kill_and_call)
 
 
 @contextlib.contextmanager
@@ -233,9 +248,9 @@ def program_with_threads(threads: int) -> Iterator[int]:
 
 def test_no_thread_is_left() -> None:
     with TargetProcess("ppoll") as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        run_stopped(target.pid, gadgets, two_calls)
+        run_stopped(target.pid, landmarks, two_calls)
         assert threading.active_count() == 1
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
@@ -246,7 +261,7 @@ def test_errors_of_the_call_have_its_name() -> None:
 
     with TargetProcess("ppoll") as target:
         with pytest.raises(OSError, match=f"Bad file descriptor: 'close in process {target.pid}'"):
-            run_stopped(target.pid, find_gadgets(target.pid), close_nothing)
+            run_stopped(target.pid, find_landmarks(target.pid), close_nothing)
         assert rounds(target.finish()) > 0
 
 
@@ -259,7 +274,7 @@ def test_arguments_go_there_and_back() -> None:
         return thread.get(first, 13), thread.get(second, 100)
 
     with TargetProcess("ppoll") as target:
-        assert run_stopped(target.pid, find_gadgets(target.pid), put_and_get)[0] == (b"x" * 13, b"y" * 100)
+        assert run_stopped(target.pid, find_landmarks(target.pid), put_and_get)[0] == (b"x" * 13, b"y" * 100)
 
 
 def test_a_32_bit_program_is_refused() -> None:
@@ -267,9 +282,9 @@ def test_a_32_bit_program_is_refused() -> None:
     with subprocess.Popen([program]) as process, TargetProcess("ppoll") as other:
         try:
             with pytest.raises(IohubError, match=f"process {process.pid} has no code that"):
-                find_gadgets(process.pid)
+                find_landmarks(process.pid)
             with pytest.raises(IohubError, match=f"process {process.pid} runs 32-bit code"):
-                run_stopped(process.pid, find_gadgets(other.pid), two_calls)
+                run_stopped(process.pid, find_landmarks(other.pid), two_calls)
             assert process.poll() is None
         finally:
             process.kill()
@@ -277,10 +292,10 @@ def test_a_32_bit_program_is_refused() -> None:
 
 def test_a_program_that_replaced_itself_is_refused() -> None:
     with TargetProcess("ppoll") as target:
-        gadgets = find_gadgets(target.pid)
+        landmarks = find_landmarks(target.pid)
         swapped = (
-            gadgets._replace(syscall_ret=gadgets.restore_rt),
-            gadgets._replace(restore_rt=gadgets.syscall_ret),
+            landmarks._replace(syscall_ret=landmarks.restore_rt),
+            landmarks._replace(restore_rt=landmarks.syscall_ret),
         )
         for wrong in swapped:
             with pytest.raises(IohubError, match="has replaced its code"):

@@ -17,6 +17,8 @@ __all__ = ["LinkKeeper", "Linked"]
 
 _FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
+_LAST_HANG_UP_SECONDS = 5.0
+"""the same for a remote that is there and hangs up at once: to attach to it may cost the VM something"""
 _START_SECONDS = 2.0
 
 
@@ -137,7 +139,7 @@ class LinkKeeper:
             if not link.is_told:
                 link.is_told = True
                 link.end.log.warning("no link: %s", failure)
-            self._connect_later(link)
+            self._connect_later(link, _LAST_RETRY_SECONDS)
             return
         link.is_told = False
         link.since = self._loop.time()
@@ -152,14 +154,14 @@ class LinkKeeper:
         self._forget(link)
         end.reap()
         if self._loop.time() - link.since < _LAST_RETRY_SECONDS:
-            self._connect_later(link)  # a remote that hangs up at once, again and again
+            self._connect_later(link, _LAST_HANG_UP_SECONDS)
         else:
             link.retry = _FIRST_RETRY_SECONDS
             self._connect(link)
 
-    def _connect_later(self, link: _Link) -> None:
-        self._loop.call_later(link.retry, lambda: self._connect(link))
-        link.retry = min(2 * link.retry, _LAST_RETRY_SECONDS)
+    def _connect_later(self, link: _Link, most: float) -> None:
+        self._loop.call_later(min(link.retry, most), lambda: self._connect(link))
+        link.retry = min(2 * link.retry, most)
 
     def _forget(self, link: _Link) -> None:
         fd, link.fd = link.fd, -1

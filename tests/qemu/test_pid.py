@@ -3,23 +3,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import os
+import re
+import select
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.children import Child
+from common.config import parse_proxyd
 from common.control import call
+from common.link import Client
+from common.loop import Loop
+from common.mpqemu import Command
+from common.notifier import EventNotifier
+from common.pci import parse_devfn
+from proxyd.vm.pid import Attached
+from remoted.devices.irq_line import IrqLine
 from tests.support.countguest import CountGuest
+from tests.support.remote import HangingUp, RemoteThread
 from tests.support.wait import wait_until
 
 GSI = 10
 SPURIOUS = 15
 ASSERTIONS = 2000
+ATTACHMENTS = 30
 DEVICE = "line0"
 
 
@@ -33,11 +50,11 @@ class Pair:
         self.proxyd = self.start_proxyd()
 
     def start_remoted(self) -> Child:
-        return Child("remoted", [*self._common, f"--device=irq-line,id={DEVICE},addr=05.0"], self._directory)
+        options = [*common_options(self._directory), f"--device=irq-line,id={DEVICE},addr=05.0"]
+        return Child("remoted", options, self._directory)
 
     def start_proxyd(self) -> Child:
-        options = [*self._common, f"--vm=pid:{self._guest.pid}", f"--device=id={DEVICE},addr=05.0,gsi={GSI}"]
-        return Child("proxyd", options, self._directory)
+        return Child("proxyd", proxyd_options(self._directory, self._guest), self._directory)
 
     def drive(self, method: str) -> None:
         call(self._directory / "remoted.varlink", f"org.iohub.Remoted.{method}", device=DEVICE)
@@ -74,9 +91,14 @@ class Pair:
         self.proxyd.kill()
         self.remoted.kill()
 
-    @property
-    def _common(self) -> list[str]:
-        return ["--name=vm", f"--runtime-dir={self._directory}"]
+
+def common_options(directory: Path) -> list[str]:
+    return ["--name=vm", f"--runtime-dir={directory}"]
+
+
+def proxyd_options(directory: Path, guest: CountGuest) -> list[str]:
+    vm, device = f"--vm=pid:{guest.pid}", f"--device=id={DEVICE},addr=05.0,gsi={GSI}"
+    return [*common_options(directory), vm, device]
 
 
 @pytest.fixture
@@ -195,3 +217,86 @@ def test_a_refusal_is_one_line(tmp_path: Path, vm: str, device: str, named: str)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert named in result.stderr
+
+
+def test_every_thread_leaves_the_signal_of_a_stop_to_the_tracer(guest: CountGuest, tmp_path: Path) -> None:
+    """Else the process stands still until the tracer looks by itself."""
+
+    def masks() -> list[int]:
+        found = []
+        for task in Path(f"/proc/{proxyd.process.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                found.append(int(re.findall(r"SigBlk:\t(\w+)", (task / "status").read_text())[0], 16))
+        return found
+
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / f"{DEVICE}.sock"))
+        silent.listen()
+        proxyd = Child("proxyd", proxyd_options(tmp_path, guest), tmp_path)
+        wait_until(lambda: len(masks()) > 1, "a link is being connected")
+        assert all(mask >> signal.SIGCHLD - 1 & 1 for mask in masks())
+        proxyd.kill()
+
+
+class InProcess:
+    """proxyd beside the guest and a remote, in the test's own thread. Each look at the clock takes a second."""
+
+    def __init__(self, guest: CountGuest, directory: Path) -> None:
+        seconds = itertools.count()
+        self.loop = Loop(lambda: next(seconds))
+        self.remote = RemoteThread(directory)
+        self.line = self.remote.add(IrqLine, DEVICE, parse_devfn("05.0"))
+        self.remote.start()
+        self._proxyd = Attached("proxyd", parse_proxyd(proxyd_options(directory, guest)), self.loop)
+
+    def run(self) -> None:
+        """Serves until the loop is stopped."""
+        self._proxyd.run()
+
+    def close(self) -> None:
+        self._proxyd.close()
+        self.remote.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def in_process(guest: CountGuest, tmp_path: Path) -> Iterator[InProcess]:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    in_process = InProcess(guest, tmp_path)
+    yield in_process
+    in_process.close()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def test_the_kick_comes_before_the_pair(in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a level that is high is asserted twice, and the second time may be after the guest has served it."""
+    is_kicked = []
+    send = Client.send
+
+    def look_and_send(self: Client, command: Command, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        if command is Command.SET_IRQFD:
+            is_kicked.append(bool(select.select([fds[1]], [], [], 0)[0]))
+            in_process.loop.stop()
+        send(self, command, payload, fds)
+
+    monkeypatch.setattr(Client, "send", look_and_send)
+    in_process.run()
+    assert is_kicked == [True]
+
+
+def test_a_remote_that_hangs_up_at_once_does_not_fill_the_log(
+    in_process: InProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Enough(HangingUp):
+        def set_irqfd(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
+            if self.links == ATTACHMENTS:
+                in_process.loop.call_soon_threadsafe(in_process.loop.stop)
+            super().set_irqfd(irqfd, resamplefd)
+
+    in_process.remote.servers[DEVICE].pirq = Enough(in_process.loop)
+    with caplog.at_level(logging.INFO, "proxyd"):
+        in_process.run()
+    lines = [record for record in caplog.records if record.name == "proxyd"]
+    assert 0 < len(lines) < ATTACHMENTS
+    assert re.fullmatch(r"attached to GSI 10, the process stood still for \d+ us", lines[0].getMessage())
+    assert {record.__dict__["device"] for record in lines} == {DEVICE}

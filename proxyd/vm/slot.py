@@ -76,14 +76,24 @@ class Function:
         """QEMU has a proxy now, with a duplicate of this link: watches its end."""
         self.is_plugged = True
         self.is_broken = False
+        self.remote = handover.client.peer
         # Not EPOLLIN: every reply to QEMU would wake this process.
-        self._watch(handover.client.fileno(), EPOLLRDHUP, handover.client.peer)
+        self._watch(handover.client.fileno(), EPOLLRDHUP)
 
     def adopt(self, server: PeerCredentials) -> None:
-        """QEMU had a proxy already: watches the process that serves it."""
+        """QEMU had a proxy already: watches the process that serves it, if that can be watched."""
         self.is_plugged = True
-        with contextlib.suppress(ProcessLookupError):
-            self._watch(os.pidfd_open(server.pid), EPOLLIN, server)
+        self.remote = server
+        try:
+            fd = os.pidfd_open(server.pid)
+        except ProcessLookupError:
+            self._on_end(0)
+        except OSError as error:  # among others: it is in another PID namespace, and has the pid 0 here
+            self.log.warning(
+                "%s can't be watched (%s): should it end, start this daemon again", server, error.strerror
+            )
+        else:
+            self._watch(fd, EPOLLIN)
 
     def release(self) -> None:
         """Forgets the link, and closes what of it is here."""
@@ -103,10 +113,9 @@ class Function:
             self.handover.client.shutdown()
             self.is_broken = True
 
-    def _watch(self, fd: int, events: int, remote: PeerCredentials) -> None:
+    def _watch(self, fd: int, events: int) -> None:
         self._loop.add(fd, self._on_end, events)
         self._watched = fd
-        self.remote = remote
 
     def _on_end(self, _events: int) -> None:
         self.log.warning(
@@ -196,8 +205,8 @@ class Slot:
                 function.is_plugged = True
                 function.log.warning("found plugged without a link to %s", function.path)
             else:
-                function.adopt(server)
                 function.log.info("found plugged at %s, served by %s", format_devfn(function.devfn), server)
+                function.adopt(server)
 
     def _is_open(self) -> bool:
         """Whether function 0 is plugged before others: these would be refused."""

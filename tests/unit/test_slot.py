@@ -7,7 +7,9 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from common.config import DeviceConfig
+from common.link import PeerCredentials
 from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.vm import handover
@@ -158,3 +161,36 @@ def test_breaks_the_link_that_qemu_may_wait_for(bench: Bench) -> None:
             assert link.recv(4096, socket.MSG_DONTWAIT) == b""
     finally:
         remote.close()
+
+
+def test_adopts_a_remote_that_can_not_be_watched(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """SO_PEERCRED knows a process of another PID namespace as 0; and there may be no fd left to watch one."""
+    nobody = PeerCredentials(0, 0, 0)
+    bench.function.adopt(nobody)
+    assert (bench.function.is_sound, bench.function.remote) == (True, nobody)
+    bench.function.release()
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        bench.function.adopt(PeerCredentials(os.getpid(), 0, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert bench.function.is_sound
+    assert [line.partition(" can't be watched ")[2] for line in caplog.messages] == [
+        "(Invalid argument): should it end, start this daemon again",
+        "(Too many open files): should it end, start this daemon again",
+    ]
+
+
+def test_a_remote_that_ends_before_it_is_adopted_has_left_no_link(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    bench.function.adopt(PeerCredentials(process.pid, 0, 0))
+    assert bench.function.is_plugged
+    assert not bench.function.is_sound
+    assert caplog.messages == [
+        f"the link to pid {process.pid} has ended: QEMU's proxy can't take another, the guest reads all ones"
+    ]

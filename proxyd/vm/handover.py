@@ -46,7 +46,7 @@ def connect(path: str) -> Client:
 def examine(client: Client) -> Handover:
     """Resets the function at the other end and looks at it.
 
-    Blocks for some 30 round trips at most, each with its own deadline; the client's shutdown() ends that at once.
+    Blocks for some 30 round trips, each with its own deadline; the client's shutdown() ends that at once.
     QEMU makes the socket that it gets a blocking one, and so this one: of the client only fileno(), peer,
     shutdown() and close() are of use then. Raises PeerGone when nobody answers, and ProtocolError for a
     function that QEMU's proxy can't stand for.

@@ -33,6 +33,8 @@ __all__ = ["CONSENT_SECONDS", "Function", "Slot"]
 CONSENT_SECONDS = 5.0
 """how long a guest may take to let a device go before that is told; QEMU then takes another device_del, too"""
 _LAST_CONSENT_SECONDS = 60.0
+_EXAMINATION_SECONDS = 5.0
+"""how long a device's answers may take altogether; QEMU would stand still for as long"""
 _FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
 
@@ -315,10 +317,18 @@ async def _open(path: str) -> Handover:
     """A link whose other end was looked at. Raises PeerGone and ProtocolError."""
     client = connect(path)
     examining = asyncio.ensure_future(asyncio.to_thread(examine, client))
-    try:
-        return await asyncio.shield(examining)
-    except BaseException:
-        client.shutdown()  # which the thread doesn't outlast
-        await asyncio.gather(examining, return_exceptions=True)
+
+    def close(examined: asyncio.Future[Handover]) -> None:
         client.close()
+        if not examined.cancelled():
+            examined.exception()  # asyncio would log one that nobody has asked for
+
+    try:
+        await asyncio.wait({examining}, timeout=_EXAMINATION_SECONDS)
+        if not examining.done():
+            raise PeerGone(f"its answers take more than {_EXAMINATION_SECONDS:g} s")
+        return examining.result()
+    except BaseException:
+        client.shutdown()  # which ends the thread
+        examining.add_done_callback(close)
         raise

@@ -20,7 +20,7 @@ from common.config import DeviceConfig
 from common.link import PeerCredentials
 from common.loop import Loop
 from common.pci import parse_devfn
-from proxyd.vm import handover
+from proxyd.vm import handover, slot
 from proxyd.vm.monitor import Monitor
 from proxyd.vm.qemu import PROXY_DRIVER, Inventory
 from proxyd.vm.slot import Function, Slot
@@ -140,6 +140,30 @@ def test_ends_with_the_link_that_it_is_looking_at(bench: Bench, monkeypatch: pyt
         (link,) = links
         with link:
             assert link.recv(4096) == b""
+
+
+def test_a_device_whose_answers_take_too_long_altogether_loses_its_link(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handover, "_ROUND_TRIP_SECONDS", 3600.0)
+    monkeypatch.setattr(slot, "_EXAMINATION_SECONDS", 0.0)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(bench.function.path)
+        listener.listen()
+        listener.setblocking(False)
+
+        async def meanwhile() -> None:
+            loop = asyncio.get_running_loop()
+            for _ in range(2):
+                link, _ = await loop.sock_accept(listener)
+                with link:
+                    link.setblocking(False)
+                    async with asyncio.timeout(HANGS):
+                        while await loop.sock_recv(link, 4096):
+                            pass
+
+        bench.run(NOTHING, meanwhile)
+    assert caplog.messages == ["not plugged yet: its answers take more than 0 s"], "it is told once"
 
 
 def test_breaks_the_link_that_qemu_may_wait_for(bench: Bench) -> None:

@@ -20,6 +20,7 @@ from proxyd.irqchip import Irqchip
 from proxyd.links import LinkKeeper
 from proxyd.pcidev import PciProxy
 from proxyd.pcihost import RESERVED_DEVFNS, PciHost
+from proxyd.ram import Ram
 
 __all__ = ["Board", "check_addresses"]
 
@@ -39,12 +40,15 @@ def check_addresses(devices: Iterable[DeviceConfig]) -> None:
 class Board:
     """Owns everything but the irqchip and the CPU."""
 
-    def __init__(self, program: str, config: VmConfig, loop: Loop, irqchip: Irqchip) -> None:
-        """``config`` has passed check_addresses(). Raises UsageError."""
+    def __init__(
+        self, program: str, config: VmConfig, loop: Loop, irqchip: Irqchip, ram: Ram | None = None
+    ) -> None:
+        """``config`` has passed check_addresses(); ``ram`` is what devices may reach. Raises UsageError."""
         self._program = program
         self._config = config
         self._loop = loop
         self._irqchip = irqchip
+        self._ram = ram
         self._control: ControlServer | None = None
         self._keeper = LinkKeeper(loop)
         self._proxies = [self._create_proxy(device) for device in config.devices]
@@ -76,7 +80,9 @@ class Board:
     def _create_proxy(self, device: DeviceConfig) -> PciProxy:
         connect = partial(Client.connect, self._config.socket_path(device), ROUND_TRIP_SECONDS)
         log = device_log(self._program, device.id)
-        return PciProxy(device.id, device.devfn, connect, self._irqchip, log, self._keeper.lost)
+        return PciProxy(
+            device.id, device.devfn, connect, self._irqchip, log, self._keeper.lost, ram=self._ram
+        )
 
     def _set_console_irq(self, level: bool) -> None:
         self._irqchip.set_line(COM1_IRQ, level)

@@ -31,6 +31,7 @@ from common.notifier import EventNotifier
 from common.pci import BarKind
 from proxyd.bars import ROM, DecodedBar, size_bars
 from proxyd.irqchip import Irqchip
+from proxyd.ram import Ram
 
 __all__ = ["Identity", "PciProxy"]
 
@@ -84,9 +85,10 @@ class PciProxy:
         log: logging.Logger | logging.LoggerAdapter[logging.Logger],
         on_lost: Callable[[PciProxy], None],
         *,
+        ram: Ram | None = None,
         is_powered_on: bool = False,
     ) -> None:
-        """``connect()`` gives a connected link or raises PeerGone.
+        """``connect()`` gives a connected link or raises PeerGone. ``ram`` is what the function may reach.
 
         ``on_lost`` is called, by whichever thread notices, when an established link is lost. The link's fd
         stays open, and its number taken, until the control thread has forgotten it and calls reap().
@@ -101,6 +103,7 @@ class PciProxy:
         """where the function's BARs are decoded at present"""
         self.reconnects = 0
         self._connect = connect
+        self._ram = ram
         self._irqchip = irqchip
         self.log = RateLimited(log)
         self._on_lost = on_lost
@@ -141,7 +144,7 @@ class PciProxy:
         return -1 if client is None else client.fileno()
 
     def connect(self) -> None:
-        """Connects, identifies the function, and resets it or gives it its registers back.
+        """Connects, gives the function RAM, identifies it, and resets it or gives it its registers back.
 
         To be called in a thread of its own while there is no link: it takes many round trips. attach() or
         reap() is to follow, in the control thread. Raises PeerGone when nobody is there, ProtocolError when
@@ -153,6 +156,8 @@ class PciProxy:
         self._connecting = client
         if self._aborted:
             raise PeerGone("the daemon ends")
+        if self._ram is not None:
+            client.send(Command.SYNC_SYSMEM, self._ram.sysmem, (self._ram.fd,))
         identity = _identify(client)
         if self.identity not in (None, identity):
             raise ProtocolError("another function than before the connection was lost")
@@ -217,6 +222,7 @@ class PciProxy:
         connecting, self._connecting = self._connecting, None
         for client in (lost, connecting):
             if client is not None:
+                client.shutdown()
                 client.close()
 
     def config_read(self, offset: int, size: int) -> int:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """--vm embedded: proxyd is the VMM of a small guest on /dev/kvm.
 
-One vCPU in a thread of its own, KVM's PICs, IOAPIC and PIT, 16 MiB of RAM, a console at COM1, reset control at
-port 0xcf9, and the PCI bus of proxyd.pcihost. The PICs' registers, ELCR among them, are served inside KVM.
+One vCPU in a thread of its own, KVM's PICs, IOAPIC and PIT, 16 MiB of RAM that the remotes have too, a console at
+COM1, reset control at port 0xcf9, and the PCI bus of proxyd.pcihost. The PICs' registers, ELCR among them, are
+served inside KVM.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from proxyd.irqchip import KvmIrqchip
 from proxyd.kvm import Kvm, Vm
 from proxyd.kvm_h import ExitReason
 from proxyd.pcihost import RESET_CPU, RESET_PORT, PciHost
+from proxyd.ram import Ram
 from proxyd.vm.multiboot import Image, parse_image
 
 __all__ = ["Embedded", "Machine", "VcpuThread"]
@@ -40,15 +42,15 @@ KICK_SIGNAL = signal.SIGUSR1
 class Machine:
     """RAM, vCPU and the devices of the board. Stepped by one thread."""
 
-    def __init__(self, vm: Vm, image: Image, host: PciHost, console: Console | None) -> None:
+    def __init__(self, vm: Vm, ram: mmap.mmap, image: Image, host: PciHost, console: Console | None) -> None:
         """Loads the image and puts the vCPU at its entry. Raises UsageError, OSError."""
-        if image.memory_end > RAM_SIZE:
-            raise UsageError(f"the guest's image needs {image.memory_end} bytes of RAM, there are {RAM_SIZE}")
+        if image.memory_end > len(ram):
+            raise UsageError(f"the guest's image needs {image.memory_end} bytes of RAM, there are {len(ram)}")
         self._image = image
         self._host = host
         self._console = console
-        self._ram = mmap.mmap(-1, RAM_SIZE, mmap.MAP_SHARED)
-        vm.map_ram(0, 0, self._ram)
+        self._ram = ram
+        vm.map_ram(0, 0, ram)
         self._vcpu = vm.create_vcpu()
         self._start()
 
@@ -96,7 +98,7 @@ class Machine:
     def _start(self) -> None:
         load = self._image.load_address
         self._ram[load : load + len(self._image.data)] = self._image.data
-        self._vcpu.start_protected_mode(self._image.entry, RAM_SIZE)
+        self._vcpu.start_protected_mode(self._image.entry, len(self._ram))
 
 
 class VcpuThread:
@@ -160,14 +162,16 @@ class Embedded:
         check_addresses(config.devices)
         image = parse_image(_read_image(GUEST_IMAGE), str(GUEST_IMAGE))
         with ExitStack() as opened:
+            ram = Ram(RAM_SIZE)
+            opened.callback(ram.close)
             kvm = opened.enter_context(Kvm())
             vm = opened.enter_context(kvm.create_vm())
             vm.create_pit()
             irqchip = KvmIrqchip(vm)
             opened.callback(irqchip.close)
-            self._board = Board(program, config, loop, irqchip)
+            self._board = Board(program, config, loop, irqchip, ram)
             opened.callback(self._board.close)
-            self._machine = Machine(vm, image, self._board.host, self._board.console)
+            self._machine = Machine(vm, ram.mapping, image, self._board.host, self._board.console)
             self._vcpu = VcpuThread(self._machine, self._log, self._on_dead)
             self._opened = opened.pop_all()
 

@@ -8,19 +8,36 @@ from pathlib import Path
 
 import pytest
 
+from common import pci
 from common.config import DeviceConfig, VmConfig
 from common.errors import UsageError
 from common.loop import Loop
 from proxyd.vm import embedded
-from proxyd.vm.embedded import KICK_SIGNAL, Embedded
+from proxyd.vm.embedded import KICK_SIGNAL, Embedded, Machine
 from proxyd.vm.multiboot import Image
+from remoted.devices.edu import Edu
+from remoted.devices.edu_dma import (
+    BUFFER_START,
+    COMMAND_FROM_DEVICE,
+    COMMAND_RUN,
+    REG_COMMAND,
+    REG_COUNT,
+    REG_DESTINATION,
+    REG_SOURCE,
+)
 from tests.support.fds import count_fds
+from tests.support.remote import RemoteThread
+from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.usefixtures("requires_kvm")
 
+EDU = pci.parse_devfn("05.0")
+BAR = 0xE000_0000
+SOURCE, TARGET = 0x80_0000, 0x90_0123
+
 
 def config_in(directory: Path) -> VmConfig:
-    device = DeviceConfig("edu0", None, 0x28, None, None, None, {})
+    device = DeviceConfig("edu0", None, EDU, None, None, None, {})
     return VmConfig("vm", directory, "embedded", (device,))
 
 
@@ -70,3 +87,45 @@ def test_close_of_a_guest_that_has_died(tmp_path: Path) -> None:
     loop.close()
     assert count_fds() == before
     assert signal.getsignal(KICK_SIGNAL) is signal.SIG_DFL
+
+
+def test_a_device_reaches_the_guests_ram(tmp_path: Path) -> None:
+    """Through edu's DMA engine, there and back; also after its remote was started again."""
+    before = count_fds()
+    loop = Loop()
+    vm = Embedded("iohub-proxyd", config_in(tmp_path), loop)
+    machine = vm._machine
+    [proxy] = vm._board._proxies
+    try:
+        for text in (b"out of RAM and back", b"once more"):
+            remote = RemoteThread(tmp_path)
+            remote.add(Edu, "edu0", EDU)
+            remote.start()
+            proxy.connect()
+            proxy.attach()
+            config_write(machine, pci.PCI_BASE_ADDRESS_0, BAR)
+            config_write(machine, pci.PCI_COMMAND, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER)
+            machine._ram[SOURCE : SOURCE + len(text)] = text
+            transfer(machine, SOURCE, BUFFER_START, len(text), COMMAND_RUN)
+            transfer(machine, BUFFER_START, TARGET, len(text), COMMAND_RUN | COMMAND_FROM_DEVICE)
+            assert machine._ram[TARGET : TARGET + len(text)] == text
+            remote.close()
+            proxy.check_link()
+            proxy.reap()
+    finally:
+        vm.close()
+        loop.close()
+    assert count_fds() == before
+
+
+def config_write(machine: Machine, offset: int, value: int) -> None:
+    machine.port_out(0xCF8, 4, 1 << 31 | EDU << 8 | offset)
+    machine.port_out(0xCFC, 4, value)
+
+
+def transfer(machine: Machine, source: int, destination: int, count: int, command: int) -> None:
+    """Programs the engine and waits for its end."""
+    registers = ((REG_SOURCE, source), (REG_DESTINATION, destination), (REG_COUNT, count), (REG_COMMAND, command))
+    for register, value in registers:
+        machine._host.mmio_write(BAR + register, 4, value)
+    wait_until(lambda: not machine._host.mmio_read(BAR + REG_COMMAND, 4) & COMMAND_RUN, "the transfer is over")

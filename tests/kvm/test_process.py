@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import subprocess
@@ -41,7 +40,6 @@ needs_setpriv = pytest.mark.skipif(shutil.which("setpriv") is None, reason="setp
 
 @pytest.fixture(autouse=True)
 def no_fd_is_left() -> Iterator[None]:
-    gc.collect()  # what an earlier test has dropped in a cycle must not be closed in between
     before = count_fds()
     yield
     assert count_fds() == before

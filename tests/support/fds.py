@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import gc
 import os
 import resource
 import socket
@@ -17,7 +18,12 @@ _SETTLED = 5
 
 
 def count_fds(pid: int | None = None) -> int:
-    """How many fds this or another process has open (the listing's own included, each time alike)."""
+    """How many fds this or another process has open (the listing's own included, each time alike).
+
+    What is in this one's garbage is closed first: else that might happen between two counts.
+    """
+    if pid is None:
+        gc.collect()
     return len(os.listdir(f"/proc/{'self' if pid is None else pid}/fd"))
 
 
@@ -43,10 +49,10 @@ def identity(fd: int) -> str:
     return f"{status.st_dev}:{status.st_ino}"
 
 
-def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: int = 0) -> None:
     """Sends all of the data in one piece, with duplicates of the fds on its first byte."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    assert sock.sendmsg([data], rights) == len(data)
+    assert sock.sendmsg([data], rights, flags) == len(data)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ help:  ## this list
 demo: $(VENV)/demo.stamp guest  ## interrupts from remoted into a KVM guest and back, counted (ARGS="--rounds 100")
 	@exec $(VENV)/bin/iohubctl demo $(ARGS)
 
-test: $(VENV)/test.stamp guest  ## all tests (ARGS="-k config")
-	@exec $(VENV)/bin/pytest -q $(ARGS)
+test: $(VENV)/test.stamp guest  ## all tests (ARGS="-n 0 -k config")
+	@exec $(VENV)/bin/pytest -q -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/test.stamp  ## ruff and mypy
 	@status=0

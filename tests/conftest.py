@@ -8,6 +8,7 @@ import gc
 import os
 import resource
 import shutil
+from collections.abc import Generator
 
 import pytest
 
@@ -29,6 +30,16 @@ def pytest_collection_finish() -> None:
     """Lets count_fds() collect what the tests have dropped without a look at pytest and all modules."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Spells out half characters in what was logged, which a pytest-xdist worker could not send."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import subprocess
@@ -24,8 +25,10 @@ _LOAD_ADDRESS = 0x100000
 
 @functools.cache
 def build_guests() -> None:
-    """Brings all guest images up to date with their sources, once a session."""
-    subprocess.run(["make", "--silent", "--no-print-directory", "guest"], cwd=_ROOT, check=True)
+    """Brings all guest images up to date with their sources, once a session and by one process at a time."""
+    with (_ROOT / "Makefile").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["make", "--silent", "--no-print-directory", "guest"], cwd=_ROOT, check=True)
 
 
 def guest_image() -> Path:

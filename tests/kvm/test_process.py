@@ -81,6 +81,8 @@ def test_a_process_with_one_vm(kind: str) -> None:
     with vm_holder(kind) as pid:
         target = Target.open(pid)
         line = target.attach(5)
+        line.irqfd.set()
+        assert not line.irqfd.test_and_clear(), "KVM takes what is written to it"
         target.detach(line)
         target.close()
 

@@ -36,9 +36,8 @@ def test_plugs_devices_whose_interrupts_arrive(bench: QmpBench, monitor: Monitor
     bench.start_proxyd()
     assert monitor.plugged() == PLUGGED
     bench.run_guest(rounds=100)
-    for function in bench.status("proxyd").values():
-        assert function["connected"]
-        assert function["remote_pid"] == bench.remoted.process.pid
+    served = {name: (f["connected"], f["remote_pid"]) for name, f in bench.status("proxyd").items()}
+    assert served == dict.fromkeys(PLUGGED, (True, bench.remoted.process.pid))
 
 
 def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(

@@ -150,10 +150,11 @@ class QmpBench:
 
     def wait_linked(self, times: int) -> None:
         """Waits until all functions are plugged and linked, each after having been replaced so many times."""
+        expected = dict.fromkeys((device[1].removeprefix("id=") for device in self._devices), (True, times))
         wait_until(
-            lambda: all(
-                function["connected"] and function["reconnects"] == times
-                for function in self.status("proxyd").values()
+            lambda: (
+                {name: (f["connected"], f["reconnects"]) for name, f in self.status("proxyd").items()}
+                == expected
             ),
             f"all functions are linked and were replaced {times} times",
         )

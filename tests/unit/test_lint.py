@@ -52,7 +52,9 @@ def imports(source: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("suffix", [".py", ".c", ".h", ".S", ".ld"])
 def test_sources_name_their_licence(suffix: str) -> None:
-    for folder in ("common", "proxyd", "remoted", "tests"):
-        for source in (ROOT / folder).rglob(f"*{suffix}"):
-            first = source.read_text().partition("\n")[0]
-            assert "SPDX-License-Identifier: GPL-2.0-or-later" in first, source.relative_to(ROOT)
+    folders = ("common", "proxyd", "remoted", "tests")
+    sources = [source for folder in folders for source in (ROOT / folder).rglob(f"*{suffix}")]
+    assert sources
+    for source in sources:
+        first = source.read_text().partition("\n")[0]
+        assert "SPDX-License-Identifier: GPL-2.0-or-later" in first, source.relative_to(ROOT)

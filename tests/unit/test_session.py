@@ -119,6 +119,7 @@ def test_end_of_the_link_closes_irqfd_and_resamplefd_at_once(bench: RemoteBench)
     peer.close()
     bench.settle()
     assert count_fds() == before
+    assert bench.log.messages[-1] == "the peer closed the link"
 
 
 def test_end_of_the_link_while_asserted_keeps_the_level_for_the_next_client(

@@ -56,6 +56,14 @@ def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: i
 
 
 @contextmanager
+def no_fd_is_left() -> Iterator[None]:
+    """What is opened within must be closed within."""
+    before = count_fds()
+    yield
+    assert count_fds() == before
+
+
+@contextmanager
 def no_more_fds() -> Iterator[None]:
     """Lets every attempt to open one more fd fail with EMFILE, by the process's limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

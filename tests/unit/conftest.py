@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""remoted with two devices, and a client of one, for the tests of its sessions."""
+"""A loop; and remoted with two devices and a client of one, for the tests of its sessions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.support.fds import count_fds
+from common.loop import Loop
+from tests.support.fds import no_fd_is_left
 from tests.support.remotebench import LineDevice, Pair, Peer, RemoteBench
 
 
 @pytest.fixture
+def loop() -> Iterator[Loop]:
+    with closing(Loop()) as loop:
+        yield loop
+
+
+@pytest.fixture
 def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    before = count_fds()
-    bench = RemoteBench(tmp_path)
-    bench.add(LineDevice, "dev0", 0x28)
-    bench.add(LineDevice, "dev1", 0x30)
-    yield bench
-    bench.close()
-    assert count_fds() == before
+    with no_fd_is_left(), closing(RemoteBench(tmp_path)) as bench:
+        bench.add(LineDevice, "dev0", 0x28)
+        bench.add(LineDevice, "dev1", 0x30)
+        yield bench
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +24,7 @@ from remoted.devices.irq_line import IrqLine
 from remoted.function import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
-from tests.support.fds import count_fds
+from tests.support.fds import count_fds, no_fd_is_left
 from tests.support.loops import running
 
 STATUS = b'{"method": "org.iohub.Remoted.Status"}\0'
@@ -129,11 +130,8 @@ class Peer:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    before = count_fds()
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
-    assert count_fds() == before
+    with no_fd_is_left(), closing(Bench(tmp_path)) as bench:
+        yield bench
 
 
 def call_of(method: str, **parameters: object) -> bytes:

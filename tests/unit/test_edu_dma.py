@@ -77,13 +77,6 @@ class Bench:
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture
 def bench(loop: Loop) -> Iterator[Bench]:
     bench = Bench(loop)
     yield bench

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ from common.pci import parse_devfn
 from proxyd.pcidev import PciProxy
 from proxyd.softirqchip import SoftIrqchip
 from remoted.function import Bar, BarKind, PciFunction
-from tests.support.fds import count_fds, no_more_fds
+from tests.support.fds import no_fd_is_left, no_more_fds
 from tests.support.irqbench import READ_IRR, S_CMD
 from tests.support.remote import RemoteThread
 from tests.support.remotebench import LineDevice
@@ -106,11 +107,8 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    before = count_fds()
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
-    assert count_fds() == before
+    with no_fd_is_left(), closing(Bench(tmp_path)) as bench:
+        yield bench
 
 
 def link(proxy: PciProxy) -> None:

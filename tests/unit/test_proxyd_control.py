@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from proxyd.board import Board
 from proxyd.control import INTERFACE
 from proxyd.softirqchip import SoftIrqchip
 from remoted.devices.irq_line import IrqLine
-from tests.support.fds import count_fds
+from tests.support.fds import no_fd_is_left
 from tests.support.remote import RemoteThread
 from tests.support.steploop import run_until
 
@@ -84,11 +85,8 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    before = count_fds()
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
-    assert count_fds() == before
+    with no_fd_is_left(), closing(Bench(tmp_path)) as bench:
+        yield bench
 
 
 def test_the_vm_is_described(bench: Bench) -> None:

@@ -16,13 +16,6 @@ IRQ11_EOI = 0x63
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture
 def irqchip(loop: Loop) -> Iterator[SoftIrqchip]:
     irqchip = SoftIrqchip(loop)
     irqchip.pic.port_out(0x4D1, 1, LEVEL)

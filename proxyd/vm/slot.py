@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from select import EPOLLIN, EPOLLRDHUP
@@ -137,6 +138,7 @@ class Slot:
         """whether everything was tried once"""
         self._changed = asyncio.Event()
         self._is_leaving = False
+        self._retry = _FIRST_RETRY_SECONDS
         for function in self.functions:
             function.on_change = self._changed.set
 
@@ -148,17 +150,25 @@ class Slot:
     async def run(self, monitor: Monitor, inventory: Inventory, turn: asyncio.Lock) -> None:
         """Plugs what is missing, adopts what is there, replaces what has lost its link, until it is cancelled.
 
-        It is best cancelled while nobody holds ``turn``: nothing is half done then. Raises PeerGone and
-        ProtocolError when the monitor is out of order; close() comes after it, however it ends.
+        What loses its link at once, again and again, is replaced ever more rarely. It is best cancelled while
+        nobody holds ``turn``: nothing is half done then. Raises PeerGone and ProtocolError when the monitor is out
+        of order; close() comes after it, however it ends.
         """
         async with turn:
             await self._reconcile(monitor, inventory)
+        time = asyncio.get_running_loop().time
+        since = -math.inf
         while True:
             if any(not function.is_sound for function in self.plugged) or self._is_open():
                 self.settled.set()
                 await self._remove(monitor)
+                if time() - since < _LAST_RETRY_SECONDS:
+                    await self._pause()
+                else:
+                    self._retry = _FIRST_RETRY_SECONDS
             if not await self._plug(monitor, turn):
                 break
+            since = time()
             self.settled.set()
             await self._until(lambda: not all(function.is_sound for function in self.functions))
             if not all(function.is_plugged for function in self.functions):
@@ -237,7 +247,6 @@ class Slot:
 
     async def _connect(self, functions: Sequence[Function]) -> None:
         """Gets a link for each, however long that takes."""
-        retry = _FIRST_RETRY_SECONDS
         told: dict[str, str] = {}
         while True:
             for function in functions:
@@ -253,8 +262,12 @@ class Slot:
                     break
             else:
                 return
-            await asyncio.sleep(retry)
-            retry = min(2 * retry, _LAST_RETRY_SECONDS)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Waits before the next attempt, longer each time."""
+        await asyncio.sleep(self._retry)
+        self._retry = min(2 * self._retry, _LAST_RETRY_SECONDS)
 
     async def _add(self, monitor: Monitor, function: Function, handover: Handover) -> None:
         await monitor.getfd(function.fdname, handover.client.fileno())

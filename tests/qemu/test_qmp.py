@@ -88,7 +88,7 @@ def test_twenty_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
 
 
 def test_replaces_twenty_times_what_has_lost_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:
-    bench.start_proxyd()
+    bench.start_proxyd(module="tests.support.hastyproxyd")
     bench.run_guest(rounds=4)
     pids = bench.proxyd.process.pid, bench.guest.pid
     fds = [settled_fds(pid) for pid in pids]

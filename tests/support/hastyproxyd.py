@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""iohub-proxyd as it is, but for the patience that it has with QEMU's monitor: for tests of its end."""
+"""iohub-proxyd as it is, but that it waits less: for QEMU's monitor, and before it replaces a device again."""
 
 from __future__ import annotations
 
 import sys
 
 from proxyd.main import main
-from proxyd.vm import monitor
+from proxyd.vm import monitor, slot
 
 if __name__ == "__main__":
     monitor._COMMAND_SECONDS = 1.0
+    slot._LAST_RETRY_SECONDS = 0.1
     sys.exit(main())

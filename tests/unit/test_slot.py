@@ -33,6 +33,10 @@ GREETING = {
 }
 NOTHING = Inventory({}, {}, {})
 PLUGGED = Inventory({"dev0": PROXY_DRIVER}, {"dev0": DEVFN}, {DEVFN: "dev0"})
+LISTED = {
+    "qom-list": [{"name": "dev0", "type": f"child<{PROXY_DRIVER}>"}],
+    "query-pci": [{"bus": 0, "devices": [{"slot": 5, "function": 0, "qdev_id": "dev0"}]}],
+}
 DELETED = {"event": "DEVICE_DELETED", "data": {"device": "dev0"}, "timestamp": {}}
 HANGS = 20.0
 """seconds after which what hasn't ended never will"""
@@ -50,6 +54,8 @@ class Bench:
         self.slot: Slot
         self.after: Mapping[str, list[dict[str, Any]]] = {}
         """the events that follow the answers to commands"""
+        self.results: Mapping[str, Any] = {}
+        """what commands result in, if not in nothing"""
         self.unanswered = ""
         """a command that gets no answer"""
         self._asked: dict[str, asyncio.Event] = {}
@@ -90,7 +96,8 @@ class Bench:
             message = json.loads(data)
             command = message["execute"]
             if command != self.unanswered:
-                answers = [{"return": {}, "id": message.get("id")}, *self.after.get(command, [])]
+                result = self.results.get(command, {})
+                answers = [{"return": result, "id": message.get("id")}, *self.after.get(command, [])]
                 writer.write(b"".join(json.dumps(answer).encode() + b"\r\n" for answer in answers))
             self._asked.setdefault(command, asyncio.Event()).set()
         writer.close()
@@ -101,6 +108,15 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
     yield bench
     bench.loop.close()
+
+
+@pytest.fixture
+def remote(bench: Bench) -> Iterator[RemoteThread]:
+    remote = RemoteThread(bench.directory)
+    remote.add(LineDevice, "dev0", DEVFN)
+    remote.start()
+    yield remote
+    remote.close()
 
 
 def test_ends_whenever_it_is_cancelled(bench: Bench) -> None:
@@ -166,11 +182,9 @@ def test_a_device_whose_answers_take_too_long_altogether_loses_its_link(
     assert caplog.messages == ["not plugged yet: its answers take more than 0 s"], "it is told once"
 
 
+@pytest.mark.usefixtures("remote")
 def test_breaks_the_link_that_qemu_may_wait_for(bench: Bench) -> None:
     bench.unanswered = "device_add"
-    remote = RemoteThread(bench.directory)
-    remote.add(LineDevice, "dev0", DEVFN)
-    remote.start()
     links: list[socket.socket] = []
 
     async def meanwhile() -> None:
@@ -178,13 +192,42 @@ def test_breaks_the_link_that_qemu_may_wait_for(bench: Bench) -> None:
         assert bench.function.handover is not None
         links.append(socket.socket(fileno=os.dup(bench.function.handover.client.fileno())))
 
-    try:
-        bench.run(NOTHING, meanwhile)
-        (link,) = links
-        with link:
-            assert link.recv(4096, socket.MSG_DONTWAIT) == b""
-    finally:
-        remote.close()
+    bench.run(NOTHING, meanwhile)
+    (link,) = links
+    with link:
+        assert link.recv(4096, socket.MSG_DONTWAIT) == b""
+
+
+@pytest.mark.parametrize(
+    ("lasts", "pauses"), [(False, [0.02, 0.04, 0.08, 0.16, 0.32, 0.64]), (True, [])], ids=["short", "lasting"]
+)
+def test_what_loses_its_link_at_once_is_replaced_ever_more_rarely(
+    bench: Bench, remote: RemoteThread, monkeypatch: pytest.MonkeyPatch, lasts: bool, pauses: list[float]
+) -> None:
+    monkeypatch.setattr(slot, "_LAST_RETRY_SECONDS", 0.0 if lasts else 3600.0)
+    sleep, paused = asyncio.sleep, []
+
+    async def pause(seconds: float) -> None:
+        paused.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    bench.results, bench.after = LISTED, {"device_del": [DELETED]}
+
+    async def meanwhile() -> None:
+        for _ in range(6):
+            while not bench.function.is_sound:
+                await sleep(0)
+            assert bench.function.handover is not None
+            bench.function.handover.client.shutdown()
+            while remote.servers["dev0"].session is not None:
+                await sleep(0)
+            bench.loop.step()
+        while not bench.function.is_sound:
+            await sleep(0)
+
+    bench.run(NOTHING, meanwhile)
+    assert [seconds for seconds in paused if seconds] == pauses
 
 
 def test_adopts_a_remote_that_can_not_be_watched(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

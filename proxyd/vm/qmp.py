@@ -30,7 +30,7 @@ from proxyd.uevents import KvmEvents
 from proxyd.vm import qemu
 from proxyd.vm.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qemu import PROXY_DRIVER, Inventory
-from proxyd.vm.slot import CONSENT_SECONDS, Function, Slot
+from proxyd.vm.slot import CONSENT_SECONDS, Function, Slot, Turn
 
 __all__ = ["QemuPlugger"]
 
@@ -65,7 +65,6 @@ class QemuPlugger:
         path = str(config.runtime_dir / "proxyd.varlink")
         self._control = ControlServer(self._loop, path, INTERFACE, interface, log)
         self._slots: list[Slot] = []
-        self._turn = asyncio.Lock()
         self._is_running = True
 
     def run(self) -> int:
@@ -82,8 +81,8 @@ class QemuPlugger:
         self._uevents.close()
 
     async def _main(self) -> None:
-        by_slot = groupby(sorted(self._functions.values(), key=_devfn), lambda function: function.devfn >> 3)
-        self._slots = [Slot(list(functions)) for _, functions in by_slot]
+        functions = sorted(self._functions.values(), key=_slot_number)
+        self._slots = [Slot(list(of_slot)) for _, of_slot in groupby(functions, _slot_number)]
         stepper = _Stepper(self._loop, self._stop)
         serving = asyncio.create_task(self._serve())
         stopped = asyncio.create_task(self._stop.wait())
@@ -158,12 +157,12 @@ class QemuPlugger:
         inventory = await self._check(monitor)
         self._log.info("attached to %s", monitor.name)
         ends = [asyncio.create_task(monitor.wait_closed()), asyncio.create_task(self._stop.wait())]
-        slots = [asyncio.create_task(slot.run(monitor, inventory, self._turn)) for slot in self._slots]
+        turn = Turn()
+        slots = [asyncio.create_task(slot.run(monitor, inventory, turn)) for slot in self._slots]
         announcing = asyncio.create_task(self._announce())
         try:
             done, _ = await asyncio.wait({*ends, *slots}, return_when=asyncio.FIRST_COMPLETED)
-            async with self._turn:  # a command under way is let end
-                pass
+            await turn.end()
             for task in done:
                 task.result()
         finally:
@@ -254,8 +253,8 @@ class _Stepper:
         self._timer = None if seconds is None else self._asyncio.call_later(seconds, self._step)
 
 
-def _devfn(function: Function) -> int:
-    return function.devfn
+def _slot_number(function: Function) -> int:
+    return function.devfn >> 3
 
 
 def _check_ids(names: Iterable[str]) -> None:

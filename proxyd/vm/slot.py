@@ -29,7 +29,7 @@ from proxyd.vm.handover import Handover, connect, examine, find_server
 from proxyd.vm.monitor import CommandError, Monitor
 from proxyd.vm.qemu import PROXY_DRIVER, Inventory, take_inventory
 
-__all__ = ["CONSENT_SECONDS", "Function", "Slot"]
+__all__ = ["CONSENT_SECONDS", "Function", "Slot", "Turn"]
 
 CONSENT_SECONDS = 5.0
 """how long a guest may take to let a device go before that is told; QEMU then takes another device_del, too"""
@@ -38,6 +38,29 @@ _EXAMINATION_SECONDS = 5.0
 """how long a device's answers may take altogether; QEMU would stand still for as long"""
 _FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
+
+
+class Turn:
+    """Lets one slot at a time do what takes more than one command: an asynchronous context manager."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._is_over = False
+
+    async def __aenter__(self) -> None:
+        await self._lock.acquire()
+        if self._is_over:
+            self._lock.release()
+            await asyncio.Event().wait()
+
+    async def __aexit__(self, *_exception: object) -> None:
+        self._lock.release()
+
+    async def end(self) -> None:
+        """Waits for who has it. Nobody gets it any more: who asks for it only waits to be cancelled."""
+        self._is_over = True
+        async with self._lock:
+            pass
 
 
 class Function:
@@ -147,12 +170,12 @@ class Slot:
         """Those that QEMU has a proxy of."""
         return [function for function in self.functions if function.is_plugged]
 
-    async def run(self, monitor: Monitor, inventory: Inventory, turn: asyncio.Lock) -> None:
+    async def run(self, monitor: Monitor, inventory: Inventory, turn: Turn) -> None:
         """Plugs what is missing, adopts what is there, replaces what has lost its link, until it is cancelled.
 
-        What loses its link at once, again and again, is replaced ever more rarely. It is best cancelled while
-        nobody holds ``turn``: nothing is half done then. Raises PeerGone and ProtocolError when the monitor is out
-        of order; close() comes after it, however it ends.
+        What loses its link at once, again and again, is replaced ever more rarely. It is best cancelled
+        after the end of ``turn``: nothing is half done then. Raises PeerGone and ProtocolError when the monitor is
+        out of order; close() comes after it, however it ends.
         """
         async with turn:
             await self._reconcile(monitor, inventory)
@@ -224,7 +247,7 @@ class Slot:
         """Whether function 0 is plugged before others: these would be refused."""
         return self.functions[-1].is_plugged and len(self.plugged) < len(self.functions)
 
-    async def _plug(self, monitor: Monitor, turn: asyncio.Lock) -> bool:
+    async def _plug(self, monitor: Monitor, turn: Turn) -> bool:
         """Plugs all functions that aren't; False if QEMU doesn't want one. Waits for their devices."""
         missing = [function for function in self.functions if not function.is_plugged]
         await self._connect(missing)

@@ -1,33 +1,40 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The end of proxyd beside a QEMU that doesn't answer."""
+"""The end of proxyd beside a QEMU that doesn't answer, or takes its time."""
 
 from __future__ import annotations
 
 import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from common.config import VmConfig
+from common.config import DeviceConfig, VmConfig
 from common.loop import Loop
+from common.pci import parse_devfn
 from proxyd.vm import monitor, qmp
 from proxyd.vm.qmp import QemuPlugger
+from tests.support.remote import RemoteThread
+from tests.support.remotebench import LineDevice
 
 GREETING = {
     "QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}
 }
+PASSES = 40
+"""of asyncio's loop, more than news takes from its one end to the other"""
 HANGS = 20.0
 """seconds after which what hasn't ended never will"""
 
 
-class SilentQemu:
-    """Greets, negotiates, and stops proxyd's loop instead of answering the first command."""
+class Qemu:
+    """QEMU's end of the monitor, in proxyd's loop: greets, negotiates, and leaves the rest to its heirs."""
 
     def __init__(self, loop: Loop, path: str) -> None:
-        self._loop = loop
+        self.loop = loop
+        self.commands: list[str] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen()
@@ -39,20 +46,75 @@ class SilentQemu:
         if self._link is not None:
             self._link.close()
 
+    def on_command(self, command: str, tag: object) -> None:
+        """To be answered, or not."""
+
+    def send(self, message: Mapping[str, object]) -> None:
+        assert self._link is not None
+        self._link.sendall(json.dumps(message).encode() + b"\r\n")
+
+    def hang_up(self) -> None:
+        assert self._link is not None
+        self._link.shutdown(socket.SHUT_RDWR)
+
     def _on_client(self, _events: int) -> None:
         self._link, _ = self._listener.accept()
-        self._link.sendall(json.dumps(GREETING).encode() + b"\r\n")
-        self._loop.add(self._link.fileno(), self._on_command)
+        self.send(GREETING)
+        self.loop.add(self._link.fileno(), self._on_data)
 
-    def _on_command(self, _events: int) -> None:
+    def _on_data(self, _events: int) -> None:
         assert self._link is not None
-        if json.loads(self._link.recv(4096))["execute"] == "qmp_capabilities":
-            self._link.sendall(b'{"return": {}}\r\n')
+        data = self._link.recv(4096)
+        if not data:
+            self.loop.remove(self._link.fileno())
             return
-        self._loop.stop()
-        self._loop.remove(self._link.fileno())
+        message = json.loads(data)
+        if message["execute"] == "qmp_capabilities":
+            self.send({"return": {}})
+            return
+        self.commands.append(message["execute"])
+        self.on_command(message["execute"], message["id"])
+
+
+class SilentQemu(Qemu):
+    """Stops proxyd's loop instead of answering the first command."""
+
+    def on_command(self, command: str, tag: object) -> None:
+        self.loop.stop()
         # Lets proxyd end even if it can't do so by itself.
-        self._loop.call_later(HANGS, self._link.close)
+        self.loop.call_later(HANGS, self.hang_up)
+
+
+class SlowQemu(Qemu):
+    """Refuses a device when another waits for its turn, proxyd's loop is stopped, and proxyd knows that."""
+
+    ANSWERS: ClassVar[Mapping[str, object]] = {
+        "query-kvm": {"enabled": True},
+        "qom-list": [
+            {"name": "ioapic", "type": "child<kvm-ioapic>"},
+            {"name": "ram0", "type": "child<memory-backend-memfd>"},
+        ],
+        "qom-get": "/machine/unattached/device[19]",
+        "query-memdev": [{"id": "ram0", "share": True, "size": 64 << 20}],
+        "query-pci": [],
+        "query-status": {"running": True},
+    }
+    is_full: Callable[[], bool]
+
+    def on_command(self, command: str, tag: object) -> None:
+        if command == "device_add":
+            self._refuse(tag, 0)
+        else:
+            self.send({"return": self.ANSWERS.get(command, {}), "id": tag})
+
+    def _refuse(self, tag: object, passes: int) -> None:
+        if passes == PASSES:
+            self.send({"error": {"class": "GenericError", "desc": "no"}, "id": tag})
+            return
+        if passes or self.is_full():
+            self.loop.stop()
+            passes += 1
+        self.loop.call_later(0, lambda: self._refuse(tag, passes))
 
 
 @pytest.fixture
@@ -77,3 +139,29 @@ def test_its_end_waits_for_qemu_no_longer_than_it_may(
         plugger.close()
         peer.close()
     assert caplog.messages == ["not done with QEMU within 0 s: what is plugged stays so"]
+
+
+def test_its_end_lets_no_other_slot_begin(
+    tmp_path: Path, loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    devfns = {"dev0": parse_devfn("05.0"), "dev1": parse_devfn("06.0")}
+    remote = RemoteThread(tmp_path)
+    for name, devfn in devfns.items():
+        remote.add(LineDevice, name, devfn)
+    remote.start()
+    path = str(tmp_path / "qmp")
+    peer = SlowQemu(loop, path)
+    devices = tuple(DeviceConfig(name, None, devfn, None, None, None, {}) for name, devfn in devfns.items())
+    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", tmp_path, f"qmp:{path}", devices), loop)
+    functions = plugger._functions.values()
+    peer.is_full = lambda: all(function.handover is not None for function in functions)
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert plugger.run() == 0
+    finally:
+        plugger.close()
+        peer.close()
+        remote.close()
+    assert peer.commands.count("device_add") == 1
+    (refused,) = caplog.messages
+    assert refused == "QEMU refuses it, it stays out: no"

@@ -23,7 +23,7 @@ from common.pci import parse_devfn
 from proxyd.vm import handover, slot
 from proxyd.vm.monitor import Monitor
 from proxyd.vm.qemu import PROXY_DRIVER, Inventory
-from proxyd.vm.slot import Function, Slot
+from proxyd.vm.slot import Function, Slot, Turn
 from tests.support.remote import RemoteThread
 from tests.support.remotebench import LineDevice
 
@@ -74,7 +74,7 @@ class Bench:
         self.slot = Slot([self.function])
         self._asked.clear()
         monitor = await Monitor.connect(str(path), self._on_event, lambda _line: None)
-        running = asyncio.create_task(self.slot.run(monitor, inventory, asyncio.Lock()))
+        running = asyncio.create_task(self.slot.run(monitor, inventory, Turn()))
         try:
             await meanwhile()
             running.cancel()

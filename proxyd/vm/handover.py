@@ -8,6 +8,7 @@ hw/remote/proxy.c).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from common import mpqemu, pci
@@ -58,10 +59,8 @@ def examine(client: Client) -> Handover:
     if pin > 1:
         raise ProtocolError(f"interrupt pin {pin}: QEMU's x-pci-proxy-dev routes every function's as INTA")
     client.request(Command.DEVICE_RESET)
-    remarks = []
-    for number in range(_PROBED_REGISTERS):
-        remarks += _probe(client, number)
-    return Handover(client, ids & 0xFFFF, ids >> 16, tuple(remarks))
+    masks = [_probe(client, number) for number in range(_PROBED_REGISTERS)]
+    return Handover(client, ids & 0xFFFF, ids >> 16, tuple(_remarks(masks[:PCI_NUM_BARS])))
 
 
 def find_server(path: str) -> PeerCredentials | None:
@@ -82,23 +81,37 @@ def find_server(path: str) -> PeerCredentials | None:
     return None
 
 
-def _probe(client: Client, number: int) -> list[str]:
-    """Sizes one register as QEMU does. Raises ProtocolError where that would abort it."""
+def _probe(client: Client, number: int) -> int:
+    """The mask of one register, sized as QEMU does. Raises ProtocolError where that would abort it."""
     offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
     before = _config_read(client, offset, 4)
     _config_write(client, offset, 0xFFFFFFFF)
     mask = _config_read(client, offset, 4)
     _config_write(client, offset, before)
-    size = -(mask & pci.PCI_BASE_ADDRESS_MEM_MASK) & 0xFFFFFFFF
+    size = _size(mask & pci.PCI_BASE_ADDRESS_MEM_MASK)
     if size & (size - 1) or size > _MAX_BAR:
         raise ProtocolError(f"BAR {number} has the mask {mask:#x}: QEMU's x-pci-proxy-dev would abort")
-    if mask & pci.PCI_BASE_ADDRESS_SPACE_IO:
-        real = -(mask & pci.PCI_BASE_ADDRESS_IO_MASK) & 0xFFFFFFFF
-        if real < _MIN_BAR and number < PCI_NUM_BARS:
-            return [f"BAR {number} takes {_MIN_BAR} I/O ports instead of {real}"]
-    elif mask & pci.PCI_BASE_ADDRESS_MEM_TYPE_MASK == pci.PCI_BASE_ADDRESS_MEM_TYPE_64:
-        return [f"BAR {number} works below 4 GiB only"]
-    return []
+    return mask
+
+
+def _remarks(masks: Iterable[int]) -> Iterator[str]:
+    """What becomes of the BARs, by their masks."""
+    numbered = enumerate(masks)
+    for number, mask in numbered:
+        if mask & pci.PCI_BASE_ADDRESS_SPACE_IO:
+            size = _size(mask & pci.PCI_BASE_ADDRESS_IO_MASK)
+            if size < _MIN_BAR:
+                yield f"BAR {number} takes {_MIN_BAR} I/O ports instead of {size}"
+        elif mask & pci.PCI_BASE_ADDRESS_MEM_TYPE_MASK == pci.PCI_BASE_ADDRESS_MEM_TYPE_64:
+            next(numbered, None)  # the upper half: QEMU takes it for one more BAR, the guest doesn't
+            if mask & pci.PCI_BASE_ADDRESS_MEM_MASK:
+                yield f"BAR {number} works below 4 GiB only"
+            else:
+                yield f"BAR {number} works nowhere: it has 4 GiB or more"
+
+
+def _size(mask: int) -> int:
+    return -mask & 0xFFFFFFFF
 
 
 def _config_read(client: Client, offset: int, size: int) -> int:

@@ -3,8 +3,9 @@
 
 As in QEMU's hw/misc/edu.c, with three differences. A transfer is over in the pass of the loop that follows the
 command, not after 100 ms. One that leaves the buffer ends the transfer, not the process. And one that can't be
-done (out of the buffer, no RAM at the address, bus mastering off) moves nothing at all; the run bit and the
-interrupt behave as after a transfer, so that no driver waits for ever.
+done (out of the buffer, no RAM at some of its addresses, bus mastering off) moves nothing at all, where QEMU moves
+what there is and reads the rest as zeros; the run bit and the interrupt behave as after a transfer, so that no
+driver waits for ever.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ async def check(monitor: Monitor) -> None:
                 "its interrupt controllers are not all in the kernel: start it with -machine kernel-irqchip=on"
             )
         # The handler alone doesn't tell: QEMU 10.0 sets it with hot-plug off, too, 7.2 does not.
-        if not handler or not await monitor.execute("qom-get", path=handler, property="acpi-root-pci-hotplug"):
+        if not handler or not await monitor.execute(
+            "qom-get", path=handler, property="acpi-root-pci-hotplug"
+        ):
             raise UsageError(
                 "its PCI bus takes no devices while it runs: start it with -machine acpi=on and "
                 "-global PIIX4_PM.acpi-root-pci-hotplug=on"

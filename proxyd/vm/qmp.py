@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -83,6 +84,8 @@ class QemuPlugger:
     async def _main(self) -> None:
         functions = sorted(self._functions.values(), key=_slot_number)
         self._slots = [Slot(list(of_slot)) for _, of_slot in groupby(functions, _slot_number)]
+        # asyncio's own has few threads: a device could wait for those that hang.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max(1, len(self._slots))))
         stepper = _Stepper(self._loop, self._stop)
         serving = asyncio.create_task(self._serve())
         stopped = asyncio.create_task(self._stop.wait())

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import pytest
 from common.config import DeviceConfig, VmConfig
 from common.loop import Loop
 from common.pci import parse_devfn
-from proxyd.vm import monitor, qmp
+from proxyd.vm import handover, monitor, qmp, slot
 from proxyd.vm.qmp import QemuPlugger
 from tests.support.remote import RemoteThread
 from tests.support.remotebench import LineDevice
@@ -85,8 +86,8 @@ class SilentQemu(Qemu):
         self.loop.call_later(HANGS, self.hang_up)
 
 
-class SlowQemu(Qemu):
-    """Refuses a device when another waits for its turn, proxyd's loop is stopped, and proxyd knows that."""
+class FitQemu(Qemu):
+    """Gives every answer that proxyd hopes for, until it is given a device: proxyd's loop is stopped then."""
 
     ANSWERS: ClassVar[Mapping[str, object]] = {
         "query-kvm": {"enabled": True},
@@ -99,17 +100,32 @@ class SlowQemu(Qemu):
         "query-pci": [],
         "query-status": {"running": True},
     }
-    is_full: Callable[[], bool]
 
     def on_command(self, command: str, tag: object) -> None:
         if command == "device_add":
-            self._refuse(tag, 0)
+            self.on_device(tag)
         else:
             self.send({"return": self.ANSWERS.get(command, {}), "id": tag})
 
+    def on_device(self, tag: object) -> None:
+        self.loop.stop()
+        self.refuse(tag)
+
+    def refuse(self, tag: object) -> None:
+        self.send({"error": {"class": "GenericError", "desc": "no"}, "id": tag})
+
+
+class SlowQemu(FitQemu):
+    """Refuses a device when another waits for its turn, proxyd's loop is stopped, and proxyd knows that."""
+
+    is_full: Callable[[], bool]
+
+    def on_device(self, tag: object) -> None:
+        self._refuse(tag, 0)
+
     def _refuse(self, tag: object, passes: int) -> None:
         if passes == PASSES:
-            self.send({"error": {"class": "GenericError", "desc": "no"}, "id": tag})
+            self.refuse(tag)
             return
         if passes or self.is_full():
             self.loop.stop()
@@ -165,3 +181,32 @@ def test_its_end_lets_no_other_slot_begin(
     assert peer.commands.count("device_add") == 1
     (refused,) = caplog.messages
     assert refused == "QEMU refuses it, it stays out: no"
+
+
+def test_devices_that_hang_hold_up_no_other(
+    tmp_path: Path, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_ROUND_TRIP_SECONDS", 3600.0)
+    monkeypatch.setattr(slot, "_EXAMINATION_SECONDS", 3600.0)
+    path = str(tmp_path / "qmp")
+    peer = FitQemu(loop, path)
+    devices = tuple(
+        DeviceConfig(f"dev{number}", None, number << 3, None, None, None, {}) for number in range(32)
+    )
+    *hanging, last = devices
+    remote = RemoteThread(tmp_path)
+    remote.add(LineDevice, last.id, last.devfn)
+    remote.start()
+    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", tmp_path, f"qmp:{path}", devices), loop)
+    guard = loop.call_later(HANGS, loop.stop)
+    with ExitStack() as stack:
+        stack.callback(remote.close)
+        stack.callback(peer.close)
+        stack.callback(plugger.close)
+        for device in hanging:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(remote.path(device.id))
+            listener.listen()
+        assert plugger.run() == 0
+    guard.cancel()
+    assert peer.commands.count("device_add") == 1

@@ -146,7 +146,7 @@ class ScriptedGuest:
             if served is not None:
                 return served
             try:
-                self._recover_all()
+                self._recover_all(function)
             finally:
                 # What a device that goes on where it was has asserted meanwhile is of no round.
                 function.raised, function.served, function.held, function.reasserts = before
@@ -170,23 +170,27 @@ class ScriptedGuest:
                 function.quiesce()
                 return False
 
-    def _recover_all(self) -> None:
-        """What reset one device has seldom left the others alone."""
+    def _recover_all(self, dead: Function | None = None) -> None:
+        """What reset one device has seldom left the others alone.
+
+        One that was seen ``dead`` may be back by now, with its line as high as it was.
+        """
         for function in self._functions:
-            self._recover(function)
+            if function is dead or not function.driver.is_alive():
+                self._recover(function)
 
     def _recover(self, function: Function) -> None:
         """Waits until the function answers with its cookie; initialises it if it was reset."""
-        if function.driver.is_alive():
-            return
         function.recovering = True
         started = time.monotonic()
-        while not function.driver.is_alive():
+        while True:
+            if self._machine.config_read(function.devfn, 0x00, 4) in DRIVERS:
+                function.quiesce()
+                if function.driver.is_alive():
+                    break
             if time.monotonic() - started > _BACK_WITHIN:
                 self._record(f"gone addr={function.addr}")
                 raise _CommandError("a function did not come back")
-            if self._machine.config_read(function.devfn, 0x00, 4) in DRIVERS:
-                function.quiesce()
             self._settle(TICK_SECONDS)
         ticks = int((time.monotonic() - started) / TICK_SECONDS)
         self._record(f"back addr={function.addr} after_ticks={ticks} config=kept")

@@ -34,8 +34,6 @@ static bool function_recover(struct function *fn)
 	u32 start = ticks;
 	bool rewritten = false;
 
-	if (function_alive(fn))
-		return true;
 	fn->recovering = true;
 	for (;;) {
 		if (config_read(fn->devfn, PCI_VENDOR_ID, 2) == fn->driver->vendor) {
@@ -63,13 +61,16 @@ static bool function_recover(struct function *fn)
 	return true;
 }
 
-/* All of them: what reset one device has seldom left the others alone. */
-static bool functions_recover(void)
+/*
+ * All of them: what reset one device has seldom left the others alone.  One that
+ * was seen dead may be back by now, with its line as high as it was.
+ */
+static bool functions_recover(const struct function *dead)
 {
-	u32 i;
+	struct function *fn;
 
-	for (i = 0; i < function_count; i++) {
-		if (!function_recover(&functions[i]))
+	for (fn = functions; fn < functions + function_count; fn++) {
+		if ((fn == dead || !function_alive(fn)) && !function_recover(fn))
 			return false;
 	}
 	return true;
@@ -115,7 +116,7 @@ static const char *round(struct function *fn, bool hold, u32 *lost_in_a_row)
 				return "an IRQ is stuck";
 			return ++*lost_in_a_row == LOST_IN_A_ROW ? "too many rounds in a row were lost" : NULL;
 		case RESET:
-			back = functions_recover();
+			back = functions_recover(fn);
 			/* What a device that goes on where it was has asserted meanwhile is of no round. */
 			fn->raised = raised;
 			fn->served = served;
@@ -136,7 +137,7 @@ static const char *progress(u32 done, u32 total)
 	field_decimal("done", done);
 	field_decimal("total", total);
 	end_line();
-	return functions_recover() ? NULL : gone;
+	return functions_recover(NULL) ? NULL : gone;
 }
 
 static const char *rounds_run(u32 rounds, u32 every)

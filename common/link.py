@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import array
 import contextlib
-import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 from common import mpqemu
+from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
 from common.errors import PeerGone, ProtocolError
 from common.mpqemu import HEADER, Command
 
@@ -31,7 +32,6 @@ __all__ = ["Client", "Link", "PeerCredentials", "peer_credentials"]
 
 _Ancillary = list[tuple[int, int, bytes]]
 
-_ANCILLARY = socket.CMSG_SPACE(mpqemu.MAX_FDS * 4)
 _FLAGS = socket.MSG_CMSG_CLOEXEC
 _HEADER_SIZE = HEADER.size
 _READ_AHEAD = HEADER.size + mpqemu.BAR.size
@@ -73,9 +73,11 @@ class Link:
     receive(); ``fds`` are its file descriptors: a handler takes them with take_fds(), what is left is closed.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Takes ownership of a connected UNIX stream socket."""
+    def __init__(self, sock: socket.socket, disposal: Disposal) -> None:
+        """Takes ownership of a connected UNIX stream socket; ``disposal`` closes it, and fds that came over it."""
         sock.setblocking(False)
+        receive_urgent_inline(sock)
+        self._disposal = disposal
         self._sock = sock
         self._send = sock.send
         self._recvmsg_into = sock.recvmsg_into
@@ -109,7 +111,7 @@ class Link:
                 self._consume()
             self._frame = 0
             if self.fds and not self._have:
-                self._close_fds()
+                self.discard(self.take_fds())
         if not self._have:
             buffers = self._whole
         else:
@@ -118,7 +120,7 @@ class Link:
                 return command
             buffers = [self._view[self._have : self._have + missing]]
         try:
-            count, ancillary, flags, _ = self._recvmsg_into(buffers, _ANCILLARY, _FLAGS)
+            count, ancillary, flags, _ = self._recvmsg_into(buffers, ANCILLARY_SIZE, _FLAGS)
         except BlockingIOError:
             return -1
         except OSError as error:
@@ -126,7 +128,7 @@ class Link:
         if ancillary:
             self._take_ancillary(ancillary, wanted=self._have < _HEADER_SIZE)
         if flags & socket.MSG_CTRUNC:
-            raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
+            raise ProtocolError("a message's file descriptors are lost: too many files are open here")
         if not count:
             raise PeerGone("the peer closed the link" + (" within a frame" if self._have else ""))
         self._have += count
@@ -151,11 +153,17 @@ class Link:
         fds, self.fds = self.fds, []
         return fds
 
+    def discard(self, fds: Sequence[int]) -> None:
+        """Closes fds that came over the link. Raises ProtocolError when too many of them take long."""
+        self._disposal.close_fds(fds)
+        if self._disposal.is_full:
+            raise ProtocolError("too many file descriptors that take long to close")
+
     def close(self) -> None:
-        """Closes the socket and every fd that nobody took; a second call does nothing."""
+        """Ends the link, and closes every fd that nobody took; a second call does nothing."""
         self.closed = True
-        self._close_fds()
-        self._sock.close()
+        self._disposal.close_fds(self.take_fds())
+        self._disposal.hang_up(self._sock)
 
     def _parse(self) -> tuple[int, int]:
         """The command of the frame in the buffer (-1 without a header) and how many bytes to ask for."""
@@ -169,7 +177,7 @@ class Link:
             return command, length - have
         if self.fds and not rule.max_fds and have == length:
             # Nothing of the next frame is here that could be theirs.
-            self._close_fds()
+            self.discard(self.take_fds())
         self._frame = length
         return command, 0
 
@@ -181,14 +189,11 @@ class Link:
     def _take_ancillary(self, ancillary: _Ancillary, *, wanted: bool) -> None:
         received = _received_fds(ancillary)
         if not wanted:  # they came with a payload's bytes
-            _close_all(received)
+            self.discard(received)
             return
         self.fds.extend(received)
         if len(self.fds) > mpqemu.MAX_FDS:
             raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
-
-    def _close_fds(self) -> None:
-        _close_all(self.take_fds())
 
 
 class Client:
@@ -197,9 +202,18 @@ class Client:
     After any exception the link is out of step and only close() makes sense.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip."""
+    _disposals: ClassVar[defaultdict[str, Disposal]] = defaultdict(Disposal)
+    """by the path of a device's socket"""
+
+    def __init__(self, sock: socket.socket, deadline: float, disposal: Disposal | None = None) -> None:
+        """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip.
+
+        ``disposal`` closes fds that came over it.
+        """
         sock.setblocking(False)
+        refuse_fds(sock)
+        receive_urgent_inline(sock)
+        self._disposal = disposal or Disposal()
         self.peer = peer_credentials(sock)
         self._sock = sock
         self._deadline = deadline
@@ -210,13 +224,19 @@ class Client:
 
     @classmethod
     def connect(cls, path: str, deadline: float) -> Client:
-        """Connects to a device's socket. Raises PeerGone when nobody listens there, or no fd is left."""
+        """Connects to a device's socket.
+
+        Raises PeerGone when nobody listens there, no fd is left, or too many from there are still to be closed.
+        """
+        disposal = cls._disposals[path]
+        if disposal.is_full:
+            raise PeerGone(f"{path}: too many file descriptors from there take long to close")
         try:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 sock.settimeout(deadline)
                 sock.connect(path)
-                return cls(sock, deadline)
+                return cls(sock, deadline, disposal)
             except BaseException:
                 sock.close()
                 raise
@@ -266,8 +286,8 @@ class Client:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the socket; a second call does nothing."""
-        self._sock.close()
+        """Closes the socket; who has a copy may go on with it. A second call does nothing."""
+        self._disposal.close_socket(self._sock)
 
     def _receive(self, have: int, expires: float, command: Command) -> int:
         remaining = expires - time.monotonic()
@@ -292,13 +312,13 @@ class Client:
     def _read(self, view: memoryview) -> int:
         """How many bytes arrived, 0 at the end of the stream, -1 when none are here."""
         try:
-            count, ancillary, flags, _ = self._sock.recvmsg_into([view], _ANCILLARY, _FLAGS)
+            count, ancillary, flags, _ = self._sock.recvmsg_into([view], ANCILLARY_SIZE, _FLAGS)
         except BlockingIOError:
             return -1
         except OSError as error:
             raise PeerGone(f"reading the link: {error.strerror}") from error
         if ancillary or flags & socket.MSG_CTRUNC:
-            _close_all(_received_fds(ancillary))
+            self._disposal.close_fds(_received_fds(ancillary))
             raise ProtocolError("the peer sent file descriptors with a reply")
         return count
 
@@ -309,8 +329,3 @@ def _received_fds(ancillary: _Ancillary) -> array.array[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return fds
-
-
-def _close_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.close(fd)

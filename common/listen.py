@@ -10,6 +10,7 @@ import socket
 import stat
 from collections.abc import Callable
 
+from common.disposal import Disposal, refuse_fds
 from common.errors import UsageError
 from common.journal import RateLimited
 from common.loop import EventLoop, Timer
@@ -17,18 +18,24 @@ from common.loop import EventLoop, Timer
 __all__ = ["UnixListener"]
 
 _PAUSE_SECONDS = 1.0
-"""how long clients wait after one couldn't be taken for want of an fd: the loop would spin on it otherwise"""
+"""how long clients wait after one couldn't be taken: the loop would spin on it otherwise"""
 
 
 class UnixListener:
     """A listening UNIX stream socket, mode 0600, that removes its path when closed."""
 
     def __init__(
-        self, loop: EventLoop, path: str, on_client: Callable[[socket.socket], None], log: RateLimited
+        self,
+        loop: EventLoop,
+        path: str,
+        on_client: Callable[[socket.socket], None],
+        log: RateLimited,
+        disposal: Disposal | None = None,
     ) -> None:
         """Binds and listens; a socket whose daemon is gone is replaced.
 
-        ``on_client(sock)`` is called for one client a pass of the loop, and owns the non-blocking socket.
+        ``on_client(sock)`` is called for one client a pass of the loop, and owns the non-blocking socket. With a
+        ``disposal`` clients may send fds (without one see refuse_fds()), and wait as long as it is full.
         Raises UsageError when the path is in use by a live daemon, is no socket, or can't be bound.
         """
         if "\0" in path:  # bind() would take what comes before it
@@ -37,6 +44,7 @@ class UnixListener:
         self._loop = loop
         self._on_client = on_client
         self._log = log
+        self._disposal = disposal
         self._is_watched = False
         self._pause: Timer | None = None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -48,6 +56,8 @@ class UnixListener:
                     raise
                 _remove_stale(path)
                 _bind(self._sock, path)
+            if disposal is None:
+                refuse_fds(self._sock)
             self._sock.listen(16)
             self._inode = _inode(path)
             self.resume()
@@ -80,20 +90,31 @@ class UnixListener:
             # While the socket is open, nobody else's can have its inode.
             if self._sock.fileno() != -1 and _inode(self.path) == self._inode:
                 os.unlink(self.path)
+        if self._disposal is not None:
+            with contextlib.suppress(OSError):  # nobody is left, or it was closed already
+                self._sock.shutdown(socket.SHUT_RDWR)
+                while True:  # clients that were never taken may have sent fds
+                    self._disposal.hang_up(self._sock.accept()[0])
         self._sock.close()
 
     def _on_ready(self, _events: int) -> None:
+        if self._disposal is not None and self._disposal.is_full:
+            self._keep_waiting("too many file descriptors of earlier ones take long to close")
+            return
         try:
             sock, _ = self._sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            self._log.warning("%s: can't take a client: %s", self.path, error.strerror)
-            self.hold()
-            self._pause = self._loop.call_later(_PAUSE_SECONDS, self.resume)
+            self._keep_waiting(error.strerror)
             return
         sock.setblocking(False)
         self._on_client(sock)
+
+    def _keep_waiting(self, reason: str | None) -> None:
+        self._log.warning("%s: can't take a client: %s", self.path, reason)
+        self.hold()
+        self._pause = self._loop.call_later(_PAUSE_SECONDS, self.resume)
 
 
 def _inode(path: str) -> tuple[int, int]:

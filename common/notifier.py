@@ -8,13 +8,16 @@ read goes through preadv2 with RWF_NOWAIT, a write happens only when poll says t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from typing import Self
 
 from common.errors import ProtocolError
 
-__all__ = ["EventNotifier", "adopt_pair"]
+__all__ = ["EventNotifier", "adopt_pair", "is_eventfd"]
+
+_EVENTFD = "anon_inode:[eventfd]"
 
 
 class EventNotifier:
@@ -33,24 +36,6 @@ class EventNotifier:
     def create(cls) -> Self:
         """A new eventfd with a zero counter, close-on-exec and non-blocking. Raises OSError."""
         return cls(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-
-    @classmethod
-    def adopt(cls, fd: int) -> Self:
-        """Takes ownership of a received fd.
-
-        Raises ProtocolError, with the fd closed, unless it is an eventfd without EFD_SEMAPHORE: of a
-        semaphore KVM would consume one of n events and find the rest at the next assign (virt/kvm/eventfd.c).
-        """
-        try:
-            kind = os.readlink(f"/proc/self/fd/{fd}")
-            if kind != "anon_inode:[eventfd]":
-                raise ProtocolError(f"expected an eventfd, got {kind!r}")
-            if _fdinfo(fd).get("eventfd-semaphore", "0") != "0":
-                raise ProtocolError("an eventfd with EFD_SEMAPHORE can't carry interrupts")
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls(fd)
 
     @property
     def fd(self) -> int:
@@ -85,33 +70,39 @@ class EventNotifier:
 def adopt_pair(irqfd: int, resamplefd: int) -> tuple[EventNotifier, EventNotifier]:
     """Takes ownership of a received irqfd and resamplefd.
 
-    Raises ProtocolError, with both closed, when either is unfit or both are the same eventfd: KVM accepts
-    that and then re-asserts the line after every EOI, for ever.
+    Raises ProtocolError, with both still the caller's, unless they are two eventfds without EFD_SEMAPHORE. Of a
+    semaphore KVM would consume one of n events and find the rest at the next assign (virt/kvm/eventfd.c); one
+    eventfd as both it accepts, and then re-asserts the line after every EOI, for ever.
     """
-    try:
-        first = EventNotifier.adopt(irqfd)
-    except BaseException:
-        os.close(resamplefd)
-        raise
-    try:
-        second = EventNotifier.adopt(resamplefd)
-    except BaseException:
-        first.close()
-        raise
-    try:
-        if _fdinfo(irqfd).get("eventfd-id", "irqfd") == _fdinfo(resamplefd).get("eventfd-id", "resamplefd"):
-            raise ProtocolError("irqfd and resamplefd are the same eventfd")
-    except BaseException:
-        first.close()
-        second.close()
-        raise
-    return first, second
+    first, second = _identify(irqfd), _identify(resamplefd)
+    if first is not None and first == second:
+        raise ProtocolError("irqfd and resamplefd are the same eventfd")
+    return EventNotifier(irqfd), EventNotifier(resamplefd)
 
 
-def _fdinfo(fd: int) -> dict[str, str]:
-    """The fields of /proc/self/fdinfo/FD (proc_pid_fdinfo(5)); kernels before 6.5 lack eventfd-semaphore."""
+def is_eventfd(fd: int) -> bool:
+    """Whether it is an eventfd. Asks nothing of the file itself."""
+    with contextlib.suppress(OSError):
+        return _kind(fd) == _EVENTFD
+    return False
+
+
+def _identify(fd: int) -> str | None:
+    """The number of an eventfd, None where the kernel doesn't tell. Raises ProtocolError for an unfit fd."""
     try:
+        kind = _kind(fd)
+        if kind != _EVENTFD:
+            raise ProtocolError(f"expected an eventfd, got {kind!r}")
+        # The file is asked for its fdinfo only now: a stranger's filesystem might not answer.
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
-            return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    except OSError as error:  # no file descriptor is left for a look at it
+            fields = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    except OSError as error:  # no fd is left for the look at it, or its path is too long
         raise ProtocolError(f"can't examine an eventfd: {error.strerror}") from error
+    if fields.get("eventfd-semaphore", "0") != "0":  # kernels before 6.5 don't tell
+        raise ProtocolError("an eventfd with EFD_SEMAPHORE can't carry interrupts")
+    return fields.get("eventfd-id")
+
+
+def _kind(fd: int) -> str:
+    """The kernel's own name of an open file: that of the kind, or a path, which begins with a slash (d_path())."""
+    return os.readlink(f"/proc/self/fd/{fd}")

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from common.disposal import Disposal
 from common.errors import UsageError
 from common.journal import RateLimited
 from common.link import peer_credentials
@@ -35,6 +36,7 @@ class DeviceServer:
         self._on_idle = on_idle
         self._listener: UnixListener | None = None
         self._log = RateLimited(function.host.log)
+        self._disposal = Disposal()
 
     @property
     def is_listening(self) -> bool:
@@ -47,12 +49,14 @@ class DeviceServer:
 
     def listen(self, path: str) -> None:
         """Takes clients at a path. Raises UsageError."""
-        self._listener = UnixListener(self._loop, path, self._on_client, self._log)
+        self._listener = UnixListener(self._loop, path, self._on_client, self._log, self._disposal)
         self.function.host.log.info("listening on %s", path)
 
     def serve(self, sock: socket.socket) -> None:
         """Serves a connected socket, which it owns from here on."""
-        self.session = Session(self._loop, sock, self.function, self.pirq, self._on_end, self._log)
+        self.session = Session(
+            self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal
+        )
         self._log.info("connected", peer=self.session.client)
 
     def close(self) -> None:
@@ -71,10 +75,11 @@ class DeviceServer:
         if self.session is None:
             self.serve(sock)
             return
-        with sock, contextlib.suppress(OSError):
-            self.refused += 1
+        self.refused += 1
+        with contextlib.suppress(OSError):
             client = str(peer_credentials(sock))
             self._log.warning("refused: %s is being served", self.session.client, peer=client)
+        self._disposal.hang_up(sock)
 
     def _on_end(self, session: Session) -> None:
         self._rejected += session.rejected

@@ -9,10 +9,10 @@ whose replies nobody reads, a frame that doesn't end.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 
+from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
 from common.link import Link, peer_credentials
@@ -39,6 +39,7 @@ class Session:
         pirq: Pirq,
         on_end: Callable[[Session], None],
         log: RateLimited,
+        disposal: Disposal,
     ) -> None:
         """Takes ownership of the connected socket; ``on_end`` is called once, whoever ends the session.
 
@@ -54,7 +55,7 @@ class Session:
         self._pirq = pirq
         self._on_end = on_end
         self._log = log
-        self._link = Link(sock)
+        self._link = Link(sock, disposal)
         self._receive = self._link.receive
         self._partial: Timer | None = None
         self._handlers: dict[int, Callable[[], None]] = {
@@ -132,13 +133,14 @@ class Session:
     def _set_irqfd(self) -> None:
         fds = self._link.take_fds()
         if len(fds) != 2:
-            self._drop(fds)
             self._reject(ProtocolError(f"SET_IRQFD with {len(fds)} file descriptors instead of 2"))
+            self._link.discard(fds)
             return
         try:
             irqfd, resamplefd = adopt_pair(*fds)
         except ProtocolError as error:
             self._reject(ProtocolError(f"SET_IRQFD: {error}"))
+            self._link.discard(fds)
             return
         self._pirq.set_irqfd(irqfd, resamplefd)
 
@@ -149,9 +151,4 @@ class Session:
         except ProtocolError as error:
             self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"))
         finally:
-            self._drop(fds)
-
-    @staticmethod
-    def _drop(fds: list[int]) -> None:
-        for fd in fds:
-            os.close(fd)
+            self._link.discard(fds)

@@ -144,8 +144,9 @@ class Target:
             raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
         with ExitStack() as copies:
             (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi, copies))
+            pair = adopt_pair(irqfd, resamplefd)
             copies.pop_all()
-        return Line(gsi, *adopt_pair(irqfd, resamplefd), seconds)
+        return Line(gsi, *pair, seconds)
 
     def detach(self, line: Line) -> float:
         """Has the process deassign the irqfd, whoever holds a copy of it, and closes the line in any case.

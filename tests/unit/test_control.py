@@ -16,6 +16,7 @@ from typing import Self
 import pytest
 import varlink
 
+from common import disposal
 from common.control import MAX_MESSAGE, ControlServer, call
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.loop import Loop
@@ -395,6 +396,13 @@ def test_a_client_may_close_its_sending_side_and_still_read(bench: Bench) -> Non
         peer.await_hang_up()
 
 
+@pytest.fixture
+def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no SO_PASSRIGHTS, so that fds come in."""
+    monkeypatch.setattr(disposal, "_SO_PASSRIGHTS", 0x7FFF)
+
+
+@pytest.mark.usefixtures("older_kernel")
 def test_fds_that_somebody_sends_do_not_stay(bench: Bench) -> None:
     with bench.connect() as peer:
         before = count_fds()

@@ -15,10 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError
 from common.link import Link, peer_credentials
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
-from tests.support.fds import count_fds, identity, send_fds
+from tests.support.fds import count_fds, identity, no_more_fds, send_fds
+from tests.support.unsendable import returns_soon, unsendable_socket
+from tests.support.wait import wait_until
 
 
 class Frame(NamedTuple):
@@ -54,7 +57,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.peer, sock = socket.socketpair()
-        self.link = Link(sock)
+        self.link = Link(sock, Disposal())
 
     def send(self, frame: Frame, *cuts: int) -> Received:
         """Sends a frame in one piece or cut at some bytes, fds on the first; what must arrive of it."""
@@ -269,6 +272,59 @@ def test_more_fds_than_a_message_may_have_in_pieces(bench: Bench) -> None:
     assert bench.receive() is None
     with pytest.raises(ProtocolError, match="more than 8 file descriptors"):
         bench.receive()
+
+
+def test_fds_that_are_lost_for_want_of_room_are_told(bench: Bench) -> None:
+    fd = os.eventfd(0)
+    send_fds(bench.peer, SET_IRQFD, [fd, fd])
+    os.close(fd)
+    with no_more_fds(), pytest.raises(ProtocolError, match="too many files are open here"):
+        bench.receive()
+
+
+HOSTILE = {
+    "with a frame that has none": [(RESET, True)],
+    "with a frame that nobody takes them of": [(SET_IRQFD, True)],
+    "with a payload": [(SYNC[:16], False), (SYNC[16:], True)],
+    "with a frame that doesn't end": [(SYNC[:5], True)],
+    "with bytes that nobody reads": [(RESET, False), (RESET, False), (SYNC, True)],
+}
+
+
+@pytest.mark.parametrize("pieces", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("flags", [0, socket.MSG_OOB])
+def test_fds_whose_close_lasts_delay_nobody(pieces: list[tuple[bytes, bool]], flags: int) -> None:
+    before = count_fds()
+    with unsendable_socket() as sock:
+        bench = Bench()
+        for data, has_fds in pieces:
+            send_fds(bench.peer, data, [sock.fileno()] if has_fds else [], flags)
+        sock.close()
+
+        def use() -> None:
+            for _ in range(2):
+                bench.link.receive()
+            bench.link.close()
+
+        assert returns_soon(use)
+    bench.peer.close()
+    wait_until(lambda: count_fds() == before, "all fds are closed")
+
+
+def test_a_peer_that_goes_on_sending_fds_whose_close_lasts_loses_its_link() -> None:
+    before = count_fds()
+    with unsendable_socket() as sock, open(os.devnull, "rb") as null:
+        bench = Bench()
+        send_fds(bench.peer, RESET, [sock.fileno(), *[null.fileno()] * 4])
+        sock.close()
+        for _ in range(51):
+            assert bench.link.receive() == Command.DEVICE_RESET
+            send_fds(bench.peer, RESET, [null.fileno()] * 5)
+        with pytest.raises(ProtocolError, match="too many file descriptors that take long to close"):
+            bench.link.receive()
+        bench.link.close()
+    bench.peer.close()
+    wait_until(lambda: count_fds() == before, "all fds are closed")
 
 
 def test_received_fds_are_close_on_exec(bench: Bench) -> None:

@@ -9,13 +9,17 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from common import disposal
 from common.errors import PeerGone, ProtocolError
 from common.link import Client
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
 from tests.support.fds import count_fds, identity, send_fds
+from tests.support.unsendable import has_passrights, returns_soon, unsendable_socket
+from tests.support.wait import wait_until
 
 CONFIG_READ = request_frame(Command.PCI_CFGREAD, CONFIG.pack(0x3D, 0x11223344, 1))
 BAR_WRITE = request_frame(Command.BAR_WRITE, BAR.pack(0xFEDCBA9876543210, 0x1122334455667788, 8, True))
@@ -64,7 +68,7 @@ def open_asker(deadline: float = LONG) -> Iterator[Asker]:
         yield asker
     finally:
         asker.close()
-    assert count_fds() == before
+    wait_until(lambda: count_fds() == before, "all fds are closed")
 
 
 @pytest.fixture
@@ -132,13 +136,78 @@ def test_any_answer_but_one_clean_ret(asker: Asker, answer: bytes) -> None:
         asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:])
 
 
-@pytest.mark.parametrize("count", [1, 8, 200])
-def test_ret_with_fds(asker: Asker, count: int) -> None:
-    fd = os.eventfd(0)
-    asker.answer(reply_frame(1), [fd] * count)
-    with pytest.raises(ProtocolError, match="file descriptors"):
-        asker.client.request(Command.DEVICE_RESET)
-    os.close(fd)
+@pytest.fixture
+def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no SO_PASSRIGHTS, so that fds come in."""
+    monkeypatch.setattr(disposal, "_SO_PASSRIGHTS", 0x7FFF)
+
+
+@pytest.mark.usefixtures("older_kernel")
+@pytest.mark.parametrize("count", [1, 8, 253])
+def test_ret_with_fds(count: int) -> None:
+    with open_asker() as asker:
+        fd = os.eventfd(0)
+        asker.answer(reply_frame(1), [fd] * count)
+        with pytest.raises(ProtocolError, match="file descriptors"):
+            asker.client.request(Command.DEVICE_RESET)
+        os.close(fd)
+
+
+@pytest.mark.skipif(not has_passrights(), reason="this kernel knows no SO_PASSRIGHTS")
+def test_peers_cant_send_fds(asker: Asker) -> None:
+    with pytest.raises(PermissionError):
+        send_fds(asker.peer, reply_frame(1), [0])
+
+
+@pytest.mark.usefixtures("older_kernel")
+@pytest.mark.parametrize("flags", [0, socket.MSG_OOB])
+@pytest.mark.parametrize("is_read", [True, False])
+def test_fds_whose_close_lasts_delay_nobody(flags: int, is_read: bool) -> None:
+    """Neither those that come with a RET nor those that are never received."""
+    before = count_fds()
+    with unsendable_socket() as sock:
+        asker = Asker(deadline=LONG)
+        send_fds(asker.peer, reply_frame(1), [sock.fileno()], flags)
+        sock.close()
+
+        def use() -> None:
+            if is_read:
+                with pytest.raises(ProtocolError, match="file descriptors"):
+                    asker.client.check_quiet()
+            asker.client.shutdown()
+            asker.client.close()
+
+        assert returns_soon(use)
+    asker.close()
+    wait_until(lambda: count_fds() == before, "all fds are closed")
+
+
+@pytest.mark.usefixtures("older_kernel")
+def test_who_has_sent_too_many_fds_whose_close_lasts_is_left_alone(tmp_path: Path) -> None:
+    before = count_fds()
+    with bound(tmp_path / "one") as one, bound(tmp_path / "two") as two, unsendable_socket() as sock:
+        client = Client.connect(one.getsockname(), LONG)
+        peer, _ = one.accept()
+        with peer, open("/dev/null", "rb") as null:
+            send_fds(peer, b"x", [sock.fileno()] + 252 * [null.fileno()])
+            sock.close()
+            for _ in range(3):
+                send_fds(peer, b"x", [null.fileno()])
+        for _ in range(4):
+            with pytest.raises(ProtocolError, match="file descriptors"):
+                client.check_quiet()
+        client.close()
+        with pytest.raises(PeerGone, match="one: too many file descriptors from there"):
+            Client.connect(one.getsockname(), LONG)
+        Client.connect(two.getsockname(), LONG).close()
+    wait_until(lambda: count_fds() == before, "all fds are closed")
+
+
+def bound(path: Path) -> socket.socket:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen()
+    return server
 
 
 def test_late_second_ret_isnt_taken_for_the_next_answer(asker: Asker) -> None:

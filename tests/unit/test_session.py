@@ -11,6 +11,7 @@ import pytest
 from common.mpqemu import BAR, CONFIG, Command, request_frame
 from tests.support.fds import count_fds
 from tests.support.remotebench import IO_BASE, MEM64_BASE, MEM_BASE, Pair, Peer, RemoteBench
+from tests.support.wait import wait_until
 
 ONES = 0xFFFFFFFFFFFFFFFF
 FULL = (1 << 64) - 2
@@ -106,7 +107,7 @@ def test_fds_of_a_message_that_must_not_carry_any_are_closed(
             peer.send_bytes(frame, [null.fileno()] * 7)
             bench.settle()
             assert peer.receive() is not None
-    assert count_fds() == before
+    wait_until(lambda: count_fds() == before, "all fds are closed")
     assert not peer.has_ended
 
 

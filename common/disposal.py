@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Closing what peers sent, or left behind in a socket, without waiting for them.
+
+A close may take as long as the file's owner likes: a TCP socket lingers (SO_LINGER, socket(7)), a FUSE server
+leaves FLUSH unanswered, a UNIX socket closes the fds in its queue first. So only files that are known to be
+harmless are closed at once. All others are closed by one helper thread, which starts when it is first needed:
+peers that keep to the protocol never need it.
+
+The kernel closes fds in the reading thread, too, if a read has no room for them: in its control buffer, which must
+take SCM_MAX_FD, or below the process's limit of open files. That one can still be reached, hence the bounds here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import termios
+import threading
+from collections import deque
+from collections.abc import Iterable
+from queue import SimpleQueue
+
+from common.notifier import is_eventfd
+
+__all__ = ["ANCILLARY_SIZE", "Disposal", "is_memory", "receive_urgent_inline", "refuse_fds"]
+
+_SCM_MAX_FD = 253
+"""fds in one message at most (include/net/scm.h)"""
+ANCILLARY_SIZE = socket.CMSG_SPACE(_SCM_MAX_FD * 4)
+"""bytes of a control buffer that takes all fds of a message"""
+
+_SO_PASSRIGHTS = 83  # include/uapi/asm-generic/socket.h, since Linux 6.16
+_MAX_PENDING = 256
+"""enough for a client whose fds are merely unfit: the helper may have to wait some milliseconds for its turn"""
+
+
+class Disposal:
+    """What the peers of one device, or of another such place, have left to be closed.
+
+    Each place has its own, so that only its peers pay for what they sent: as long as it ``is_full``, they are not
+    served. Any thread may use it.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[int] = deque()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many fds wait to be closed that no more should come."""
+        return len(self._pending) >= _MAX_PENDING
+
+    def close_fds(self, fds: Iterable[int]) -> None:
+        """Closes fds that a peer sent: before it returns if they are eventfds or memory, soon otherwise."""
+        for fd in fds:
+            if is_memory(fd) or is_eventfd(fd):
+                os.close(fd)
+            else:
+                self._hand_over(fd)
+
+    def hang_up(self, sock: socket.socket) -> None:
+        """Ends a connection, at once for its peer and whoever else has a copy, and closes the socket."""
+        with contextlib.suppress(OSError):  # it may have ended already
+            sock.shutdown(socket.SHUT_RDWR)
+        self.close_socket(sock)
+
+    def close_socket(self, sock: socket.socket) -> None:
+        """Closes a connected UNIX socket, or a copy: soon, if something lies unread there, which may bring fds.
+
+        Unless it was shut down before, something may still arrive meanwhile. A second call does nothing.
+        """
+        if sock.fileno() != -1 and _has_unread(sock):
+            self._hand_over(sock.detach())
+        else:
+            sock.close()
+
+    def close_next(self) -> None:
+        """Closes the fd that has waited for longest: the helper thread's part."""
+        with contextlib.suppress(OSError):  # the fd is closed all the same (close(2))
+            os.close(self._pending[0])
+        self._pending.popleft()
+
+    def _hand_over(self, fd: int) -> None:
+        self._pending.append(fd)
+        _helper.put(self)
+
+
+class _Helper:
+    """The thread that may wait."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Disposal] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_running = False
+
+    def put(self, disposal: Disposal) -> None:
+        """Has one fd more of it closed."""
+        self._work.put(disposal)
+        with self._lock:
+            if not self._is_running:
+                # Where no thread can be had, the next fd brings the next attempt, until it is full.
+                with contextlib.suppress(RuntimeError):
+                    threading.Thread(target=self._run, name="disposal", daemon=True).start()
+                    self._is_running = True
+
+    def _run(self) -> None:
+        while True:
+            self._work.get().close_next()
+
+
+_helper = _Helper()
+
+
+def is_memory(fd: int) -> bool:
+    """Whether it is a file on tmpfs or hugetlbfs, such as a memfd. Asks nothing of any other filesystem.
+
+    Only these have seals (memfd_fcntl() in mm/memfd.c).
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def refuse_fds(sock: socket.socket) -> None:
+    """Lets peers of a UNIX socket send bytes only; of a listening one, the clients that connect from then on.
+
+    Before Linux 6.16 it does nothing. Then a read without control buffer closes in our thread whatever comes.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+
+
+def receive_urgent_inline(sock: socket.socket) -> None:
+    """Lets what is sent with MSG_OOB arrive as any other byte of a UNIX stream.
+
+    Otherwise the next read drops it, with its fds, in our thread (manage_oob() in net/unix/af_unix.c).
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def _has_unread(sock: socket.socket) -> bool:
+    unread = bytearray(4)
+    fcntl.ioctl(sock, termios.FIONREAD, unread)
+    return any(unread)

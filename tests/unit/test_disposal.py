@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Files from peers are closed without waiting for what their close does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from common import disposal
+from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
+from tests.support.fds import count_fds, send_fds
+from tests.support.unsendable import has_passrights, returns_soon, unsendable_socket
+from tests.support.wait import wait_until
+
+
+@pytest.fixture
+def place() -> Iterator[Disposal]:
+    """What is left open at a test's end is closed soon."""
+    before = count_fds()
+    yield Disposal()
+    wait_until(lambda: count_fds() == before, "all fds are closed")
+
+
+@pytest.fixture
+def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that knows no SO_PASSRIGHTS."""
+    monkeypatch.setattr(disposal, "_SO_PASSRIGHTS", 0x7FFF)
+
+
+def tmpfs_file() -> int:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        return os.dup(file.fileno())
+
+
+HARMLESS = [
+    pytest.param(lambda: os.eventfd(0), id="eventfd"),
+    pytest.param(lambda: os.memfd_create("ram"), id="memfd"),
+    pytest.param(lambda: os.memfd_create("ram", os.MFD_HUGETLB), id="memfd of huge pages"),
+    pytest.param(tmpfs_file, id="file on tmpfs"),
+]
+OTHERS = [
+    pytest.param(lambda: os.open("/proc/self/comm", os.O_RDONLY), id="file"),
+    pytest.param(lambda: os.open("/dev/shm", os.O_PATH), id="path"),
+    pytest.param(lambda: os.pidfd_open(os.getpid()), id="pidfd"),
+    pytest.param(lambda: socket.socket().detach(), id="socket"),
+]
+
+
+@pytest.mark.parametrize("opener", HARMLESS)
+def test_harmless_files_are_closed_at_once(opener: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = disposal._Helper()
+    monkeypatch.setattr(disposal, "_helper", helper)
+    before = count_fds()
+    Disposal().close_fds([opener(), opener()])
+    assert count_fds() == before
+    assert not helper._is_running
+
+
+@pytest.mark.parametrize("opener", OTHERS)
+def test_other_files_are_closed_by_the_helper(place: Disposal, opener: Callable[[], int]) -> None:
+    fd = opener()
+    with unsendable_socket() as sock:
+        place.close_fds([sock.detach()])
+        place.close_fds([fd])
+        os.fstat(fd)
+
+
+def test_a_close_that_lasts_delays_nobody_and_fills_only_its_own_place(place: Disposal) -> None:
+    other = Disposal()
+    with unsendable_socket() as sock:
+        assert returns_soon(lambda: place.close_fds([sock.detach()]))
+        assert not place.is_full
+        place.close_fds([os.open("/", os.O_PATH) for _ in range(255)])
+        assert place.is_full
+        other.close_fds([os.open("/", os.O_PATH) for _ in range(255)])
+        assert not other.is_full
+    wait_until(lambda: not place.is_full, "the backlog is gone")
+
+
+def test_without_a_thread_fds_wait_for_the_next_attempt(
+    place: Disposal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(disposal, "_helper", disposal._Helper())
+    fds = [os.open("/", os.O_PATH) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        place.close_fds(fds[:1])
+    os.fstat(fds[0])
+    place.close_fds(fds[1:])
+
+
+class TestSockets:
+    def test_with_nothing_unread_is_closed_at_once(self) -> None:
+        before = count_fds()
+        place = Disposal()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            place.hang_up(ours)
+            assert theirs.recv(1) == b""
+        assert count_fds() == before
+        place.hang_up(ours)
+
+    def test_with_fds_unread_ends_at_once_and_is_closed_by_the_helper(self, place: Disposal) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs, unsendable_socket() as sock:
+            send_fds(theirs, b"x", [sock.fileno()])
+            sock.close()
+            assert returns_soon(lambda: place.hang_up(ours))
+            with contextlib.suppress(ConnectionResetError):  # which comes with the close itself
+                assert theirs.recv(1) == b""
+            with pytest.raises(BrokenPipeError):
+                theirs.send(b"x")
+
+    def test_closing_a_copy_leaves_the_connection(self, place: Disposal) -> None:
+        ours, theirs = socket.socketpair()
+        copy = ours.dup()
+        with ours, theirs:
+            place.close_socket(copy)
+            ours.send(b"x")
+            assert theirs.recv(1) == b"x"
+
+    def test_urgent_data_brings_its_fds(self, place: Disposal) -> None:
+        ours, theirs = socket.socketpair()
+        receive_urgent_inline(ours)
+        with ours, theirs, unsendable_socket() as sock:
+            send_fds(theirs, b"!", [sock.fileno()], socket.MSG_OOB)
+            sock.close()
+            received: list[list[int]] = []
+            assert returns_soon(lambda: received.append(socket.recv_fds(ours, 10, 8)[1]))
+            assert len(received[0]) == 1
+            place.close_fds(received[0])
+
+    def test_the_control_buffer_takes_all_that_a_message_can_have(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            with pytest.raises(OSError, match="Invalid argument"):
+                send_fds(theirs, b"x", [0] * 254)
+            send_fds(theirs, b"x", [0] * 253)
+            _, ancillary, flags, _ = ours.recvmsg(1, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+        fds = [int.from_bytes(ancillary[0][2][n : n + 4], "little") for n in range(0, 4 * 253, 4)]
+        for fd in fds:
+            os.close(fd)
+        assert not flags & socket.MSG_CTRUNC
+
+
+@pytest.mark.skipif(not has_passrights(), reason="this kernel knows no SO_PASSRIGHTS")
+class TestRefusal:
+    def test_fds_are_refused_and_bytes_are_not(self) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            refuse_fds(ours)
+            with pytest.raises(PermissionError):
+                send_fds(theirs, b"x", [0])
+            send_fds(theirs, b"y")
+            assert ours.recv(2) == b"y"
+
+    def test_a_listening_socket_refuses_before_the_client_is_taken(self, tmp_path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+            refuse_fds(server)
+            server.bind(str(tmp_path / "socket"))
+            server.listen()
+            client.connect(str(tmp_path / "socket"))
+            with pytest.raises(PermissionError):
+                send_fds(client, b"x", [0])
+
+
+@pytest.mark.usefixtures("older_kernel")
+def test_an_older_kernel_refuses_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        refuse_fds(ours)
+        send_fds(theirs, b"x", [0])

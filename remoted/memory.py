@@ -6,7 +6,9 @@ before the next message is looked at. One memory serves one client: with its ses
 
 The files stay the client's, which may truncate them at any time. A process that touches a page that is gone
 dies of SIGBUS, while the kernel, copying on its behalf, answers EFAULT: so bytes go through a file of our own,
-and RAM itself is only shown where a seal keeps it from shrinking (memfd_create(2), fcntl(2)).
+and RAM itself is only shown where a seal keeps it from shrinking (memfd_create(2), fcntl(2)). Huge pages from
+hugetlbfs are not shown at all: their owner may still punch a hole, and the pool that it is filled from again may be
+empty (hugetlb_no_page() in mm/hugetlb.c).
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import errno
 import fcntl
 import mmap
 import os
-import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from common import mpqemu
+from common.disposal import is_memory
 from common.errors import IohubError, ProtocolError
 
 __all__ = ["DmaError", "GuestMemory"]
@@ -39,8 +41,8 @@ class _Region(NamedTuple):
     start: int
     end: int
     ram: mmap.mmap
-    can_shrink: bool
-    """whether its file may be truncated"""
+    can_vanish: bool
+    """whether its file's owner can take pages away for good"""
 
 
 class _Piece(NamedTuple):
@@ -69,7 +71,7 @@ class GuestMemory:
         """Replaces all regions by those of a SYNC_SYSMEM payload, one for each fd; the fds stay the caller's.
 
         Raises ProtocolError, with everything as it was, unless each region is page-aligned, lies within its
-        file, and none overlaps another.
+        file, which is on tmpfs or hugetlbfs as memfds are, and none overlaps another.
         """
         table = mpqemu.SYSMEM.unpack_from(payload)
         limit = mpqemu.MAX_FDS
@@ -84,7 +86,7 @@ class GuestMemory:
         try:
             for start, size, offset, fd in wanted:
                 ram = mmap.mmap(fd, size, offset=offset)
-                regions.append(_Region(start, start + size, ram, _can_shrink(fd)))
+                regions.append(_Region(start, start + size, ram, _can_vanish(fd)))
             if self._copy == -1 and regions:
                 self._copy = os.memfd_create("dma", os.MFD_CLOEXEC)
         except (OSError, ValueError, OverflowError) as error:
@@ -121,8 +123,8 @@ class GuestMemory:
     def view(self, address: int, size: int) -> memoryview:
         """RAM itself, within one region.
 
-        Raises DmaError, also for RAM whose file isn't sealed against shrinking. That of QEMU's
-        memory-backend-memfd is, by default.
+        Raises DmaError, also for RAM whose file isn't sealed against shrinking (that of QEMU's
+        memory-backend-memfd is, by default), or consists of huge pages from hugetlbfs.
 
         Valid until the device's handler returns, and to be released by then (use it in a with statement): a view
         that is kept keeps an old mapping alive.
@@ -131,8 +133,8 @@ class GuestMemory:
         if len(pieces) != 1:
             raise DmaError(f"no single region of RAM holds {size} bytes at {address:#x}")
         region, start, end = pieces[0]
-        if region.can_shrink:
-            raise DmaError(f"RAM at {address:#x} may be truncated, it can't be viewed")
+        if region.can_vanish:
+            raise DmaError(f"RAM at {address:#x} may be taken away, it can't be viewed")
         with memoryview(region.ram) as whole:
             return whole[start:end]
 
@@ -183,12 +185,11 @@ def _expect(copied: int, wanted: int) -> None:
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 
-def _can_shrink(fd: int) -> bool:
-    """Whether the file may be truncated: it lacks that seal, or its filesystem knows none."""
-    try:
-        return not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-    except OSError:
-        return True
+def _can_vanish(fd: int) -> bool:
+    """Whether the file, one that has seals, lacks the one that is wanted, or is made of huge pages."""
+    is_sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    # st_blksize is that of huge pages on tmpfs, too, where transparent ones are enabled.
+    return not is_sealed or os.fstatvfs(fd).f_bsize != mmap.PAGESIZE
 
 
 def _check_region(start: int, size: int, offset: int, fd: int) -> None:
@@ -197,11 +198,11 @@ def _check_region(start: int, size: int, offset: int, fd: int) -> None:
         raise ProtocolError(f"{where}: impossible")
     if (start | size | offset) % mmap.PAGESIZE:
         raise ProtocolError(f"{where}: not page-aligned")
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise ProtocolError(f"{where}: the fd is no file")
-    if offset + size > status.st_size:
-        raise ProtocolError(f"{where}: the file has only {status.st_size:#x} bytes")
+    if not is_memory(fd):  # any other filesystem might never answer fstat() or a fault
+        raise ProtocolError(f"{where}: the fd is no memfd, and no file on tmpfs or hugetlbfs")
+    file_size = os.fstat(fd).st_size
+    if offset + size > file_size:
+        raise ProtocolError(f"{where}: the file has only {file_size:#x} bytes")
 
 
 def _unmap(regions: list[_Region]) -> None:

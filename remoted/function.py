@@ -17,7 +17,7 @@ from typing import ClassVar
 from common import pci
 from common.errors import UsageError
 from common.pci import Bar, BarKind
-from remoted.host import Failures, Host
+from remoted.host import DEVICE_ERRORS, Failures, Host
 
 __all__ = ["Bar", "BarKind", "Host", "PciFunction"]
 
@@ -136,7 +136,7 @@ class PciFunction:
         self._config_changed()
         try:
             self.reset()
-        except Exception:  # noqa: BLE001 - a device author's bug
+        except DEVICE_ERRORS:
             self._failures.report("reset")
             return False
         return True
@@ -173,7 +173,7 @@ class PciFunction:
                     offset = addr - window.start
                     try:
                         return self.bar_read(window.bar, offset, size) & ((1 << 8 * size) - 1)
-                    except Exception:  # noqa: BLE001 - a device author's bug
+                    except DEVICE_ERRORS:
                         self._failures.report(f"reading {size} bytes at {self._place(window.bar, offset)}")
                         return ALL_ONES
                 break
@@ -192,7 +192,7 @@ class PciFunction:
                     offset = addr - window.start
                     try:
                         self.bar_write(window.bar, offset, size, value & ((1 << 8 * size) - 1))
-                    except Exception:  # noqa: BLE001 - a device author's bug
+                    except DEVICE_ERRORS:
                         self._failures.report(f"writing {size} bytes at {self._place(window.bar, offset)}")
                         return False
                     return True

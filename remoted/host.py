@@ -12,7 +12,10 @@ from select import EPOLLIN
 from common.loop import EventLoop, Timer
 from remoted.memory import GuestMemory
 
-__all__ = ["Failures", "GuardedLoop", "Host"]
+__all__ = ["DEVICE_ERRORS", "Failures", "GuardedLoop", "Host"]
+
+DEVICE_ERRORS = (Exception, SystemExit)
+"""what a device's own code may raise at the cost of the device only"""
 
 _MAX_FAILURES = 64
 """how many different failures of one device's code are logged"""
@@ -47,7 +50,7 @@ class GuardedLoop:
         def guarded(ready: int) -> None:
             try:
                 callback(ready)
-            except Exception:  # noqa: BLE001 - a device author's bug
+            except DEVICE_ERRORS:
                 self._failures.report(f"handling fd {fd} in {_name(callback)}()")
                 with contextlib.suppress(KeyError, OSError):  # it may have gone before it failed
                     self._loop.remove(fd)
@@ -68,7 +71,7 @@ class GuardedLoop:
         def guarded() -> None:
             try:
                 callback()
-            except Exception:  # noqa: BLE001 - a device author's bug
+            except DEVICE_ERRORS:
                 self._failures.report(f"running the timer's {_name(callback)}()")
 
         return self._loop.call_later(seconds, guarded)

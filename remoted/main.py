@@ -17,7 +17,7 @@ from common.pci import format_devfn
 from common.service import freeze_heap, notify, raise_fd_limit
 from remoted.control import INTERFACE, RemotedInterface
 from remoted.function import PciFunction
-from remoted.host import Failures, GuardedLoop, Host
+from remoted.host import DEVICE_ERRORS, Failures, GuardedLoop, Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.models import find_model
@@ -100,7 +100,7 @@ class Remoted:
             function.full_reset()  # fails if the class overrides __init__() without calling this one
         except UsageError as error:
             raise UsageError(f"device {device.id}: {error}") from error
-        except Exception as error:  # a stranger's code may raise anything
+        except DEVICE_ERRORS as error:
             host.log.exception("the device's code failed: %s()", model.__name__)
             reason = printable(f"{type(error).__name__}: {error}")
             raise UsageError(f"device {device.id}: {name} can't be created: {reason}") from error

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from common.errors import UsageError
 from common.journal import printable
 from remoted.function import PciFunction
+from remoted.host import DEVICE_ERRORS
 
 __all__ = ["find_model"]
 
@@ -37,7 +38,7 @@ def find_model(name: str, device: str) -> type[PciFunction]:
         is_its_own = error.name == module.partition(".")[0]
         hint = ": is its directory in PYTHONPATH?" if is_its_own else _place(error)
         raise UsageError(f"{where} can't be loaded: {printable(str(error))}{hint}") from error
-    except Exception as error:  # a stranger's module may raise anything
+    except DEVICE_ERRORS as error:
         reason = printable(f"{type(error).__name__}: {error}")
         raise UsageError(f"{where} can't be loaded: {reason}{_place(error)}") from error
     if not (isinstance(found, type) and issubclass(found, PciFunction)):
@@ -45,7 +46,7 @@ def find_model(name: str, device: str) -> type[PciFunction]:
     return found
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Where in a stranger's module it happened; nothing if no module's code ran."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ran = frame.name != find_model.__name__ and not frame.filename.startswith("<frozen ")

@@ -15,6 +15,7 @@ from common.link import peer_credentials
 from common.listen import UnixListener
 from common.loop import Loop
 from remoted.function import PciFunction
+from remoted.host import DEVICE_ERRORS
 from remoted.iohub import Pirq
 from remoted.session import Session
 
@@ -68,7 +69,7 @@ class DeviceServer:
             self.session.close()
         try:
             self.function.close()
-        except Exception:
+        except DEVICE_ERRORS:
             self.function.host.log.exception("the device's code failed: close")
 
     def _on_client(self, sock: socket.socket) -> None:

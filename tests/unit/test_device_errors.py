@@ -33,6 +33,7 @@ from remoted.function import Bar, BarKind, PciFunction
 """
 PARTS = '''\
 import os
+import sys
 from remoted.function import Bar, BarKind, PciFunction
 
 
@@ -67,6 +68,8 @@ class Faulty(Scratch):
     def bar_read(self, bar, offset, size):
         if offset == 0x24:
             return self.events
+        if offset == 0x14:
+            sys.exit("unwell")
         if offset:
             return self.registers[offset]
         return super().bar_read(bar, offset, size)
@@ -74,6 +77,8 @@ class Faulty(Scratch):
     def bar_write(self, bar, offset, size, value):
         if offset == 0x20:
             self.host.loop.call_later(0, self.on_time)
+        elif offset == 0x14:
+            sys.exit("unwell")
         elif offset == 0x24:
             os.eventfd_write(self.eventfd, 1)
         elif offset:
@@ -88,6 +93,9 @@ class Faulty(Scratch):
         self.events += 1
         raise ZeroDivisionError
 
+    def close(self):
+        sys.exit("unwell")
+
 
 class FaultyReset(Scratch):
     """Never gets as far as to have a value."""
@@ -95,7 +103,7 @@ class FaultyReset(Scratch):
     DEVICE_ID = 0x0003
 
     def reset(self):
-        raise OSError("out of order")
+        sys.exit("out of order")
 '''
 
 
@@ -214,6 +222,8 @@ FAULTS: dict[str, tuple[Callable[[Function], int], int, str]] = {
     "a read": (lambda function: function.read(0x8), ERROR, "reading 4 bytes at BAR 0 + 0x8 (STATUS)"),
     "a write": (lambda function: function.write(0xC), ERROR, "writing 4 bytes at BAR 0 + 0xc (CONTROL)"),
     "a nameless register": (lambda function: function.read(0x10), ERROR, "reading 4 bytes at BAR 0 + 0x10"),
+    "a read that exits": (lambda function: function.read(0x14), ERROR, "reading 4 bytes at BAR 0 + 0x14"),
+    "a write that exits": (lambda function: function.write(0x14), ERROR, "writing 4 bytes at BAR 0 + 0x14"),
     "a timer": (lambda function: function.write(0x20), 0, "running the timer's Faulty.on_time()"),
 }
 
@@ -305,6 +315,7 @@ def test_impossible_declaration_is_one_line_and_status_2(parts: Callable[[str], 
 
 CONSTRUCTORS = {
     "fails": ("self.x = 1 / 0", "ZeroDivisionError: division by zero"),
+    "exits": ("raise SystemExit('no licence')", "SystemExit: no licence"),
     "fails in two lines": (r"raise ValueError('one\ntwo')", r"ValueError: one\ntwo"),
     "leaves out the base class's": ("self.x = 1", "AttributeError: 'Thing' object has no attribute '_level'"),
 }
@@ -326,6 +337,7 @@ def test_failing_constructor_is_a_traceback_a_line_and_status_2(
 
 MODULES = {
     "raises": ("\nprice = 1 / 0\n", "ZeroDivisionError: division by zero", 2),
+    "exits": ("\nraise SystemExit(3)\n", "SystemExit: 3", 2),
     "has no syntax": ("\n\nclass Thing(:\n", "SyntaxError: invalid syntax", 3),
     "imports what isn't there": (
         "from remoted.function import Baz\n",

@@ -38,12 +38,13 @@ def bench() -> Iterator[Bench]:
     assert count_fds() == before
 
 
-def test_fd_whose_callback_fails_is_watched_no_more(bench: Bench) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_fd_whose_callback_fails_is_watched_no_more(bench: Bench, error: type[BaseException]) -> None:
     calls = []
 
     def fails(events: int) -> None:
         calls.append(events)
-        raise ZeroDivisionError
+        raise error
 
     bench.guarded.add(bench.fd, fails)
     bench.step()
@@ -64,11 +65,12 @@ def test_callback_that_fails_after_it_removed_its_fd(bench: Bench) -> None:
     assert len(bench.log.records) == 1
 
 
-def test_timer_that_fails_is_logged_once(bench: Bench) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_timer_that_fails_is_logged_once(bench: Bench, error: type[BaseException]) -> None:
     calls = []
 
     def fails() -> None:
-        raise ZeroDivisionError
+        raise error
 
     for _ in range(3):
         bench.guarded.call_later(1, fails)
@@ -77,6 +79,15 @@ def test_timer_that_fails_is_logged_once(bench: Bench) -> None:
     bench.step()
     assert calls == ["next"]
     assert len(bench.log.records) == 1
+
+
+def test_an_interrupt_from_the_keyboard_is_no_mistake_of_the_device(bench: Bench) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    bench.guarded.call_later(0, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.step()
 
 
 def test_callback_without_a_name_may_fail_as_well(bench: Bench) -> None:

@@ -7,8 +7,8 @@ before the next message is looked at. One memory serves one client: with its ses
 The files stay the client's, which may truncate them at any time. A process that touches a page that is gone
 dies of SIGBUS, while the kernel, copying on its behalf, answers EFAULT: so bytes go through a file of our own,
 and RAM itself is only shown where a seal keeps it from shrinking (memfd_create(2), fcntl(2)). Huge pages from
-hugetlbfs are not shown at all: their owner may still punch a hole, and the pool that it is filled from again may be
-empty (hugetlb_no_page() in mm/hugetlb.c).
+hugetlbfs are not shown at all: their owner may still punch a hole, and the pool that fills it again may be empty
+(hugetlb_no_page() in mm/hugetlb.c).
 """
 
 from __future__ import annotations

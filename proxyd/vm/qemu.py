@@ -93,7 +93,8 @@ async def is_running(monitor: Monitor) -> bool:
 async def _check_ram(monitor: Monitor) -> None:
     """All RAM must be shared and have a file: proxies hand fds of it to the devices, or lose the devices' DMA.
 
-    Every backend is held to that: DIMMs and NUMA nodes have their own, -m without memory-backend= makes one.
+    Every backend is held to that: DIMMs and NUMA nodes have their own, -m without memory-backend= makes one. Where
+    a file is the monitor doesn't tell: remoted refuses one that is neither on tmpfs nor on hugetlbfs.
     """
     types = await _children(monitor, "/objects")
     for backend in await monitor.execute("query-memdev"):

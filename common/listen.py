@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from common.disposal import Disposal, refuse_fds
 from common.errors import UsageError
@@ -49,16 +50,17 @@ class UnixListener:
         self._pause: Timer | None = None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            try:
-                _bind(self._sock, path)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                _remove_stale(path)
-                _bind(self._sock, path)
             if disposal is None:
                 refuse_fds(self._sock)
-            self._sock.listen(16)
+            with _locked(path):
+                try:
+                    _bind(self._sock, path)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+                    _remove_stale(path)
+                    _bind(self._sock, path)
+                self._sock.listen(16)
             self._inode = _inode(path)
             self.resume()
         except OSError as error:
@@ -120,6 +122,39 @@ class UnixListener:
 def _inode(path: str) -> tuple[int, int]:
     status = os.lstat(path)
     return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Keeps other daemons from the path meanwhile. Raises UsageError when one is at it.
+
+    Until it listens, a socket looks like one whose daemon is gone. The lock is a file beside it, which goes with it.
+    """
+    directory, name = os.path.split(path)
+    lock = os.path.join(directory, f".{name}.lock")
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"socket {path} is being taken by another daemon") from error
+            # Who had the lock before may have removed the file since it was opened here.
+            if _is_at(lock, fd):
+                try:
+                    yield
+                finally:
+                    os.unlink(lock)
+                return
+        finally:
+            os.close(fd)
+
+
+def _is_at(path: str, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _bind(sock: socket.socket, path: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import socket
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from common.disposal import Disposal
 from common.errors import UsageError
 from common.journal import RateLimited
 from common.listen import UnixListener
 from tests.support.fds import count_fds, no_more_fds
 from tests.support.remotebench import Clock
 from tests.support.steploop import CountingLoop, run_ready
+from tests.support.unsendable import unsendable_socket
+from tests.support.wait import wait_until
 
 
 class Bench:
@@ -169,6 +173,109 @@ def test_stale_socket_is_taken_over(bench: Bench, path: str) -> None:
     connect(path).close()
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     listener.close()
+
+
+def is_beaten(bench: Bench, path: str) -> bool:
+    """Whether another daemon that starts at this moment is refused, with one clear line."""
+    try:
+        bench.listen(path)
+    except UsageError as error:
+        assert str(error) in (
+            f"socket {path} is being taken by another daemon",
+            f"socket {path} is in use by a live daemon",
+        )
+        return True
+    return False
+
+
+@pytest.mark.parametrize("is_stale", [True, False])
+def test_of_two_daemons_at_once_one_has_the_socket(
+    bench: Bench, path: str, monkeypatch: pytest.MonkeyPatch, is_stale: bool
+) -> None:
+    """The other one starts at each step: before the stale socket goes, and before the new one listens."""
+    if is_stale:
+        dead_socket(path)
+    beaten = []
+    unlink, listen = os.unlink, socket.socket.listen
+
+    def meanwhile_unlink(victim: str) -> None:
+        if victim == path:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "unlink", unlink)
+                beaten.append(is_beaten(bench, path))
+        unlink(victim)
+
+    def meanwhile_listen(sock: socket.socket, backlog: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "listen", listen)
+            patch.setattr(os, "unlink", unlink)
+            beaten.append(is_beaten(bench, path))
+        listen(sock, backlog)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", meanwhile_unlink)
+        patch.setattr(socket.socket, "listen", meanwhile_listen)
+        listener = bench.listen(path)
+    assert beaten == [True] * (1 + is_stale)
+    with connect(path):
+        run_ready(bench.loop)
+        assert len(bench.clients) == 1
+    listener.close()
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+def test_a_lock_whose_file_has_gone_locks_nothing(
+    bench: Bench, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another daemon removes the lock file between open() and flock(): the lock must be taken anew."""
+    flock, listen = fcntl.flock, socket.socket.listen
+    beaten = []
+    lock = os.path.join(os.path.dirname(path), ".edu0.sock.lock")
+
+    def late(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.unlink(lock)
+        flock(fd, operation)
+
+    def meanwhile_listen(sock: socket.socket, backlog: int) -> None:
+        monkeypatch.setattr(socket.socket, "listen", listen)
+        beaten.append(is_beaten(bench, path))
+        listen(sock, backlog)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    monkeypatch.setattr(socket.socket, "listen", meanwhile_listen)
+    listener = bench.listen(path)
+    assert beaten == [True]
+    listener.close()
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+def test_lock_file_that_a_killed_daemon_left_is_no_obstacle(bench: Bench, path: str) -> None:
+    Path(os.path.dirname(path), ".edu0.sock.lock").touch()
+    bench.listen(path).close()
+    assert os.listdir(os.path.dirname(path)) == []
+
+
+def test_clients_wait_as_long_as_too_many_fds_of_earlier_ones_are_to_be_closed(
+    bench: Bench, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    disposal = Disposal()
+    log = RateLimited(logging.getLogger("test"))
+    listener = UnixListener(bench.loop, path, bench.clients.append, log, disposal)
+    with connect(path):
+        with unsendable_socket() as sock:
+            disposal.close_fds([sock.detach(), *[os.open("/", os.O_PATH) for _ in range(255)]])
+            assert run_ready(bench.loop) == 1, "the loop must not spin on it"
+            assert caplog.messages == [
+                f"{path}: can't take a client: too many file descriptors of earlier ones take long to close"
+            ]
+        wait_until(lambda: not disposal.is_full, "the backlog is gone")
+        bench.clock.now += 1.0
+        bench.loop.step()
+        run_ready(bench.loop)
+        assert len(bench.clients) == 1
+    listener.close()
+    wait_until(lambda: not disposal._pending, "all fds are closed")
 
 
 def test_live_socket_is_refused_and_lives_on(bench: Bench, path: str) -> None:

@@ -128,7 +128,7 @@ def _inode(path: str) -> tuple[int, int]:
 def _locked(path: str) -> Iterator[None]:
     """Keeps other daemons from the path meanwhile. Raises UsageError when one is at it.
 
-    Until it listens, a socket looks like one whose daemon is gone. The lock is a file beside it, which goes with it.
+    Until it listens, a socket looks like one whose daemon is gone. The lock is a file beside it, for that long.
     """
     directory, name = os.path.split(path)
     lock = os.path.join(directory, f".{name}.lock")

@@ -185,7 +185,7 @@ def test_what_puts_the_stream_out_of_step_ends_its_session_only(
         bench.resample(new)
         assert new.written() == 0
     bench.settle()
-    assert count_fds() == before
+    wait_until(lambda: count_fds() == before, "all fds are closed")
 
 
 @pytest.mark.parametrize("act", REJECTED.values(), ids=REJECTED)
@@ -320,7 +320,7 @@ def test_fds_after_1000_reconnects(bench: RemoteBench) -> None:
             if turn % 2:
                 peer.send_bytes(SET_IRQFD[:9], pair.fds * 4)
         bench.settle()
-    assert count_fds() == before
+    wait_until(lambda: count_fds() == before, "all fds are closed")
     assert bench.idle == 1000
 
 
@@ -328,7 +328,7 @@ def test_fds_after_1000_replaced_irqfds(bench: RemoteBench, peer: Peer, pair: Pa
     before = count_fds()
     for _ in range(1000):
         peer.forget(peer.set_irqfd())
-    assert count_fds() == before
+    wait_until(lambda: count_fds() == before, "all fds are closed")
     peer.drive(True)
     assert peer.set_irqfd().written() == 1
 
@@ -352,5 +352,5 @@ def test_fds_after_1000_sessions_that_ended_badly(bench: RemoteBench) -> None:
             act(bench, peer)
             bench.settle()
     bench.settle()
-    assert count_fds() == before
+    wait_until(lambda: count_fds() == before, "all fds are closed")
     assert bench.servers["dev0"].rejected == 1000

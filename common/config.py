@@ -18,6 +18,7 @@ gives, any other adds a device.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import tomllib
@@ -55,6 +56,11 @@ _MAX_FD = (1 << 31) - 1
 _MAX_GSI = 4095
 """the last of KVM_MAX_IRQ_ROUTES (linux/kvm_host.h)"""
 
+_GUESSED_KEYS = ("addr", "socket")
+"""what is made up where a device doesn't have it"""
+_LEAST_LIKENESS = 0.7
+"""as difflib counts it: ``adr`` and ``address`` are meant to be ``addr``"""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
 _VM = re.compile(r"embedded|soft|qmp:.+|pid:[1-9][0-9]{0,9}", re.ASCII | re.DOTALL)
@@ -71,13 +77,13 @@ class DeviceConfig:
     model: str | None
     """what remoted makes; None only in proxyd"""
     devfn: int
-    """0 to 255; given, or the first free slot's function 0 from 02.0 upward"""
+    """0 to 255; given, or function 0 of the first slot from 02.0 upward that no other device here has"""
     socket: str | None
     """the path given, if one was: VmConfig.socket_path() tells where the device is found"""
     fd: int | None
     """an inherited, connected socket for remoted to serve"""
     gsi: int | None
-    """for proxyd, where the way to the VM can't tell it"""
+    """for proxyd with ``pid:``, since nothing else tells it there"""
     properties: dict[str, str]
     """the model's own options; booleans of the file are ``on`` and ``off``"""
 
@@ -98,6 +104,15 @@ class VmConfig:
         """Where the device listens: its ``socket=``, or ID.sock in the runtime directory."""
         return device.socket or str(self.runtime_dir / f"{device.id}.sock")
 
+    def make_runtime_dir(self) -> None:
+        """Makes the runtime directory if it isn't there. Raises UsageError."""
+        try:
+            self.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UsageError(f"--runtime-dir {printable(str(self.runtime_dir))}: no directory") from error
+        except OSError as error:
+            raise UsageError(f"--runtime-dir {printable(str(self.runtime_dir))}: {error.strerror}") from error
+
 
 def parse_remoted(argv: Sequence[str] | None = None) -> VmConfig:
     """The configuration of iohub-remoted: every device has a model. Raises UsageError."""
@@ -113,16 +128,20 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
     parser.add_argument(
         "--vm",
         metavar="KIND",
-        help="the way to the VM: embedded (a small guest on /dev/kvm; the default), soft (the same without "
-        "KVM), qmp:SOCKET (a running QEMU) or pid:PID (any KVM process)",
+        help="the way to the VM: embedded (a small guest of its own on /dev/kvm; the default), soft (the same "
+        "without KVM), qmp:SOCKET (a running QEMU) or pid:PID (any KVM process, which gets interrupts only; "
+        "when it exits this ends, with status 0)",
     )
     parser.add_argument(
         "--unplug-on-exit",
         action="store_true",
-        help="with qmp:SOCKET, take the devices out of QEMU at the end; otherwise they stay",
+        help="with qmp:SOCKET only: take the devices out of QEMU at the end; otherwise they stay",
     )
     options = parser.parse_args(argv)
-    return replace(_load(PROXYD, options), unplug_on_exit=options.unplug_on_exit)
+    config = replace(_load(PROXYD, options), unplug_on_exit=options.unplug_on_exit)
+    if config.unplug_on_exit and not config.vm.startswith("qmp:"):
+        raise UsageError(f"--unplug-on-exit: only for --vm qmp:SOCKET, this is {config.vm}")
+    return config
 
 
 def check_name(name: str) -> str:
@@ -157,6 +176,8 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
     _override(devices, (parse_device(role, text) for text in options.device))
     config = VmConfig(name, runtime_dir, vm, _build(role, devices))
     _check_sockets(role, config, devices)
+    if not role.has_models:
+        _check_meant(vm, devices)
     return config
 
 
@@ -187,6 +208,9 @@ def _read_file(name: str) -> tuple[Keys, dict[str, Keys]]:
         raise UsageError(f"--config {where}: larger than {_MAX_FILE} bytes")
     try:
         tables = tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{where}: no UTF-8 text: byte {data[error.start]:#04x} in line {line}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}") from error
     for key in tables:
@@ -229,6 +253,20 @@ def _text(value: object, key: str, where: str, *types: type) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
+
+
+def _check_meant(vm: str, devices: Mapping[str, Keys]) -> None:
+    """For proxyd, which doesn't know the models' options: raises UsageError for keys that can't be meant so."""
+    for keys in devices.values():
+        if "gsi" in keys and not vm.startswith("pid:"):
+            raise UsageError(f"{keys['gsi'].where}: gsi: only for --vm pid:PID, this is {vm}")
+        missing = [key for key in _GUESSED_KEYS if key not in keys]
+        for key in keys.keys() - COMMON_KEYS:
+            for meant in difflib.get_close_matches(key.lower(), missing, 1, _LEAST_LIKENESS):
+                raise UsageError(
+                    f"{keys[key].where}: {key}: is {meant} meant? "
+                    f"A model's option of such a name needs {meant} beside it"
+                )
 
 
 def _override(devices: dict[str, Keys], given: Iterable[Keys]) -> None:

@@ -16,7 +16,7 @@ from varlink import VarlinkError
 from common.config import check_name, default_runtime_dir
 from common.control import call
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
-from common.options import Parser
+from common.options import Parser, add_version
 from common.pci import format_devfn, parse_devfn
 from common.statustable import render
 
@@ -114,6 +114,7 @@ def _parser(argv: Sequence[str]) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     status = _add_command(commands, "status", "show each function's line, counters and links", _STATUS_EPILOG)
     status.add_argument(

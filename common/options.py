@@ -9,12 +9,24 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from common.errors import UsageError
 from common.journal import printable
 
-__all__ = ["PROXYD", "REMOTED", "Keys", "Parser", "Role", "Value", "check_id", "make_parser", "parse_device"]
+__all__ = [
+    "PROXYD",
+    "REMOTED",
+    "Keys",
+    "Parser",
+    "Role",
+    "Value",
+    "add_version",
+    "check_id",
+    "make_parser",
+    "parse_device",
+]
 
 INTEGER_KEYS = frozenset(("fd", "gsi"))
 STRING_KEYS = frozenset(("id", "model", "addr", "socket"))
@@ -56,8 +68,8 @@ REMOTED = Role(
     "Runs a VM's PCI devices, each behind a socket of its own.",
     "MODEL,id=ID[,addr=SLOT.FN][,socket=PATH|fd=N][,OPTION=VALUE...]",
     "a device, one for each --device, listening at PATH (default: ID.sock in the runtime directory) or serving "
-    "the connected socket that was inherited as N; addr defaults to the first free slot from 02.0 upward; "
-    ",, is a comma in a value",
+    "the connected socket that was inherited as N; addr defaults to the first slot from 02.0 upward that no "
+    "other device given here or in the file has; ,, is a comma in a value",
     """\
 models and their options:
   edu             QEMU's device for driver lessons; dma_mask=MASK, what its DMA can address (0xfffffff)
@@ -67,6 +79,9 @@ models and their options:
   NAME            of an installed package, its entry point in the group iohub.devices
   PACKAGE.MODULE:CLASS
                   any subclass of remoted.function.PciFunction that PYTHONPATH leads to
+
+exit status: 0 after SIGTERM or SIGINT, or when the last link that was inherited has ended and nothing
+listens; 2 for options or a file that it can't run with
 
 example:
   iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty""",
@@ -79,9 +94,13 @@ PROXYD = Role(
     "Gives devices and their interrupt lines to a VM.",
     "id=ID[,addr=SLOT.FN][,socket=PATH][,gsi=N]",
     "a device of iohub-remoted, one for each --device, found at PATH (default: ID.sock in the runtime "
-    "directory); addr defaults to the first free slot from 02.0 upward; gsi is for pid:PID, which needs it; "
+    "directory); addr defaults to the first slot from 02.0 upward that no other device given here or in the "
+    "file has: what else a QEMU has there isn't looked at; gsi is for pid:PID, which needs it; "
     ",, is a comma in a value",
     """\
+exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has exited; 1 when the embedded
+guest died; 2 for options, a file or a VM that it can't run with
+
 example:
   iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm qmp:/tmp/vm1/qmp.sock --device id=com1,addr=05.0""",
     frozenset(("id", "addr", "socket", "gsi")),
@@ -97,8 +116,32 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(printable(message))
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: that takes longer than the rest of the options."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(parser.prog, version("iohub"))
+        except PackageNotFoundError as error:
+            raise UsageError("--version: unknown, as the package iohub is not installed") from error
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Adds --version, which prints the program's name and the version of the package."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+
+
 def make_parser(role: Role) -> Parser:
-    """The options that both daemons have: --name, --config, --runtime-dir, --device."""
+    """The options that both daemons have: --version, --name, --config, --runtime-dir, --device."""
     parser = Parser(
         prog=role.program,
         description=role.summary,
@@ -106,6 +149,7 @@ def make_parser(role: Role) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     parser.add_argument("--name", metavar="VM", help="the VM's name; needed here or in the file")
     parser.add_argument("--config", metavar="FILE", help="the VM's TOML file, for both daemons; options win")
     parser.add_argument(
@@ -128,7 +172,8 @@ def parse_device(role: Role, text: str) -> Keys:
         if not equals and number == 0 and role.has_models and key:
             key, value = "model", key
         elif not equals:
-            raise UsageError(f"{where}: {key!r} is not KEY=VALUE")
+            is_id = number == 0 and _ID.fullmatch(key) and ",id=" not in text
+            raise UsageError(f"{where}: {key!r} is not KEY=VALUE{f' (id={key}?)' if is_id else ''}")
         if not KEY.fullmatch(key) or (key not in role.keys and (key in COMMON_KEYS or not role.has_models)):
             raise UsageError(f"{where}: unknown key {key!r}: {role.program} takes {role.device}")
         if key in keys:

@@ -87,7 +87,7 @@ def parse_devfn(text: str) -> int:
     match = _ADDRESS.fullmatch(text)
     if match is None or int(match[1], 16) > 0x1F:
         raise UsageError(
-            f"bad address {text!r}: expected SLOT.FN such as 05.0, slot 00 to 1f, function 0 to 7"
+            f"bad address {text!r}: expected SLOT or SLOT.FN such as 05.0, slot 00 to 1f, function 0 to 7"
         )
     return int(match[1], 16) << 3 | int(match[2] or "0")
 

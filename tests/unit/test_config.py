@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ from hypothesis import strategies as st
 from common.config import VmConfig, default_runtime_dir, parse_proxyd, parse_remoted
 from common.errors import UsageError
 from common.pci import format_devfn
+from remoted.devices.edu import Edu
+from remoted.devices.pci_serial import PciSerial
 
 Parse = Callable[[list[str]], VmConfig]
 
 FILE = """
 name = "vm1"
 runtime-dir = "/tmp/vm1"
-vm = "soft"
+vm = "pid:1"
 
 [[device]]
 id = "com1"
@@ -86,7 +89,8 @@ def test_remoted_takes_an_inherited_fd() -> None:
 
 
 def test_proxyd_takes_a_device_without_a_model() -> None:
-    [device] = proxyd("id=com1,addr=05.0,gsi=4095,socket=/tmp/com1").devices
+    argv = ["--name", "vm1", "--vm", "pid:1", "--device", "id=com1,addr=05.0,gsi=4095,socket=/tmp/com1"]
+    [device] = parse_proxyd(argv).devices
     assert (device.model, device.devfn, device.gsi, device.socket) == (None, 40, 4095, "/tmp/com1")
 
 
@@ -102,7 +106,7 @@ def test_the_guest_of_ones_own_is_the_default() -> None:
 @pytest.mark.parametrize("parse", [parse_remoted, parse_proxyd])
 def test_one_file_serves_both(parse: Parse, file: str) -> None:
     config = parse(["--config", file])
-    assert (config.name, config.runtime_dir, config.vm) == ("vm1", Path("/tmp/vm1"), "soft")
+    assert (config.name, config.runtime_dir, config.vm) == ("vm1", Path("/tmp/vm1"), "pid:1")
     com1, edu0 = config.devices
     assert com1.properties == {"chardev": "pty", "speed": "9600", "loud": "on", "quiet": "off"}
     assert (com1.model, com1.devfn) == ("pci-serial", 40)
@@ -163,7 +167,7 @@ def test_inherited_fds_are_none_of_proxyds_business(file: str) -> None:
 
 
 def test_the_vm_option_wins(file: str) -> None:
-    assert parse_proxyd(["--config", file, "--vm", "embedded"]).vm == "embedded"
+    assert parse_proxyd(["--config", file, "--vm", "pid:2"]).vm == "pid:2"
 
 
 def test_free_slots_are_given_in_order() -> None:
@@ -222,7 +226,7 @@ def test_the_longest_socket_path() -> None:
         (["edu,id=a,gsi=5"], ["unknown key 'gsi'"]),
         (["edu,id=a", "edu,id=a"], ["id is given twice"]),
         (["edu,id=a,addr=20.0"], ["addr", "'20.0'", "such as 05.0"]),
-        (["edu,id=a,addr=5.8"], ["addr", "'5.8'"]),
+        (["edu,id=a,addr=5.8"], ["addr", "'5.8'", "SLOT or SLOT.FN"]),
         (["edu,id=a,addr="], ["addr", "''"]),
         (["edu,id=a,addr=5", "edu,id=b,addr=05.0"], ["--device 'edu,id=b", "addr", "05.0", "'a'"]),
         (["edu,id=a,fd=x"], ["fd", "'x'"]),
@@ -250,7 +254,8 @@ def test_bad_device_of_remoted(devices: list[str], names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("device", "names"),
     [
-        ("edu,id=a", ["'edu'", "KEY=VALUE"]),
+        ("edu,id=a", ["'edu'", "is not KEY=VALUE"]),
+        ("bell,addr=05.0", ["'bell' is not KEY=VALUE (id=bell?)"]),
         ("id=a,fd=3", ["unknown key 'fd'"]),
         ("id=a,model=edu", ["unknown key 'model'"]),
         ("id=a,chardev=pty", ["unknown key 'chardev'", "iohub-proxyd takes id=ID"]),
@@ -261,6 +266,12 @@ def test_bad_device_of_proxyd(device: str, names: list[str]) -> None:
     with pytest.raises(UsageError) as raised:
         proxyd(device)
     assert [name for name in names if name not in str(raised.value)] == [], str(raised.value)
+
+
+def test_an_id_is_suggested_only_where_it_can_be_meant() -> None:
+    for device in ("edu,id=a", "addr=05.0,bell", "a b"):
+        with pytest.raises(UsageError, match=r"is not KEY=VALUE$"):
+            proxyd(device)
 
 
 @pytest.mark.parametrize(
@@ -335,9 +346,68 @@ def test_bad_file(tmp_path: Path, text: str, names: list[str]) -> None:
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a\nb.toml"
-    path.write_bytes(b'name = "\xff"')
-    with pytest.raises(UsageError, match=r"a\\nb.toml: .*utf-8"):
+    path.write_bytes(b'\n# \xc3\xa4\nname = "\xff"')
+    with pytest.raises(UsageError, match=r"/a\\nb.toml: no UTF-8 text: byte 0xff in line 3$"):
         parse_remoted(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("adr", "addr"), ("Addr", "addr"), ("address", "addr"), ("sokcet", "socket"), ("socket-path", "socket")],
+)
+def test_proxyd_does_not_take_a_misspelt_key_for_the_models_own(tmp_path: Path, key: str, meant: str) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text(f'name = "vm1"\n[[device]]\nid = "com1"\nmodel = "pci-serial"\n{key} = "05.0"\n')
+    with pytest.raises(UsageError, match=rf"vm.toml: device 'com1': {key}: is {meant} meant\?"):
+        parse_proxyd(["--config", str(path)])
+    with path.open("a") as file:
+        file.write(f'{meant} = "06.0"\n')
+    assert parse_proxyd(["--config", str(path)]).devices[0].properties == {key: "05.0"}
+
+
+def test_proxyd_takes_the_models_options_that_come_with_iohub(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    options = "".join(f'{key} = "x"\n' for key in PciSerial.PROPERTIES | Edu.PROPERTIES)
+    path.write_text(f'name = "vm1"\n[[device]]\nid = "a"\n{options}')
+    assert len(parse_proxyd(["--config", str(path)]).devices[0].properties) == 3
+
+
+@pytest.mark.parametrize("vm", ["embedded", "soft", "qmp:/x"])
+def test_gsi_is_for_pid_alone(file: str, vm: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"vm1.toml: device 'edu0': gsi: only for --vm pid:PID, this is {vm}$"
+    ):
+        parse_proxyd(["--config", file, "--vm", vm])
+    with pytest.raises(
+        UsageError, match=rf"^--device 'id=a,gsi=5': gsi: only for --vm pid:PID, this is {vm}$"
+    ):
+        parse_proxyd(["--name", "vm1", "--vm", vm, "--device", "id=a,gsi=5"])
+    Path(file).write_text(FILE.replace("pid:1", vm))
+    assert parse_remoted(["--config", file]).devices[1].gsi == 11, "it is nothing to remoted"
+
+
+def test_unplug_on_exit_is_for_qmp_alone() -> None:
+    argv = ["--name", "vm1", "--unplug-on-exit"]
+    assert parse_proxyd([*argv, "--vm", "qmp:/x"]).unplug_on_exit
+    for vm in ("embedded", "soft", "pid:1"):
+        with pytest.raises(UsageError, match=rf"^--unplug-on-exit: only for --vm qmp:SOCKET, this is {vm}$"):
+            parse_proxyd([*argv, "--vm", vm])
+
+
+def test_runtime_dir_is_made_or_named_with_the_reason(tmp_path: Path) -> None:
+    def make(path: Path) -> None:
+        parse_remoted(["--name", "vm1", "--runtime-dir", str(path)]).make_runtime_dir()
+
+    for _ in range(2):
+        make(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: no directory$"):
+        make(tmp_path / "file")
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: Not a directory$"):
+        make(tmp_path / "file" / "sub")
+    with pytest.raises(UsageError, match=r"^--runtime-dir /proc/a\\nb: No such file or directory$"):
+        make(Path("/proc/a\nb"))
 
 
 @given(
@@ -377,6 +447,26 @@ def test_help_has_an_example_that_works(module: str, parse: Parse) -> None:
     example = shlex.split(shown.stdout.partition("example:\n")[2])
     assert example[0] == f"iohub-{module}"
     assert len(parse(example[1:]).devices) == 1
+
+
+@pytest.mark.parametrize("module", ["remoted", "proxyd"])
+def test_help_tells_the_exit_statuses(module: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "\nexit status: 0 " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "program"),
+    [("remoted", "iohub-remoted"), ("proxyd", "iohub-proxyd"), ("common.ctl", "iohubctl")],
+)
+def test_version(module: str, program: str) -> None:
+    script = f"import sys; from {module} import main; sys.exit(main(['--version']))"
+    if "." not in module:
+        script = script.replace(module, f"{module}.main")
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{program} {version('iohub')}\n"
 
 
 @pytest.mark.parametrize("module", ["remoted", "proxyd"])

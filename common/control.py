@@ -20,10 +20,10 @@ from typing import Any
 
 from varlink import Interface, Service, SimpleClientInterfaceHandler
 
-from common.errors import PeerGone, ProtocolError
+from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited
 from common.link import peer_credentials
-from common.listen import UnixListener
+from common.listen import SocketInUse, UnixListener
 from common.loop import Loop
 
 __all__ = ["INTERFACE_DIR", "MAX_MESSAGE", "ControlServer", "call"]
@@ -49,14 +49,20 @@ class ControlServer:
     def __init__(self, loop: Loop, path: str, interface: str, handler: object, log: logging.Logger) -> None:
         """``handler`` has a method for each of the interface's, and raises VarlinkError for its errors.
 
-        Raises UsageError when the path can't be listened at.
+        Raises UsageError when the path can't be listened at, or is that of a daemon that runs already: whoever
+        makes this before it takes anything else disturbs that one in nothing.
         """
         self._loop = loop
         self._log = RateLimited(log)
         self._service = Service(vendor="iohub", product=log.name, interface_dir=str(INTERFACE_DIR))
         self._service.interface(interface)(lambda: handler)
         self._clients: dict[_Client, None] = {}  # the one that has been silent for longest comes first
-        self._listener = UnixListener(loop, path, self._on_client, self._log)
+        try:
+            self._listener = UnixListener(loop, path, self._on_client, self._log)
+        except SocketInUse as error:
+            raise UsageError(
+                f"{error.owner} runs in {os.path.dirname(path)} already: stop it, or choose another --runtime-dir"
+            ) from error
 
     def close(self) -> None:
         """Hangs up on everyone and unlinks the socket."""

@@ -205,10 +205,13 @@ class Client:
     _disposals: ClassVar[defaultdict[str, Disposal]] = defaultdict(Disposal)
     """by the path of a device's socket"""
 
-    def __init__(self, sock: socket.socket, deadline: float, disposal: Disposal | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, deadline: float, disposal: Disposal | None = None, path: str = ""
+    ) -> None:
         """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip.
 
-        ``disposal`` closes fds that came over it.
+        ``disposal`` closes fds that came over it. ``path`` is the device's socket, for the error of one that hangs
+        up before it has answered anything.
         """
         sock.setblocking(False)
         refuse_fds(sock)
@@ -217,6 +220,7 @@ class Client:
         self.peer = peer_credentials(sock)
         self._sock = sock
         self._deadline = deadline
+        self._path = path
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._buffer = bytearray(_RET_SIZE + 1)
@@ -236,7 +240,7 @@ class Client:
             try:
                 sock.settimeout(deadline)
                 sock.connect(path)
-                return cls(sock, deadline, disposal)
+                return cls(sock, deadline, disposal, path)
             except BaseException:
                 sock.close()
                 raise
@@ -256,7 +260,7 @@ class Client:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            raise PeerGone(f"{command.name}: {error.strerror}") from error
+            raise self._gone(f"{command.name}: {error.strerror}") from error
         if sent != len(frame):
             # With one request outstanding at most, a full socket means a peer that has stopped reading.
             raise PeerGone(f"{command.name}: the peer doesn't read its link")
@@ -278,6 +282,7 @@ class Client:
                 wanted = _HEADER_SIZE + size
         if have > wanted:
             raise ProtocolError(f"more than one RET to {command.name}")
+        self._path = ""
         return 0 if wanted == _HEADER_SIZE else int(mpqemu.RET.unpack_from(self._buffer, _HEADER_SIZE)[0])
 
     def shutdown(self) -> None:
@@ -295,7 +300,7 @@ class Client:
             raise PeerGone(f"no answer to {command.name} within {self._deadline:g} s")
         count = self._read(self._view[have:])
         if count == 0:
-            raise PeerGone(f"the peer closed the link instead of answering {command.name}")
+            raise self._gone(f"the peer closed the link instead of answering {command.name}")
         return max(count, 0)
 
     def check_quiet(self) -> None:
@@ -305,9 +310,14 @@ class Client:
         """
         count = self._read(self._view)
         if count == 0:
-            raise PeerGone("the peer closed the link")
+            raise self._gone("the peer closed the link")
         if count > 0:
             raise ProtocolError("the peer sent a message that nobody asked for")
+
+    def _gone(self, text: str) -> PeerGone:
+        if self._path:
+            return PeerGone(f"{self._path}: {self.peer} closed it at once: it may be serving another client")
+        return PeerGone(text)
 
     def _read(self, view: memoryview) -> int:
         """How many bytes arrived, 0 at the end of the stream, -1 when none are here."""
@@ -316,7 +326,7 @@ class Client:
         except BlockingIOError:
             return -1
         except OSError as error:
-            raise PeerGone(f"reading the link: {error.strerror}") from error
+            raise self._gone(f"reading the link: {error.strerror}") from error
         if ancillary or flags & socket.MSG_CTRUNC:
             self._disposal.close_fds(_received_fds(ancillary))
             raise ProtocolError("the peer sent file descriptors with a reply")

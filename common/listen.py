@@ -14,12 +14,22 @@ from collections.abc import Callable, Iterator
 from common.disposal import Disposal, refuse_fds
 from common.errors import UsageError
 from common.journal import RateLimited
+from common.link import peer_credentials
 from common.loop import EventLoop, Timer
 
-__all__ = ["UnixListener"]
+__all__ = ["SocketInUse", "UnixListener"]
 
 _PAUSE_SECONDS = 1.0
 """how long clients wait after one couldn't be taken: the loop would spin on it otherwise"""
+
+
+class SocketInUse(UsageError):
+    """Somebody listens at the path."""
+
+    def __init__(self, path: str, owner: str) -> None:
+        """``owner`` is the daemon, by name and pid as far as they are known."""
+        super().__init__(f"socket {path} is in use by {owner}")
+        self.owner = owner
 
 
 class UnixListener:
@@ -37,7 +47,7 @@ class UnixListener:
 
         ``on_client(sock)`` is called for one client a pass of the loop, and owns the non-blocking socket. With a
         ``disposal`` clients may send fds (without one see refuse_fds()), and wait as long as it is full.
-        Raises UsageError when the path is in use by a live daemon, is no socket, or can't be bound.
+        Raises SocketInUse when a live daemon has the path, UsageError when it is no socket or can't be bound.
         """
         if "\0" in path:  # bind() would take what comes before it
             raise UsageError(f"socket {path!r}: a path can't contain NUL")
@@ -166,12 +176,14 @@ def _bind(sock: socket.socket, path: str) -> None:
 
 
 def _remove_stale(path: str) -> None:
-    """Unlinks a socket that nobody listens on. Raises UsageError for any other kind of file or a live one."""
+    """Unlinks a socket that nobody listens on. Raises SocketInUse for a live one, UsageError for other files."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise UsageError(f"{path} exists and is no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         result = probe.connect_ex(path)
+        if result == 0:
+            raise SocketInUse(path, str(peer_credentials(probe)))
     if result != errno.ECONNREFUSED:
-        raise UsageError(f"socket {path} is in use by a live daemon")
+        raise SocketInUse(path, "a live daemon")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

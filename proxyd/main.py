@@ -10,8 +10,9 @@ from typing import Protocol
 
 from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
-from common.journal import setup
+from common.journal import device_log, setup
 from common.loop import Loop
+from common.pci import format_devfn
 from common.service import freeze_heap, notify, raise_fd_limit
 
 __all__ = ["main"]
@@ -53,6 +54,19 @@ def open_vm(config: VmConfig, loop: Loop) -> Vm:
     return Attached(PROGRAM, config, loop)
 
 
+def _tell_unseen(config: VmConfig) -> None:
+    """Warns of functions that guests don't look for: those without a function 0 (PCI 3.0, 3.2.2.3.4)."""
+    if config.vm.startswith("pid:"):
+        return
+    devfns = {device.devfn for device in config.devices}
+    for device in config.devices:
+        first = device.devfn & ~7
+        if first not in devfns:
+            device_log(PROGRAM, device.id).warning(
+                "%s: guests don't look for it without %s", format_devfn(device.devfn), format_devfn(first)
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, 1 when the guest died, 2 for bad usage."""
     loop = Loop()
@@ -60,12 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise_fd_limit()
         config = parse_proxyd(argv)
         setup(PROGRAM, config.name)
-        config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not config.devices:
+            raise UsageError("no devices: --device gives one, or --config a file with some")
+        config.make_runtime_dir()
+        _tell_unseen(config)
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.stop_on_signal(signum)
         vm = open_vm(config, loop)
     except (IohubError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         loop.close()
         return 2
     try:

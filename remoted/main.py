@@ -39,12 +39,13 @@ class Remoted:
         self._control: ControlServer | None = None
         self._log = logging.getLogger(PROGRAM)
         try:
-            for device in config.devices:
-                self._servers.append(self._create(config, device))
-            devices = tuple(zip(config.devices, self._servers, strict=True))
+            devices: list[tuple[DeviceConfig, DeviceServer]] = []
             path = str(config.runtime_dir / "remoted.varlink")
             interface = RemotedInterface(config.name, devices)
             self._control = ControlServer(self._loop, path, INTERFACE, interface, self._log)
+            for device in config.devices:
+                self._servers.append(self._create(config, device))
+                devices.append((device, self._servers[-1]))
         except BaseException:
             self.close()
             raise
@@ -120,10 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")
         setup(PROGRAM, config.name)
-        config.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        config.make_runtime_dir()
         remoted = Remoted(config)
     except (UsageError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
     try:
         remoted.run()

@@ -33,6 +33,7 @@ class DeviceServer:
         self.refused = 0
         """clients turned away while another was served"""
         self._rejected = 0  # in sessions that have ended
+        self._is_refusal_told = False
         self._loop = loop
         self._on_idle = on_idle
         self._listener: UnixListener | None = None
@@ -58,6 +59,7 @@ class DeviceServer:
         self.session = Session(
             self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal
         )
+        self._is_refusal_told = False
         self._log.info("connected", peer=self.session.client)
 
     def close(self) -> None:
@@ -77,9 +79,11 @@ class DeviceServer:
             self.serve(sock)
             return
         self.refused += 1
-        with contextlib.suppress(OSError):
-            client = str(peer_credentials(sock))
-            self._log.warning("refused: %s is being served", self.session.client, peer=client)
+        if not self._is_refusal_told:  # once: who is refused may try again each second
+            self._is_refusal_told = True
+            with contextlib.suppress(OSError):
+                client = str(peer_credentials(sock))
+                self._log.warning("refused: %s is being served", self.session.client, peer=client)
         self._disposal.hang_up(sock)
 
     def _on_end(self, session: Session) -> None:

@@ -177,6 +177,7 @@ class Embedded:
 
     def run(self) -> int:
         """Runs the guest until the loop is stopped, or until it can't go on. Returns the exit status."""
+        self._log.info("running the embedded guest on /dev/kvm; --vm qmp:SOCKET or pid:PID is for yours")
         self._loop.on_signal(KICK_SIGNAL, lambda: None)
         self._board.start("kvm", self._machine.tsc_khz())  # the vCPU can't be asked once it runs
         self._vcpu.start()

@@ -11,7 +11,9 @@ import array
 import asyncio
 import contextlib
 import logging
+import os
 import socket
+import stat
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -177,6 +179,8 @@ def _connect(path: str) -> socket.socket:
         sock.connect(path)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         sock.close()
+        if _is_no_socket(path):
+            raise UsageError(f"--vm qmp:{path}: exists and is no socket") from error
         raise MonitorAbsent(f"{path}: {error.strerror}") from error
     except BlockingIOError as error:
         sock.close()
@@ -187,6 +191,15 @@ def _connect(path: str) -> socket.socket:
     return sock
 
 
+def _is_no_socket(path: str) -> bool:
+    try:
+        return not stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 def _cause(error: ConnectError) -> str:
     cause = error.exc
-    return "QEMU has closed its monitor" if isinstance(cause, EOFError) else str(cause) or repr(cause)
+    if isinstance(cause, EOFError):
+        return "QEMU has closed its monitor"
+    return getattr(cause, "strerror", None) or str(cause) or repr(cause)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -270,7 +271,7 @@ def test_close_hangs_up_and_removes_the_socket(tmp_path: Path) -> None:
 
 
 def test_a_path_in_use_is_refused(bench: Bench) -> None:
-    with pytest.raises(UsageError, match="in use by a live daemon"):
+    with pytest.raises(UsageError, match=rf"in use by \S+\[{os.getpid()}\]$"):
         Console(bench.loop, bench.path, bench.irqs.append, logging.getLogger("test"))
 
 

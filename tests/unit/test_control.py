@@ -431,7 +431,11 @@ def test_close_hangs_up_and_removes_the_socket(tmp_path: Path) -> None:
 
 
 def test_a_second_daemon_is_refused_the_socket(bench: Bench) -> None:
-    with pytest.raises(UsageError, match="in use by a live daemon"):
+    complaint = (
+        rf"\[{os.getpid()}\] runs in {os.path.dirname(bench.path)} already: "
+        r"stop it, or choose another --runtime-dir$"
+    )
+    with pytest.raises(UsageError, match=complaint):
         ControlServer(bench.loop, bench.path, INTERFACE, bench.calls, logging.getLogger("second"))
 
 

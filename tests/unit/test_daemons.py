@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from common.errors import PeerGone
 from common.link import Client
 from common.mpqemu import Command
 from tests.support.fds import count_fds
+from tests.support.wait import wait_until
 
 END_SECONDS = 20
 
@@ -83,6 +85,9 @@ def test_bad_usage_of_remoted_is_one_line_and_status_2(tmp_path: Path, case: str
         (["--vm=hyperspace"], "hyperspace"),
         (["--device=id=a,addr=00.0"], "00.0"),
         (["--device=id=a,addr=01.0", "--vm=soft"], "01.0"),
+        (["--vm=soft"], "no devices"),
+        (["--device=id=a", "--runtime-dir=/proc/nowhere"], "--runtime-dir /proc/nowhere: No such file"),
+        (["--device=id=a", "--vm=qmp:/etc/passwd"], "--vm qmp:/etc/passwd: exists and is no socket"),
     ],
 )
 def test_bad_usage_of_proxyd_is_one_line_and_status_2(
@@ -95,10 +100,29 @@ def test_bad_usage_of_proxyd_is_one_line_and_status_2(
     assert named in result.stderr
 
 
+def test_a_function_without_its_function_0_is_warned_of(tmp_path: Path) -> None:
+    """The last device ends it: its address is the chipset's."""
+    devices = ["id=a,addr=07.1", "id=b,addr=08.1", "id=c,addr=08.0", "id=d,addr=01.0"]
+    options = [f"--device={device}" for device in devices]
+    result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", "--vm=soft", *options)
+    warning, error = result.stderr.splitlines()
+    assert warning == "iohub-proxyd[vm] a: warning: 07.1: guests don't look for it without 07.0"
+    assert "01.0" in error
+    result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", "--vm=pid:1", "--device=id=a,addr=07.1")
+    (error,) = result.stderr.splitlines()
+    assert "gsi" in error
+
+
+def test_the_embedded_guest_is_told_of_at_the_start(requires_kvm: None, tmp_path: Path) -> None:
+    child = Child("proxyd", ["--name=vm", f"--runtime-dir={tmp_path}", "--device=id=a,addr=05.0"], tmp_path)
+    assert child.end() == 0
+    assert "running the embedded guest on /dev/kvm; --vm qmp:SOCKET or pid:PID" in child.log.read_text()
+
+
 def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> None:
     """In a mount namespace of its own, where /dev/kvm is an ordinary file."""
     script = 'mount --bind /dev/null /dev/kvm && exec "$@"'
-    command = [sys.executable, "-m", "proxyd", "--name=vm", f"--runtime-dir={tmp_path}"]
+    command = [sys.executable, "-m", "proxyd", "--name=vm", f"--runtime-dir={tmp_path}", "--device=id=a"]
     result = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, "sh", *command],
         stdin=subprocess.DEVNULL,
@@ -118,11 +142,20 @@ def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> 
 def test_a_socket_of_a_live_daemon_is_refused_and_a_stale_one_taken_over(
     daemon: Child, tmp_path: Path
 ) -> None:
-    result = run("remoted", "--name=vm", f"--runtime-dir={tmp_path}", "--device=edu,id=edu0")
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith("edu0.sock is in use by a live daemon")
+    refused = rf"iohub-remoted: \S+\[{daemon.process.pid}\] runs in {tmp_path} already: stop it, .*\n"
+    log = daemon.log.read_text()
+    for device in ("edu0", "other"):
+        result = run("remoted", "--name=vm", f"--runtime-dir={tmp_path}", f"--device=edu,id={device}")
+        assert result.returncode == 2
+        assert re.fullmatch(refused, result.stderr), result.stderr
+    other_dir = tmp_path / "other"
+    socket_option = f"--device=edu,id=edu0,socket={tmp_path}/edu0.sock"
+    result = run("remoted", "--name=vm", f"--runtime-dir={other_dir}", socket_option)
+    assert re.search(rf"edu0\.sock is in use by \S+\[{daemon.process.pid}\]\n", result.stderr)
     client = Client.connect(str(tmp_path / "edu0.sock"), END_SECONDS)
     assert vendor(client) == 0x1234, "the refused daemon has not disturbed the live one"
+    heard = daemon.log.read_text().removeprefix(log)
+    assert "refused" not in heard
     client.close()
     daemon.kill()
     with pytest.raises(PeerGone):
@@ -169,7 +202,8 @@ def test_a_second_client_is_refused_while_the_first_lives(daemon: Child, tmp_pat
         vendor(second)
     second.close()
     assert vendor(first) == 0x1234
-    assert count_fds(daemon.process.pid) == before
+    # Its request may have come before its end: then a thread closes the connection.
+    wait_until(lambda: count_fds(daemon.process.pid) == before, "the second client's connection is closed")
     first.close()
 
 

@@ -77,6 +77,49 @@ def asker() -> Iterator[Asker]:
         yield asker
 
 
+@pytest.mark.parametrize("is_read", [True, False], ids=["end", "reset"])
+def test_who_hangs_up_before_the_first_answer_is_named(tmp_path: Path, is_read: bool) -> None:
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        client = Client.connect(path, LONG)
+        peer = listener.accept()[0]
+
+        def hang_up() -> None:
+            peer.recv(len(CONFIG_READ) if is_read else 1)
+            peer.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        expected = rf"^{path}: \S+\[{os.getpid()}\] closed it at once: it may be serving another client$"
+        with pytest.raises(PeerGone, match=expected):
+            client.request(Command.PCI_CFGREAD, CONFIG_READ[16:])
+        for action in (client.check_quiet, lambda: client.send(Command.DEVICE_RESET)):
+            with pytest.raises(PeerGone, match=expected):
+                action()
+        thread.join()
+        client.close()
+
+
+def test_who_hangs_up_after_an_answer_has_served(tmp_path: Path) -> None:
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        client = Client.connect(path, LONG)
+        with listener.accept()[0] as peer:
+            send_fds(peer, reply_frame(1))
+            # Before the request, so that no thread is needed: check_quiet() would find it.
+            client.check_quiet = lambda: None  # type: ignore[method-assign]
+            assert client.request(Command.PCI_CFGREAD, CONFIG_READ[16:]) == 1
+            del client.check_quiet
+            peer.recv(100)
+        with pytest.raises(PeerGone, match=r"^the peer closed the link$"):
+            client.check_quiet()
+        client.close()
+
+
 def test_round_trip(asker: Asker) -> None:
     seen = []
 

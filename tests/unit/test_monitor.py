@@ -207,6 +207,30 @@ def test_a_greeting_of_something_else(peer: Peer, words: bytes) -> None:
         peer.run_raw(serve, talk)
 
 
+def test_a_reset_instead_of_a_greeting_is_told_in_words(peer: Peer) -> None:
+    def serve() -> None:
+        sock = peer._listener.accept()[0]
+        assert sock.recv(1) == b"\xff"
+        sock.close()  # with something unread: the other side gets ECONNRESET
+
+    async def main() -> None:
+        await Monitor.connect(str(peer.path), lambda *_: None, lambda _: None)
+
+    def connect(path: str) -> socket.socket:
+        sock = plain_connect(path)
+        sock.send(b"\xff\xff")
+        return sock
+
+    plain_connect = monitor_module._connect
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor_module, "_connect", connect)
+        with pytest.raises(PeerGone, match=rf"^{peer.path}: Connection reset by peer$"):
+            asyncio.run(main())
+    thread.join()
+
+
 def test_a_silent_monitor_is_told_and_waited_for(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor_module, "_GREETING_SECONDS", 0.0)
     told = threading.Event()
@@ -301,6 +325,9 @@ def test_no_place_for_a_socket(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (str(tmp_path / "file" / "qmp"), "x" * 200):
         with pytest.raises(UsageError, match=r"^--vm qmp:"):
+            asyncio.run(connect(path))
+    for path in (str(tmp_path / "file"), str(tmp_path)):
+        with pytest.raises(UsageError, match=rf"^--vm qmp:{path}: exists and is no socket$"):
             asyncio.run(connect(path))
 
 

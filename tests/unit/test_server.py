@@ -20,6 +20,10 @@ def works(peer: Peer) -> bool:
     return peer.config_read(0, 4) == 0x00421B36
 
 
+def refusals(bench: RemoteBench) -> int:
+    return sum(message.endswith(" is being served") for message in bench.log.messages)
+
+
 def test_second_client_is_refused_while_the_first_is_served(bench: RemoteBench) -> None:
     with bench.connect("dev0") as first:
         with bench.connect("dev0") as second, bench.connect("dev0") as third:
@@ -27,10 +31,13 @@ def test_second_client_is_refused_while_the_first_is_served(bench: RemoteBench) 
             assert third.has_ended
         assert bench.servers["dev0"].refused == 2
         assert works(first)
-        assert bench.log.messages[-1].endswith("is being served")
+        assert refusals(bench) == 1, "it is told once for each client that is served"
     with bench.connect("dev0") as after:
         assert works(after)
-    assert bench.servers["dev0"].refused == 2
+        assert bench.servers["dev0"].refused == 2
+        with bench.connect("dev0") as fourth:
+            assert fourth.has_ended
+        assert refusals(bench) == 2
 
 
 def test_successor_that_connects_before_the_end_of_the_first_was_seen_is_served(bench: RemoteBench) -> None:

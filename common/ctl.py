@@ -7,7 +7,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from common.control import call
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.options import Parser, add_version
 from common.pci import format_devfn, parse_devfn
-from common.statustable import render
+from common.statustable import find_amiss, render
 
 __all__ = ["main"]
 
@@ -37,14 +38,20 @@ columns, what remoted counts first:
   REJECTED    messages that broke the protocol
   REFUSED     clients turned away because another one was served
   IRQFD       set: there is an eventfd that asserts the line in the guest
-  CLIENT      who connected to the device: its process and pid; for a QEMU that is proxyd
-  PIN, GSI    proxyd: the function's pin, and where the guest has it routed to; - in a QEMU, which knows it
+  CLIENT      who connected to the device: its process and pid; for a QEMU that is the proxyd that has handed it
+              the link, and that may have gone since
+  PIN, GSI    proxyd: the function's pin, and where the guest has it routed to; - when proxyd doesn't know, as in
+              a QEMU
   LINK        proxyd: the process and pid that it is connected to, or down
   RECONNECTS  proxyd: how often a lost link was replaced
 
-A healthy function has a client, an irqfd, a link and, outside of QEMU, a GSI; what is amiss is written below.
+A healthy function has a client, an irqfd, a link and, outside of QEMU, a GSI; what is amiss is written below,
+and is the list `amiss` in JSON.
 
-exit status: 0, or 1 when one of the daemons doesn't answer
+exit status:
+  0  all is well
+  1  something is amiss: it is written there; a daemon that doesn't answer is amiss, too
+  2  bad usage, such as a directory that belongs to a VM of another name
 
 examples:
   iohubctl status vm1
@@ -53,7 +60,12 @@ examples:
 """
 
 _DRIVE_EPILOG = """\
-Only the model irq-line has a line to drive by hand. A line that is high already stays high.
+Only the model irq-line has a line to drive by hand. {0}
+
+exit status:
+  0  done
+  1  remoted doesn't answer, has no such function, or has one of another model there
+  2  bad usage, such as a directory that belongs to a VM of another name
 
 example:
   iohub-remoted --name vm1 --device irq-line,id=line0,addr=05.0 &
@@ -71,12 +83,15 @@ columns:
   RAISE TO HANDLER  from the write that raises to the handler's first instruction
   EOI TO RE-ASSERT  from the EOI of a line that is still high to its next interrupt
 
-exit status: 0, or 1 when an interrupt was lost, a line is stuck or a step went wrong
+exit status:
+  0  nothing was lost
+  1  an interrupt was lost, a line is stuck, or a step went wrong
+  2  bad usage
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns 0, 1 when a daemon doesn't answer or refuses, 2 for bad usage."""
+    """The console script. Returns 0, 1 when something is amiss or refused, 2 for bad usage, 130 for Ctrl+C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = _parse(argv)
@@ -118,12 +133,16 @@ def _parser(argv: Sequence[str]) -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     status = _add_command(commands, "status", "show each function's line, counters and links", _STATUS_EPILOG)
     status.add_argument(
-        "--json", action="store_true", help="print one JSON object: what each daemon answered"
+        "--json", action="store_true", help="print one JSON object: what each daemon answered, and what is amiss"
     )
     status.add_argument("addr", metavar="ADDR", nargs="?", help=_ADDR_HELP)
     status.set_defaults(run=_status)
-    for name, method, what in (("raise", "Raise", "assert"), ("lower", "Lower", "deassert")):
-        drive = _add_command(commands, name, f"{what} the INTx line of an irq-line device", _DRIVE_EPILOG)
+    for name, method, what, already in (
+        ("raise", "Raise", "assert", "A line that is high already stays high."),
+        ("lower", "Lower", "deassert", "A line that is low already stays low."),
+    ):
+        epilog = _DRIVE_EPILOG.format(already)
+        drive = _add_command(commands, name, f"{what} the INTx line of an irq-line device", epilog)
         drive.add_argument("addr", metavar="ADDR", help=_ADDR_HELP)
         drive.set_defaults(run=_drive, method=f"{_DAEMONS['remoted']}.{method}")
     demo = commands.add_parser(
@@ -172,44 +191,65 @@ def _status(options: argparse.Namespace) -> int:
             answers[daemon] = _call(directory, daemon, f"{interface}.Status")
         except IohubError as error:
             errors[daemon] = str(error)
-    try:
+    with _explained(options.vm):
+        for answer in answers.values():
+            _check_vm(answer, options.vm, directory)
         if options.addr is not None and answers:
             _select(answers, options.addr, options.vm, errors)
+        amiss = find_amiss(answers, errors)
         if options.json:
-            print(json.dumps({"vm": options.vm, **dict.fromkeys(_DAEMONS), **answers, "errors": errors}))
+            views = {**dict.fromkeys(_DAEMONS), **answers}
+            print(json.dumps({"vm": options.vm, **views, "errors": errors, "amiss": amiss}))
         elif not answers:
             raise PeerGone(f"VM {options.vm}: {'; '.join(errors.values())}")
         else:
-            print(render(options.vm, answers, errors), end="")
+            print(render(options.vm, answers, errors, amiss), end="")
+    return 1 if amiss else 0
+
+
+@contextmanager
+def _explained(vm: str) -> Iterator[None]:
+    """Turns what comes of an answer without what it should have into a ProtocolError."""
+    try:
+        yield
     except KeyError as error:
         raise ProtocolError(
-            f"VM {options.vm}: no {error} in a daemon's answer; is it of another version than {PROGRAM}?"
+            f"VM {vm}: no {error} in a daemon's answer; is it of another version than {PROGRAM}?"
         ) from error
-    return 1 if errors else 0
+
+
+def _check_vm(answer: dict[str, Any], vm: str, directory: Path) -> None:
+    """Raises UsageError when it is another VM's daemon that has answered."""
+    if answer["vm"] != vm:
+        raise UsageError(f"{directory} belongs to VM {answer['vm']}")
 
 
 def _select(answers: dict[str, Any], addr: str, vm: str, errors: dict[str, str]) -> None:
-    """Leaves only the function of that address or id. Raises IohubError when nobody has it."""
+    """Leaves only the function of that address or id, which either daemon may know it by.
+
+    Raises IohubError when nobody has it.
+    """
     try:
         wanted = format_devfn(parse_devfn(addr))
     except UsageError:
         wanted = addr
-    known = {}
+    known = {(each["addr"], each["id"]) for answer in answers.values() for each in answer["functions"]}
+    found = {name for address, name in known if wanted == address or addr == name}
     for answer in answers.values():
-        known.update({function["addr"]: function["id"] for function in answer["functions"]})
-        answer["functions"] = [
-            function
-            for function in answer["functions"]
-            if wanted == function["addr"] or addr == function["id"]
-        ]
-    if not any(answer["functions"] for answer in answers.values()):
-        have = ", ".join(f"{address} ({name})" for address, name in sorted(known.items())) or "none"
+        answer["functions"] = [each for each in answer["functions"] if each["id"] in found]
+    if not found:
+        have = ", ".join(f"{address} ({name})" for address, name in sorted(known)) or "none"
         raise IohubError("; ".join((f"VM {vm}: no function {addr}, there is {have}", *errors.values())))
 
 
 def _drive(options: argparse.Namespace) -> int:
+    directory = _runtime_dir(options)
     try:
-        _call(_runtime_dir(options), "remoted", options.method, device=options.addr)
+        answer = _call(directory, "remoted", f"{_DAEMONS['remoted']}.Status")
+        with _explained(options.vm):
+            _check_vm(answer, options.vm, directory)
+            _select({"remoted": answer}, options.addr, options.vm, {})
+        _call(directory, "remoted", options.method, device=options.addr)
     except PeerGone as error:
         raise PeerGone(f"VM {options.vm}: {error}") from error
     return 0
@@ -242,8 +282,9 @@ def _call(directory: Path, daemon: str, method: str, **parameters: object) -> di
 
 def _explain(daemon: str, error: VarlinkError) -> str:
     name, parameters = str(error.error()), error.parameters() or {}
-    if name == "org.iohub.Remoted.NoSuchDevice":
-        return f"no device {parameters['device']}"
     if name == "org.iohub.Remoted.NotDrivable":
-        return f"device {parameters['device']} is a {parameters['model']}, which drives its line itself"
+        return (
+            f"function {parameters['device']} is of the model {parameters['model']}, which drives its line "
+            "itself: only irq-line devices can be driven by hand"
+        )
     return f"{daemon} refuses: {name} {json.dumps(parameters)}"

@@ -7,12 +7,16 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
+from common.journal import printable
 from common.link import PeerCredentials
 from common.pci import format_devfn
 
 __all__ = ["INTERFACE", "FunctionState", "ProxydInterface"]
 
 INTERFACE = "org.iohub.Proxyd"
+
+_MAX_REASON = 256
+"""characters: some of it may be what a peer has said"""
 
 
 class FunctionState(Protocol):
@@ -21,9 +25,11 @@ class FunctionState(Protocol):
     name: str
     devfn: int
     reconnects: int
+    reason: str
+    """why there is no link, or why there was none before this one; empty before the first attempt"""
 
     @property
-    def pin(self) -> int: ...
+    def pin(self) -> int | None: ...
 
     @property
     def gsi(self) -> int | None: ...
@@ -39,6 +45,8 @@ class ProxydInterface:
         self, vm: str, kind: str, irqchip: str, tsc_khz: int | None, proxies: Sequence[FunctionState]
     ) -> None:
         """``kind`` and ``irqchip`` as in the interface; ``tsc_khz`` of the guest, None when unknown."""
+        self.attached: str | None = None
+        self.reason: str | None = None
         self._vm = {"vm": vm, "pid": os.getpid(), "kind": kind, "irqchip": irqchip}
         if tsc_khz is not None:
             self._vm["tsc_khz"] = tsc_khz
@@ -46,24 +54,36 @@ class ProxydInterface:
 
     def Status(self) -> dict[str, object]:
         """The VM, and every function's route and link."""
-        return {**self._vm, "functions": [_function_status(proxy) for proxy in self._proxies]}
+        status = {**self._vm, "functions": [_function_status(proxy) for proxy in self._proxies]}
+        if self.attached is not None:
+            status["attached"] = self.attached
+        if self.reason is not None:
+            status["reason"] = _one_line(self.reason)
+        return status
 
 
 def _function_status(proxy: FunctionState) -> dict[str, object]:
     # Another thread may lose the link meanwhile: each is read once.
-    gsi, remote = proxy.gsi, proxy.remote
+    gsi, remote, pin = proxy.gsi, proxy.remote, proxy.pin
     status: dict[str, object] = {
         "id": proxy.name,
         "addr": format_devfn(proxy.devfn),
-        "pin": proxy.pin,
         "connected": remote is not None,
         "reconnects": proxy.reconnects,
     }
+    if pin is not None:
+        status["pin"] = pin
     if gsi is not None:
         status["gsi"] = gsi
-    if remote is not None:
+    if remote is None:
+        status["reason"] = _one_line(proxy.reason or "not connected yet")
+    else:
         status["remote_pid"] = remote.pid
         name = remote.name
         if name is not None:
             status["remote_name"] = name
     return status
+
+
+def _one_line(text: str) -> str:
+    return printable(text[:_MAX_REASON])

@@ -27,6 +27,8 @@ class Linked(Protocol):
 
     name: str
     log: RateLimited
+    reason: str
+    """what came of the last attempt that failed"""
 
     def connect(self) -> None:
         """Connects and does what takes round trips, in a thread of its own. Raises PeerGone, ProtocolError."""
@@ -136,9 +138,10 @@ class LinkKeeper:
                 failure = error
         if failure is not None:
             link.end.reap()
+            link.end.reason = f"no link: {failure}"
             if not link.is_told:
                 link.is_told = True
-                link.end.log.warning("no link: %s", failure)
+                link.end.log.warning("%s", link.end.reason)
             self._connect_later(link, _LAST_RETRY_SECONDS)
             return
         link.is_told = False

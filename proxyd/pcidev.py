@@ -102,6 +102,8 @@ class PciProxy:
         self.windows: tuple[_Window, ...] = ()
         """where the function's BARs are decoded at present"""
         self.reconnects = 0
+        self.reason = ""
+        """why there is no link, or was none before this one"""
         self._connect = connect
         self._ram = ram
         self._irqchip = irqchip
@@ -129,9 +131,9 @@ class PciProxy:
         return None if client is None else client.peer
 
     @property
-    def pin(self) -> int:
-        """The remote's interrupt pin register, 0 without an interrupt or before the first connection."""
-        return self.identity.pin if self.identity is not None else 0
+    def pin(self) -> int | None:
+        """The remote's interrupt pin register, 0 without an interrupt; None before the first connection."""
+        return self.identity.pin if self.identity is not None else None
 
     @property
     def gsi(self) -> int | None:
@@ -316,7 +318,8 @@ class PciProxy:
                 return _ALL_ONES
 
     def _lose(self, error: Exception) -> None:
-        self.log.warning("link lost: %s", error)
+        self.reason = f"link lost: {error}"
+        self.log.warning("%s", self.reason)
         self._drop_pair()
         self._lost, self._client = self._client, None
         self._on_lost(self)

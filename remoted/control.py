@@ -83,4 +83,16 @@ def _function_status(config: DeviceConfig, server: DeviceServer) -> dict[str, ob
         status["client_pid"] = session.peer.pid
         if session.client_name is not None:
             status["client_name"] = session.client_name
+        status["client_gone"] = _has_ended(session.peer.pid)
     return status
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether there is no such process; not known, and so False, for one in another PID namespace (pid 0)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False

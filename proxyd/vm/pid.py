@@ -45,7 +45,9 @@ class _Function:
         self.name = device.id
         self.devfn = device.devfn
         self.reconnects = 0
-        self.pin = 0
+        self.reason = ""
+        """why there is no link, or was none before this one"""
+        self.pin: int | None = None
         self.log = RateLimited(log)
         self._gsi = gsi
         self._path = path
@@ -118,7 +120,8 @@ class _Function:
             if self._client is not None:
                 self._client.check_quiet()
         except (PeerGone, ProtocolError) as error:
-            self.log.warning("link lost: %s", error)
+            self.reason = f"link lost: {error}"
+            self.log.warning("%s", self.reason)
             self._lost, self._client = self._client, None
             self.detach()
             self._on_lost(self)

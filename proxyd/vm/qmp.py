@@ -62,9 +62,12 @@ class QemuPlugger:
         self._kvm_event = asyncio.Event()
         self._uevents = KvmEvents()
         self._loop.add(self._uevents.fileno(), self._on_uevent)
-        interface = ProxydInterface(config.name, config.vm, "kvm", None, list(self._functions.values()))
+        self._interface = ProxydInterface(
+            config.name, config.vm, "kvm", None, list(self._functions.values())
+        )
+        self._interface.reason = "looking for QEMU"
         path = str(config.runtime_dir / "proxyd.varlink")
-        self._control = ControlServer(self._loop, path, INTERFACE, interface, log)
+        self._control = ControlServer(self._loop, path, INTERFACE, self._interface, log)
         self._slots: list[Slot] = []
         self._is_running = True
 
@@ -106,9 +109,11 @@ class QemuPlugger:
         while (monitor := await self._find()) is not None:
             try:
                 await self._attend(monitor)
-                self._event_log.info("detached from %s", monitor.name)
+                self._interface.reason = f"detached from {monitor.name}"
+                self._event_log.info("%s", self._interface.reason)
             except (PeerGone, ProtocolError) as error:
-                self._event_log.warning("lost %s: %s", monitor.name, error)
+                self._interface.reason = f"lost {monitor.name}: {error}"
+                self._event_log.warning("%s", self._interface.reason)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_RETRY_SECONDS):
                         await self._stop.wait()
@@ -130,25 +135,26 @@ class QemuPlugger:
             await _cancel(finding, stopped)
 
     async def _connect(self) -> Monitor:
-        told = ""
         while True:
             self._kvm_event.clear()
             try:
                 return await Monitor.connect(self._socket, self._on_event, self._on_silence)
             except MonitorAbsent as error:
-                if told != str(error):
-                    self._log.info("no QEMU (%s): waiting for one", error)
-                    notify("READY=1\nSTATUS=Waiting for QEMU")
-                told = str(error)
+                self._tell_absence(f"no QEMU ({error}): waiting for one")
                 await self._kvm_event.wait()
             except PeerGone as error:
-                if told != str(error):
-                    self._log.info("%s: trying again", error)
-                    notify("READY=1\nSTATUS=Waiting for QEMU")
-                told = str(error)
+                self._tell_absence(f"{error}: trying again")
                 await asyncio.sleep(_RETRY_SECONDS)
 
+    def _tell_absence(self, line: str) -> None:
+        """Says once why there is no QEMU."""
+        if line != self._interface.reason:
+            self._interface.reason = line
+            self._log.info("%s", line)
+            notify("READY=1\nSTATUS=Waiting for QEMU")
+
     def _on_silence(self, line: str) -> None:
+        self._interface.reason = line
         self._log.warning("%s", line)
         notify("READY=1\nSTATUS=Waiting for QEMU's monitor")
 
@@ -158,6 +164,7 @@ class QemuPlugger:
         Raises UsageError, and PeerGone and ProtocolError when the monitor is out of order.
         """
         inventory = await self._check(monitor)
+        self._interface.attached, self._interface.reason = monitor.name, None
         self._log.info("attached to %s", monitor.name)
         ends = [asyncio.create_task(monitor.wait_closed()), asyncio.create_task(self._stop.wait())]
         turn = Turn()
@@ -169,6 +176,7 @@ class QemuPlugger:
             for task in done:
                 task.result()
         finally:
+            self._interface.attached = None
             await _cancel(announcing, *ends, *slots)
         if self._stop.is_set() and self._unplug_on_exit:
             await self._unplug(monitor)
@@ -196,10 +204,10 @@ class QemuPlugger:
         for remaining in await asyncio.gather(*leaving):
             for function in remaining:
                 function.log.warning(
-                    "%s in %g s: it stays plugged",
+                    "%s in %g s: it stays plugged until the guest does, or is reset",
                     "the guest hasn't let it go"
                     if self._is_running
-                    else "the guest is stopped and can't let it go",
+                    else "the guest is paused and can't let it go",
                     CONSENT_SECONDS,
                 )
 
@@ -211,7 +219,7 @@ class QemuPlugger:
                         slot.on_deleted(function)
         elif name in ("STOP", "RESUME"):
             self._is_running = name == "RESUME"
-            self._event_log.info("QEMU has %s", "gone on" if self._is_running else "stopped the guest")
+            self._event_log.info("the guest was %s", "resumed" if self._is_running else "paused")
         elif name in ("RESET", "SHUTDOWN"):
             verb = "reset" if name == "RESET" else "shut down"
             self._event_log.info("the machine was %s (%s)", verb, data.get("reason", "unknown reason"))

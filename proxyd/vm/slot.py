@@ -38,6 +38,7 @@ _EXAMINATION_SECONDS = 5.0
 """how long a device's answers may take altogether; QEMU would stand still for as long"""
 _FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
+_NO_QEMU = "not plugged: there is no QEMU"
 
 
 class Turn:
@@ -66,9 +67,9 @@ class Turn:
 class Function:
     """One configured device, and QEMU's proxy of it."""
 
-    pin = 0
+    pin = None
     gsi = None
-    """the route is QEMU's to know"""
+    """both are QEMU's to know"""
 
     def __init__(self, config: DeviceConfig, path: str, loop: Loop, log: Log) -> None:
         """``path`` is its device's socket."""
@@ -76,6 +77,8 @@ class Function:
         self.devfn = config.devfn
         self.path = path
         self.reconnects = 0
+        self.reason = _NO_QEMU
+        """what is or was amiss last"""
         self.remote: PeerCredentials | None = None
         """the process at the other end of QEMU's link; None unless the function is plugged and its link good"""
         self.is_plugged = False
@@ -97,6 +100,11 @@ class Function:
     def fdname(self) -> str:
         """The name that the link has in QEMU from getfd until device_add."""
         return f"iohub-{self.name}"
+
+    def warn(self, text: str) -> None:
+        """Logs what is amiss, and keeps it to be asked for."""
+        self.reason = text
+        self.log.warning("%s", text)
 
     def plugged(self, handover: Handover) -> None:
         """QEMU has a proxy now, with a duplicate of this link: watches its end."""
@@ -144,8 +152,8 @@ class Function:
         self._watched = fd
 
     def _on_end(self, _events: int) -> None:
-        self.log.warning(
-            "the link to %s has ended: QEMU's proxy can't take another, the guest reads all ones", self.remote
+        self.warn(
+            f"the link to {self.remote} has ended: QEMU's proxy can't take another, the guest reads all ones"
         )
         self.release()
         self.on_change()
@@ -215,9 +223,10 @@ class Slot:
         function.is_plugged = False
         function.release()
         if self._is_leaving:
+            function.reason = "unplugged"
             function.log.info("unplugged")
         else:
-            function.log.warning("unplugged, not by this daemon: it stays out until that is started again")
+            function.warn("unplugged, not by this daemon: it stays out until that is started again")
         self._changed.set()
 
     def close(self) -> None:
@@ -227,18 +236,20 @@ class Slot:
         for function in self.functions:
             function.is_plugged = False
             function.release()
+            function.reason = _NO_QEMU
 
     async def _reconcile(self, monitor: Monitor, inventory: Inventory) -> None:
         """Takes over what is plugged already, and takes back what an unfinished plugging has left in QEMU."""
         for function in self.functions:
             if function.name not in inventory.drivers:
+                function.reason = "not plugged yet"
                 with contextlib.suppress(CommandError):
                     await monitor.execute("closefd", fdname=function.fdname)
                 continue
             server = None if function.is_broken else await asyncio.to_thread(find_server, function.path)
             if server is None:
                 function.is_plugged = True
-                function.log.warning("found plugged without a link to %s", function.path)
+                function.warn(f"found plugged without a link to {function.path}")
             else:
                 function.log.info("found plugged at %s, served by %s", format_devfn(function.devfn), server)
                 function.adopt(server)
@@ -257,7 +268,7 @@ class Slot:
                     if function.handover is not None:
                         await self._add(monitor, function, function.handover)
             except CommandError as error:
-                function.log.warning("QEMU refuses it, it stays out: %s", error)
+                function.warn(f"QEMU refuses it, it stays out: {error}")
                 return False
             except (PeerGone, asyncio.CancelledError):
                 function.break_link()
@@ -270,7 +281,6 @@ class Slot:
 
     async def _connect(self, functions: Sequence[Function]) -> None:
         """Gets a link for each, however long that takes."""
-        told: dict[str, str] = {}
         while True:
             for function in functions:
                 if function.handover is not None:
@@ -278,9 +288,9 @@ class Slot:
                 try:
                     function.handover = await _open(function.path)
                 except (PeerGone, ProtocolError) as error:
-                    if told.get(function.name) != str(error):
-                        told[function.name] = str(error)
-                        function.log.warning("not plugged yet: %s", error)
+                    reason = f"not plugged yet: {error}"
+                    if reason != function.reason:
+                        function.warn(reason)
                     self.settled.set()
                     break
             else:
@@ -324,9 +334,9 @@ class Slot:
         while waiting := await self.unplug(monitor, seconds):
             if seconds == CONSENT_SECONDS:
                 for function in waiting:
-                    function.log.warning(
-                        "the guest hasn't let it go in %g s; it is replaced when the guest does, or is reset",
-                        seconds,
+                    function.warn(
+                        f"the guest hasn't let it go in {seconds:g} s; it is replaced when the guest does, "
+                        "or is reset"
                     )
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
         self._is_leaving = False

@@ -27,7 +27,7 @@ class Soft:
 
     def run(self) -> int:
         """Runs the guest until the loop is stopped. Returns the exit status."""
-        self._board.start("userspace", TSC_KHZ)
+        self._board.start("soft", TSC_KHZ)
         notify("READY=1")
         self._guest.run()
         return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.control import call
 from tests.support.qmpbench import QmpBench
 from tests.support.wait import wait_until
 
@@ -23,14 +24,24 @@ def bench(tmp_path: Path) -> Iterator[QmpBench]:
     bench.close()
 
 
+def qemu_of(bench: QmpBench) -> tuple[str | None, str | None]:
+    """Which QEMU proxyd is attached to, or why to none."""
+    status = call(bench.directory / "proxyd.varlink", "org.iohub.Proxyd.Status")
+    return status.get("attached"), status.get("reason")
+
+
 def test_waits_for_qemu_and_for_the_next_one(bench: QmpBench) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(bench.monitor_path))
     bench.start_proxyd()
     assert "Connection refused" in bench.log("proxyd")
+    waiting = f"no QEMU ({bench.monitor_path}: Connection refused): waiting for one"
+    assert qemu_of(bench) == (None, waiting)
+    assert {f["reason"] for f in bench.status("proxyd").values()} == {"not plugged: there is no QEMU"}
     bench.monitor_path.unlink()
     monitor = bench.start_guest()
     bench.wait_log("proxyd", "plugged at 06.0")
+    assert qemu_of(bench) == (f"qemu-system-x86[{bench.guest.pid}]", None)
     bench.run_guest()
     monitor.execute("quit")
     bench.wait_log("proxyd", "the machine was shut down (host-qmp-quit)")
@@ -41,6 +52,9 @@ def test_waits_for_qemu_and_for_the_next_one(bench: QmpBench) -> None:
     bench.guest.close()
     bench.wait_log("proxyd", "detached from qemu-system", 2)
     assert {f["connected"] for f in bench.status("proxyd").values()} == {False}
+    attached, reason = qemu_of(bench)
+    assert attached is None
+    assert reason
     wait_until(
         lambda: {f["link"] for f in bench.status("remoted").values()} == {"waiting"},
         "remoted sees that QEMU has gone",
@@ -52,9 +66,9 @@ def test_a_guest_that_was_stopped_and_continued_works_on(bench: QmpBench) -> Non
     bench.start_proxyd()
     bench.command("setup")
     monitor.execute("stop")
-    bench.wait_log("proxyd", "QEMU has stopped the guest")
+    bench.wait_log("proxyd", "the guest was paused")
     monitor.execute("cont")
-    bench.wait_log("proxyd", "QEMU has gone on")
+    bench.wait_log("proxyd", "the guest was resumed")
     bench.check_interrupts()
 
 
@@ -82,6 +96,8 @@ def test_a_reset_lets_go_of_what_has_lost_its_remoted(bench: QmpBench) -> None:
     bench.start_proxyd()
     bench.remoted.kill()
     wait_until(lambda: bench.asked_to_eject(5) and bench.asked_to_eject(6), "QEMU asks the guest to eject")
+    for function in bench.status("proxyd").values():
+        assert "has ended: QEMU's proxy can't take another" in function["reason"]
     monitor.execute("system_reset")
     bench.guest.console.wait_ready(60.0)
     bench.start_remoted()
@@ -100,6 +116,7 @@ def test_what_somebody_else_unplugs_stays_out(bench: QmpBench) -> None:
         lambda: bench.status("remoted")["edu0"]["link"] == "waiting", "remoted may have another client"
     )
     assert set(monitor.plugged()) == {"com1"}
+    assert bench.status("proxyd")["edu0"]["reason"].startswith("unplugged, not by this daemon")
     assert bench.end_proxyd() == 0
     bench.start_proxyd()
     bench.run_guest()

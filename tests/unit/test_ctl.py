@@ -23,13 +23,18 @@ from common.config import DeviceConfig, VmConfig
 from common.control import call
 from common.loop import Loop
 from common.pci import parse_devfn
-from common.statustable import render
+from common.statustable import find_amiss, render
 from proxyd.board import Board
 from proxyd.softirqchip import SoftIrqchip
 from remoted.main import Remoted
 from tests.support.loops import running
 
 CTL = [sys.executable, "-c", "import sys; from common.ctl import main; sys.exit(main())"]
+
+
+CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
+PIRQ_ROUTES = 0x80000860
+"""of the PIIX3 at 01.0"""
 
 
 class Vm:
@@ -52,6 +57,7 @@ class Vm:
         return self
 
     def start_proxyd(self) -> None:
+        """Links it, and routes both functions to GSI 10, as a guest does."""
         loop = Loop()
         self._stack.callback(loop.close)
         irqchip = SoftIrqchip(loop)
@@ -59,7 +65,10 @@ class Vm:
         board = Board("iohub-proxyd", self._config, loop, irqchip)
         self._stack.callback(board.close)
         self._stack.callback(board.abort)
-        board.start("userspace", None)
+        board.start("soft", None)
+        board.host.pio_write(CONFIG_ADDRESS, 4, PIRQ_ROUTES)
+        for pirq in range(4):
+            board.host.pio_write(CONFIG_DATA + pirq, 1, 10)
         self._stack.enter_context(running(loop))
 
     def __exit__(self, *_exception: object) -> None:
@@ -111,21 +120,20 @@ def test_status_shows_what_both_daemons_know(vm: Vm, capsys: pytest.CaptureFixtu
         "MODEL": "remoted.devices.irq_line:IrqLine",
         "LINE": "high",
         "RAISED": "4",
-        "RESAMPLES": "0",
+        "RESAMPLES": "1",  # proxyd's, when the guest routed it
         "RE-ASSERTS": "0",
         "REJECTED": "0",
         "REFUSED": "0",
         "IRQFD": "set",
         "CLIENT": myself,
         "PIN": "INTA",
-        "GSI": "-",
+        "GSI": "10",
         "LINK": myself,
         "RECONNECTS": "0",
     }
     assert (edu0["ADDR"], edu0["LINE"], edu0["RAISED"]) == ("06.0", "low", "0")
     assert f"remoted runs as pid {os.getpid()}" in out
-    assert f"proxyd runs as pid {os.getpid()}, VM soft, irqchip userspace" in out
-    assert "05.0 line0: the guest has its pin routed nowhere" in out
+    assert f"proxyd runs as pid {os.getpid()}, VM soft, irqchip soft" in out
 
 
 def test_columns_are_aligned(vm: Vm, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +168,7 @@ def test_json_is_what_the_daemons_answered(vm: Vm, capsys: pytest.CaptureFixture
         "remoted": call(vm.directory / "remoted.varlink", "org.iohub.Remoted.Status"),
         "proxyd": call(vm.directory / "proxyd.varlink", "org.iohub.Proxyd.Status"),
         "errors": {},
+        "amiss": [],
     }
 
 
@@ -179,6 +188,11 @@ def test_a_daemon_that_is_not_there_is_named(remoted: Vm, capsys: pytest.Capture
     assert answer["proxyd"] is None
     assert answer["remoted"]["functions"]
     assert list(answer["errors"]) == ["proxyd"]
+    assert answer["amiss"] == [
+        answer["errors"]["proxyd"],
+        "05.0 line0: no client is connected to its socket",
+        "06.0 edu0: no client is connected to its socket",
+    ]
 
 
 def test_a_dead_daemons_socket_is_told_from_a_live_one(
@@ -214,9 +228,12 @@ def test_without_any_daemon_there_is_one_line(tmp_path: Path, capsys: pytest.Cap
 
 
 REFUSED = {
-    "raise of a model that drives its line itself": (["raise", "edu0"], "edu0 is a remoted.devices.edu:Edu"),
+    "raise of a model that drives its line itself": (
+        ["raise", "edu0"],
+        "function edu0 is of the model remoted.devices.edu:Edu, which drives its line itself: only irq-line ",
+    ),
     "lower of it": (["lower", "06.0"], "drives its line itself"),
-    "raise of nothing": (["raise", "07.0"], "no device 07.0"),
+    "raise of nothing": (["raise", "07.0"], "no function 07.0, there is 05.0 (line0), 06.0 (edu0)"),
     "status of nothing": (["status", "07.0"], "no function 07.0, there is 05.0 (line0), 06.0 (edu0)"),
 }
 
@@ -265,9 +282,34 @@ def test_bad_usage_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], 
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("answer", [{}, {"functions": [{}]}, {"functions": [{"addr": "05.0", "id": "x"}]}])
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["raise"], ["lower"]])
+def test_the_name_must_be_that_of_the_directorys_vm(
+    vm: Vm, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert ctl.main([*command, "--runtime-dir", str(vm.directory), "other", "line0"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"iohubctl: {vm.directory} belongs to VM vm1\n")
+    (line0,) = [each for each in call_status(vm.directory) if each["id"] == "line0"]
+    assert line0["raised"] == 0
+
+
+def call_status(directory: Path) -> list[dict[str, Any]]:
+    return list(call(directory / "remoted.varlink", "org.iohub.Remoted.Status")["functions"])
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("status", {}),
+        ("status", {"vm": "vm1"}),
+        ("status", {"vm": "vm1", "functions": [{}]}),
+        ("status", {"vm": "vm1", "functions": [{"addr": "05.0", "id": "x"}]}),
+        ("raise", {}),
+        ("raise", {"vm": "vm1", "functions": [{}]}),
+    ],
+)
 def test_a_daemon_of_another_version_is_no_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], answer: dict[str, Any]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, answer: dict[str, Any]
 ) -> None:
     loop = Loop()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -282,7 +324,7 @@ def test_a_daemon_of_another_version_is_no_traceback(
 
         loop.add(listener.fileno(), on_connect)
         with running(loop):
-            assert ctl.main(["status", "--runtime-dir", str(tmp_path), "vm1"]) == 1
+            assert ctl.main([command, "--runtime-dir", str(tmp_path), "vm1", "x"]) == 1
     loop.close()
     err = capsys.readouterr().err
     assert "another version" in err
@@ -297,9 +339,19 @@ def test_help_has_examples_that_are_valid(capsys: pytest.CaptureFixture[str], co
     out = capsys.readouterr().out
     examples = re.findall(r"^  (iohubctl [^|&\n]*)", out, re.MULTILINE)
     assert examples or command == ["demo"]
+    if command:
+        statuses = out[out.index("exit status:") :]
+        assert re.findall(r"^  (\d+)  ", statuses, re.MULTILINE) == ["0", "1", "2"]
     for example in examples:
         arguments = shlex.split(example)[1:]
         assert ctl._parse(arguments)
+
+
+def test_each_way_of_driving_a_line_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, level in (("raise", "high"), ("lower", "low")):
+        with pytest.raises(SystemExit):
+            ctl.main([command, "--help"])
+        assert f"A line that is {level} already stays {level}." in capsys.readouterr().out
 
 
 def test_the_demo_is_loaded_only_when_it_is_asked_for() -> None:
@@ -360,24 +412,38 @@ def proxy_function(**fields: object) -> dict[str, object]:
     }
 
 
-def table_of(remote: dict[str, object] | None, proxy: dict[str, object] | None) -> str:
-    return render(
-        "vm1",
-        {
-            "remoted": {"pid": 1, "functions": [remote] if remote else []},
-            "proxyd": {"pid": 2, "kind": "qmp:x", "irqchip": "kvm", "functions": [proxy] if proxy else []},
+def answers_of(
+    remote: dict[str, object] | None, proxy: dict[str, object] | None, **proxyd: object
+) -> dict[str, Any]:
+    """What the daemons would answer, each with one function or none."""
+    return {
+        "remoted": {"vm": "vm1", "pid": 1, "functions": [remote] if remote else []},
+        "proxyd": {
+            "vm": "vm1",
+            "pid": 2,
+            "kind": "qmp:x",
+            "irqchip": "kvm",
+            "attached": "qemu[42]",
+            "functions": [proxy] if proxy else [],
+            **proxyd,
         },
-        {},
-    )
+    }
+
+
+def table_of(remote: dict[str, object] | None, proxy: dict[str, object] | None, **proxyd: object) -> str:
+    answers = answers_of(remote, proxy, **proxyd)
+    return render("vm1", answers, {}, find_amiss(answers, {}))
 
 
 def test_a_healthy_function_has_no_remarks() -> None:
+    assert find_amiss(answers_of(remote_function(), proxy_function()), {}) == []
     table = table_of(remote_function(), proxy_function())
     (row,) = rows_of(table)
     numbers = ("RAISED", "RESAMPLES", "RE-ASSERTS", "REJECTED", "REFUSED", "RECONNECTS")
     assert [row[name] for name in numbers] == ["1", "2", "3", "4", "5", "6"]
     assert (row["PIN"], row["GSI"]) == ("INTB", "11")
     assert (row["CLIENT"], row["LINK"]) == ("qemu[42]", "iohub-remoted[43]")
+    assert "  proxyd runs as pid 2, VM qmp:x, irqchip kvm, attached to qemu[42]\n" in table
     assert table.endswith("6\n")
 
 
@@ -395,43 +461,84 @@ def test_cells_of_remoted(remote: dict[str, object], column: str, cell: str) -> 
     assert row[column] == cell
 
 
+DOWN = proxy_function(connected=False, gsi=None, reason="no link: x.sock: Connection refused")
 REMARKS = {
-    "waiting": (remote_function(link="waiting"), proxy_function(), "no client is connected"),
-    "closed": (remote_function(link="closed"), proxy_function(), "inherited has ended"),
-    "no irqfd": (remote_function(has_irqfd=False), proxy_function(), "has sent no irqfd"),
-    "no link": (remote_function(), proxy_function(connected=False), "proxyd is not connected"),
-    "no route": (remote_function(), proxy_function(gsi=None), "routed nowhere"),
+    "waiting": (remote_function(link="waiting"), proxy_function(), "no client is connected to its socket"),
+    "closed": (
+        remote_function(link="closed"),
+        proxy_function(),
+        "the connection that it inherited has ended",
+    ),
+    "no irqfd": (
+        remote_function(has_irqfd=False),
+        proxy_function(),
+        "the client has sent no irqfd: interrupts don't arrive",
+    ),
+    "no link": (remote_function(), DOWN, "no link: x.sock: Connection refused"),
+    "no link at either end": (remote_function(link="waiting"), DOWN, "no link: x.sock: Connection refused"),
+    "no route": (
+        remote_function(),
+        proxy_function(gsi=None),
+        "the guest has its pin routed nowhere: interrupts don't arrive",
+    ),
     "only remoted": (remote_function(), None, "proxyd has no such function"),
     "only proxyd": (None, proxy_function(), "remoted has no such function"),
 }
 
 
 @pytest.mark.parametrize(("remote", "proxy", "remark"), REMARKS.values(), ids=REMARKS)
-def test_what_is_amiss_is_said_below_the_table(
+def test_what_is_amiss_is_said_below_the_table_once(
     remote: dict[str, object] | None, proxy: dict[str, object] | None, remark: str
 ) -> None:
-    *_, blank, last = table_of(remote, proxy).splitlines()
-    assert blank == ""
-    assert last.startswith("05.0 com1: ")
-    assert remark in last
+    line = f"05.0 com1: {remark}"
+    assert find_amiss(answers_of(remote, proxy), {}) == [line]
+    *_, row, blank, last = table_of(remote, proxy).splitlines()
+    assert row.startswith("05.0  com1  ")
+    assert (blank, last) == ("", line)
 
 
-def test_a_pin_that_does_not_exist_needs_no_route() -> None:
-    table = table_of(remote_function(), proxy_function(pin=0, gsi=None))
+def test_a_vm_without_a_qemu_is_amiss() -> None:
+    table = table_of(None, None, attached=None, reason="no QEMU (x: Connection refused): waiting for one")
+    assert "  proxyd runs as pid 2, VM qmp:x, not attached\n" in table
+    assert table.endswith("\n\nproxyd: no QEMU (x: Connection refused): waiting for one\n")
+
+
+def test_a_function_without_a_pin_needs_no_route_and_no_irqfd() -> None:
+    table = table_of(remote_function(has_irqfd=False), proxy_function(pin=0, gsi=None))
     (row,) = rows_of(table)
     assert (row["PIN"], row["GSI"]) == ("-", "-")
-    assert "routed" not in table
+    assert table.endswith("6\n")
 
 
-def test_a_function_at_two_addresses_is_shown_twice() -> None:
-    table = table_of(remote_function(), proxy_function(addr="06.0"))
-    assert [row["ADDR"] for row in rows_of(table)] == ["05.0", "06.0"]
-    assert table.count("no such function") == 2
+def test_a_pin_that_is_not_known_needs_no_route_but_an_irqfd() -> None:
+    proxy = proxy_function(gsi=None)
+    del proxy["pin"]
+    (row,) = rows_of(table_of(remote_function(), proxy))
+    assert (row["PIN"], row["GSI"]) == ("-", "-")
+    assert find_amiss(answers_of(remote_function(), proxy), {}) == []
+    assert len(find_amiss(answers_of(remote_function(has_irqfd=False), proxy), {})) == 1
+
+
+def test_a_function_at_two_addresses_is_shown_once_and_told() -> None:
+    table = table_of(remote_function(), proxy_function(addr="07.0"))
+    (row,) = rows_of(table)
+    assert (row["ADDR"], row["RAISED"], row["RECONNECTS"]) == ("05.0/07.0", "1", "6")
+    assert table.endswith("\n\ncom1: at 05.0 in remoted, at 07.0 in proxyd: give both the same addr=\n")
+
+
+def test_beside_a_process_proxyds_address_means_nothing() -> None:
+    proxy = proxy_function(addr="02.0")
+    assert find_amiss(answers_of(remote_function(), proxy, kind="pid:42"), {}) == []
+    (row,) = rows_of(table_of(remote_function(), proxy, kind="pid:42"))
+    assert row["ADDR"] == "05.0"
 
 
 def test_a_vm_without_functions() -> None:
     assert table_of(None, None).endswith("\nno functions\n")
 
 
-def test_a_process_that_has_gone_is_told_by_its_pid() -> None:
-    assert "  pid 42  " in table_of(remote_function(client_name=None), proxy_function())
+def test_a_client_that_has_gone_is_told_by_its_pid() -> None:
+    assert "  pid 42  " in table_of(remote_function(client_name=None, client_gone=False), proxy_function())
+    assert "  pid 42 (gone, its link lives on)  " in table_of(
+        remote_function(client_gone=True), proxy_function()
+    )

@@ -158,11 +158,12 @@ def test_a_remote_that_hangs_up_at_once_is_tried_ever_more_rarely(bench: Bench) 
 
 
 def hang_up(bench: Bench) -> None:
-    """The remote lives on."""
+    """The remote lives on, and proxyd can say what came of the link."""
     client = bench.proxies["a"]._client
     assert client is not None
     client.shutdown()
     run_until(bench.loop, lambda: not bench.is_linked("a"))
+    assert bench.proxies["a"].reason.startswith("link lost: ")
     bench.loop.step()
 
 

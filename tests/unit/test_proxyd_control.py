@@ -17,7 +17,7 @@ from common.control import call
 from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.board import Board
-from proxyd.control import INTERFACE
+from proxyd.control import INTERFACE, ProxydInterface
 from proxyd.softirqchip import SoftIrqchip
 from remoted.devices.irq_line import IrqLine
 from tests.support.fds import no_fd_is_left
@@ -90,10 +90,10 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_the_vm_is_described(bench: Bench) -> None:
-    bench.board.start("userspace", None)
+    bench.board.start("soft", None)
     status = bench.status()
     status.pop("functions")
-    assert status == {"vm": "vm1", "pid": os.getpid(), "kind": "soft", "irqchip": "userspace"}
+    assert status == {"vm": "vm1", "pid": os.getpid(), "kind": "soft", "irqchip": "soft"}
 
 
 def test_the_guests_tsc_frequency_is_told_where_it_is_known(bench: Bench) -> None:
@@ -102,16 +102,22 @@ def test_the_guests_tsc_frequency_is_told_where_it_is_known(bench: Bench) -> Non
 
 
 def test_functions_without_a_remote(bench: Bench) -> None:
-    bench.board.start("userspace", None)
+    bench.board.start("soft", None)
     assert bench.status()["functions"] == [
-        {"id": name, "addr": addr, "pin": 0, "connected": False, "reconnects": 0}
+        {
+            "id": name,
+            "addr": addr,
+            "connected": False,
+            "reconnects": 0,
+            "reason": f"no link: {bench.directory}/{name}.sock: No such file or directory",
+        }
         for name, addr in ADDRESSES.items()
     ]
 
 
 def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
     bench.start_remote()
-    bench.board.start("userspace", None)
+    bench.board.start("soft", None)
     line0, line1 = bench.functions().values()
     assert (line0["pin"], line1["pin"]) == (1, 3)
     assert "gsi" not in line0
@@ -128,7 +134,7 @@ def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
 
 def test_a_lost_remote_is_told_and_its_return_counted(bench: Bench) -> None:
     bench.start_remote()
-    bench.board.start("userspace", None)
+    bench.board.start("soft", None)
     bench.route(0, 10)
     for times in range(1, 3):
         bench.stop_remote()
@@ -137,15 +143,51 @@ def test_a_lost_remote_is_told_and_its_return_counted(bench: Bench) -> None:
         assert "gsi" not in line0
         assert "remote_pid" not in line0
         assert line0["pin"] == 1
+        assert line0["reason"].startswith(("link lost: ", "no link: "))
         bench.start_remote()
         run_until(bench.loop, lambda: all(f["connected"] for f in bench.functions().values()))
         line0 = bench.functions()["line0"]
         assert (line0["reconnects"], line0["gsi"]) == (times, 10)
+        assert "reason" not in line0
+
+
+class Unlinked:
+    """A function without a link."""
+
+    name = "line0"
+    devfn = 0
+    reconnects = 0
+    pin = gsi = remote = None
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:
+    interface = ProxydInterface("vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")])
+    functions = interface.Status()["functions"]
+    assert isinstance(functions, list)
+    silent, loud = (function["reason"] for function in functions)
+    assert silent == "not connected yet"
+    assert loud.startswith("QEMU: no\\noooo")
+    assert len(loud) < 300
+
+
+def test_the_qemu_that_has_the_functions_is_told_or_why_there_is_none() -> None:
+    interface = ProxydInterface("vm1", "qmp:x", "kvm", None, [])
+    interface.reason = "no QEMU:\nwaiting"
+    status = interface.Status()
+    assert status["reason"] == "no QEMU:\\nwaiting"
+    assert "attached" not in status
+    interface.attached, interface.reason = "qemu[42]", None
+    status = interface.Status()
+    assert status["attached"] == "qemu[42]"
+    assert "reason" not in status
 
 
 def test_close_removes_the_socket(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    bench.board.start("userspace", None)
+    bench.board.start("soft", None)
     assert (tmp_path / "proxyd.varlink").exists()
     bench.close()
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,9 +99,40 @@ def test_the_client_is_told_by_pid_and_name_while_it_is_connected(bench: Bench) 
         assert status["client_pid"] == os.getpid()
         assert status["client_name"] == Path("/proc/self/comm").read_text().rstrip("\n")
         assert bench.status("line0")["link"] == "waiting"
+        assert status["client_gone"] is False
     bench.settle()
     assert bench.status("dev0")["link"] == "waiting"
     assert "client_pid" not in bench.status("dev0")
+
+
+CONNECT = """
+import os, socket, sys
+link = socket.socket(socket.AF_UNIX)
+link.connect(sys.argv[1])
+ours = socket.socket(fileno=0)
+socket.send_fds(ours, [b"x"], [link.fileno()])
+sys.stdin.read()
+"""
+
+
+def test_a_client_that_has_gone_is_told_while_its_link_lives_on(bench: Bench) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client = subprocess.Popen([sys.executable, "-c", CONNECT, bench.path("dev0")], stdin=theirs.fileno())
+        with client:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+            bench.settle()
+            status = bench.status("dev0")
+            assert (status["client_pid"], status["client_gone"]) == (client.pid, False)
+            client.kill()
+        bench.settle()
+        status = bench.status("dev0")
+        assert (status["link"], status["client_pid"]) == ("connected", client.pid)
+        assert status["client_gone"] is True
+        for fd in fds:
+            os.close(fd)
+    bench.settle()
+    assert bench.status("dev0")["link"] == "waiting"
 
 
 def test_counters_are_what_happened_on_the_eventfds(bench: Bench) -> None:
@@ -231,7 +264,8 @@ def test_an_inherited_connection_that_has_ended_is_closed(tmp_path: Path) -> Non
 def test_a_second_daemon_in_the_same_runtime_directory_is_refused(tmp_path: Path) -> None:
     first = daemon_of(tmp_path)
     before = count_fds()
-    with pytest.raises(UsageError, match=r"remoted\.varlink is in use by a live daemon"):
-        daemon_of(tmp_path)
+    with pytest.raises(UsageError, match=rf"\[{os.getpid()}\] runs in {tmp_path} already: stop it"):
+        daemon_of(tmp_path, config_of("line1", "remoted.devices.irq_line:IrqLine", "05.0"))
     assert count_fds() == before
+    assert os.listdir(tmp_path) == ["remoted.varlink"]
     first.close()

@@ -230,6 +230,49 @@ def test_what_loses_its_link_at_once_is_replaced_ever_more_rarely(
     assert [seconds for seconds in paused if seconds] == pauses
 
 
+def test_each_reason_for_being_out_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "CONSENT_SECONDS", 0.01)
+    function = bench.function
+    reasons = [function.reason]
+
+    async def becomes_another() -> None:
+        async with asyncio.timeout(HANGS):
+            while function.reason == reasons[-1]:
+                await asyncio.sleep(0)
+        reasons.append(function.reason)
+
+    async def without_a_remote() -> None:
+        await becomes_another()
+        await becomes_another()
+
+    async def without_consent() -> None:
+        await bench.asked("device_del")
+        reasons.append(function.reason)
+        await becomes_another()
+        bench.slot.on_deleted(function)
+        reasons.append(function.reason)
+
+    async def unplugged_by_others() -> None:
+        function.is_plugged = True
+        bench.slot.on_deleted(function)
+        reasons.append(function.reason)
+
+    bench.run(NOTHING, without_a_remote)
+    bench.run(PLUGGED, without_consent)
+    bench.run(NOTHING, unplugged_by_others)
+    reasons.append(function.reason)
+    assert reasons == [
+        "not plugged: there is no QEMU",
+        "not plugged yet",
+        f"not plugged yet: {function.path}: No such file or directory",
+        f"found plugged without a link to {function.path}",
+        "the guest hasn't let it go in 0.01 s; it is replaced when the guest does, or is reset",
+        "unplugged",
+        "unplugged, not by this daemon: it stays out until that is started again",
+        "not plugged: there is no QEMU",
+    ]
+
+
 def test_adopts_a_remote_that_can_not_be_watched(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """SO_PEERCRED knows a process of another PID namespace as 0; and there may be no fd left to watch one."""
     nobody = PeerCredentials(0, 0, 0)
@@ -258,6 +301,7 @@ def test_a_remote_that_ends_before_it_is_adopted_has_left_no_link(
     bench.function.adopt(PeerCredentials(process.pid, 0, 0))
     assert bench.function.is_plugged
     assert not bench.function.is_sound
+    assert bench.function.reason.startswith(f"the link to pid {process.pid} has ended")
     assert caplog.messages == [
         f"the link to pid {process.pid} has ended: QEMU's proxy can't take another, the guest reads all ones"
     ]

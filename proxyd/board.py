@@ -43,26 +43,33 @@ class Board:
     def __init__(
         self, program: str, config: VmConfig, loop: Loop, irqchip: Irqchip, ram: Ram | None = None
     ) -> None:
-        """``config`` has passed check_addresses(); ``ram`` is what devices may reach. Raises UsageError."""
+        """``config`` has passed check_addresses(); ``ram`` is what devices may reach.
+
+        The loop is not to run before start(). Raises UsageError.
+        """
         self._program = program
         self._config = config
-        self._loop = loop
         self._irqchip = irqchip
         self._ram = ram
-        self._control: ControlServer | None = None
         self._keeper = LinkKeeper(loop)
-        self._proxies = [self._create_proxy(device) for device in config.devices]
-        self.host = PciHost(irqchip, self._proxies)
-        path = str(config.runtime_dir / "proxyd.console")
-        self.console = Console(loop, path, self._set_console_irq, logging.getLogger(program))
+        self._proxies: list[PciProxy] = []
+        log = logging.getLogger(program)
+        self._interface = ProxydInterface(config.name, config.vm, "", None, self._proxies)
+        path = str(config.runtime_dir / "proxyd.varlink")
+        self._control = ControlServer(loop, path, INTERFACE, self._interface, log)
+        try:
+            self._proxies += [self._create_proxy(device) for device in config.devices]
+            self.host = PciHost(irqchip, self._proxies)
+            path = str(config.runtime_dir / "proxyd.console")
+            self.console = Console(loop, path, self._set_console_irq, log)
+        except BaseException:
+            self._control.close()
+            raise
 
     def start(self, irqchip: str, tsc_khz: int | None) -> None:
-        """Begins to connect, and to answer at the control socket; ``irqchip`` is the name given there."""
-        interface = ProxydInterface(self._config.name, self._config.vm, irqchip, tsc_khz, self._proxies)
-        path = str(self._config.runtime_dir / "proxyd.varlink")
-        self._control = ControlServer(
-            self._loop, path, INTERFACE, interface, logging.getLogger(self._program)
-        )
+        """Begins to connect; ``irqchip`` and ``tsc_khz`` are what the control socket tells of the guest."""
+        self._interface.irqchip = irqchip
+        self._interface.tsc_khz = tsc_khz
         self._keeper.start(self._proxies)
 
     def abort(self) -> None:
@@ -71,8 +78,7 @@ class Board:
 
     def close(self) -> None:
         """Takes the irqfds out of the irqchip one by one, and closes everything; after abort()."""
-        if self._control is not None:
-            self._control.close()
+        self._control.close()
         for proxy in self._proxies:
             proxy.close()
         self.console.close()

@@ -44,17 +44,23 @@ class ProxydInterface:
     def __init__(
         self, vm: str, kind: str, irqchip: str, tsc_khz: int | None, proxies: Sequence[FunctionState]
     ) -> None:
-        """``kind`` and ``irqchip`` as in the interface; ``tsc_khz`` of the guest, None when unknown."""
+        """``kind`` and ``irqchip`` as in the interface; ``tsc_khz`` of the guest, None when unknown.
+
+        What is public may be set when it is known; ``proxies`` is read at each call.
+        """
+        self.irqchip = irqchip
+        self.tsc_khz = tsc_khz
         self.attached: str | None = None
         self.reason: str | None = None
-        self._vm = {"vm": vm, "pid": os.getpid(), "kind": kind, "irqchip": irqchip}
-        if tsc_khz is not None:
-            self._vm["tsc_khz"] = tsc_khz
+        self._vm = {"vm": vm, "pid": os.getpid(), "kind": kind}
         self._proxies = proxies
 
     def Status(self) -> dict[str, object]:
         """The VM, and every function's route and link."""
-        status = {**self._vm, "functions": [_function_status(proxy) for proxy in self._proxies]}
+        functions = [_function_status(proxy) for proxy in self._proxies]
+        status = {**self._vm, "irqchip": self.irqchip, "functions": functions}
+        if self.tsc_khz is not None:
+            status["tsc_khz"] = self.tsc_khz
         if self.attached is not None:
             status["attached"] = self.attached
         if self.reason is not None:

@@ -114,6 +114,7 @@ class PciProxy:
         self._connecting: Client | None = None
         self._found: _Found | None = None
         self._lost: Client | None = None
+        self._peer = ""  # who is or was linked last, as the log has it: its name goes with the process
         self._aborted = False
         self._was_linked = False
         self._irqfd: EventNotifier | None = None
@@ -192,7 +193,7 @@ class PciProxy:
                     self._send_pair(client)
             except OSError as error:
                 self._drop_pair()
-                raise PeerGone(f"no irqfd: {error}") from error
+                raise PeerGone(f"no irqfd: {error.strerror or error}") from error
             except BaseException:
                 self._drop_pair()
                 raise
@@ -202,12 +203,14 @@ class PciProxy:
                 self._shadow = found.registers
             self._reset_due = False
             self._client, self._connecting = client, None
+            self._peer = str(client.peer)
             self._update_windows()
         self.log.info(
             "linked to %04x:%04x at %s",
             found.identity.vendor,
             found.identity.device,
             pci.format_devfn(self.devfn),
+            peer=self._peer,
         )
 
     def close(self) -> None:
@@ -319,7 +322,7 @@ class PciProxy:
 
     def _lose(self, error: Exception) -> None:
         self.reason = f"link lost: {error}"
-        self.log.warning("%s", self.reason)
+        self.log.warning("%s", self.reason, peer=self._peer)
         self._drop_pair()
         self._lost, self._client = self._client, None
         self._on_lost(self)

@@ -59,6 +59,7 @@ class _Function:
         self._aborted = False
         self._was_linked = False
         self._line: Line | None = None
+        self._peer = ""  # who is or was linked last, as the log has it: its name goes with the process
 
     @property
     def gsi(self) -> int | None:
@@ -90,6 +91,7 @@ class _Function:
         client = self._connecting
         if client is None:
             raise PeerGone("not connected")
+        self._peer = str(client.peer)
         try:
             try:
                 self._line = self._target.attach(self._gsi)
@@ -102,7 +104,7 @@ class _Function:
         except BaseException:
             self.detach()
             raise
-        self._tell("attached to", self._line.seconds)
+        self._tell("attached to", self._line.seconds, " (interrupts only)")
         self._client, self._connecting = client, None
         self.reconnects += self._was_linked
         self._was_linked = True
@@ -121,7 +123,7 @@ class _Function:
                 self._client.check_quiet()
         except (PeerGone, ProtocolError) as error:
             self.reason = f"link lost: {error}"
-            self.log.warning("%s", self.reason)
+            self.log.warning("%s", self.reason, peer=self._peer)
             self._lost, self._client = self._client, None
             self.detach()
             self._on_lost(self)
@@ -149,13 +151,13 @@ class _Function:
             try:
                 seconds = self._target.detach(line)
             except IohubError as error:
-                self.log.warning("not detached in order: %s", error)
+                self.log.warning("not detached in order: %s", error, peer=self._peer)
             else:
                 self._tell("detached from", seconds)
 
-    def _tell(self, what: str, seconds: float) -> None:
-        text = "%s GSI %d, the process stood still for %.0f us"
-        self.log.info(text, what, self._gsi, seconds * 1e6, peer=f"pid:{self._target.pid}")
+    def _tell(self, what: str, seconds: float, remark: str = "") -> None:
+        text = "%s GSI %d of pid:%d%s, which stood still for %.0f us"
+        self.log.info(text, what, self._gsi, self._target.pid, remark, seconds * 1e6, peer=self._peer)
 
 
 def _check_gsi(device: DeviceConfig) -> int:
@@ -176,29 +178,31 @@ class Attached:
         self._loop = loop
         self._exited = False
         gsis = {device.id: _check_gsi(device) for device in config.devices}
+        self._functions: list[_Function] = []
+        interface = ProxydInterface(config.name, config.vm, "kvm", None, self._functions)
+        path = str(config.runtime_dir / "proxyd.varlink")
+        # Before the process is touched: it may have a daemon already.
+        self._control = ControlServer(loop, path, INTERFACE, interface, self._log)
         # Before any thread is started: one that doesn't block it can take the signal that says that the process
         # has stopped, and it would stand still until somebody looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        self._target = Target.open(int(config.vm.partition(":")[2]))
-        self._keeper = LinkKeeper(loop)
         try:
-            self._functions = [
-                _Function(
-                    device,
-                    gsis[device.id],
-                    config.socket_path(device),
-                    self._target,
-                    device_log(program, device.id),
-                    self._keeper.lost,
-                )
-                for device in config.devices
-            ]
-            interface = ProxydInterface(config.name, config.vm, "kvm", None, self._functions)
-            path = str(config.runtime_dir / "proxyd.varlink")
-            self._control = ControlServer(loop, path, INTERFACE, interface, self._log)
+            self._target = Target.open(int(config.vm.partition(":")[2]))
         except BaseException:
-            self._target.close()
+            self._control.close()
             raise
+        self._keeper = LinkKeeper(loop)
+        self._functions += [
+            _Function(
+                device,
+                gsis[device.id],
+                config.socket_path(device),
+                self._target,
+                device_log(program, device.id),
+                self._keeper.lost,
+            )
+            for device in config.devices
+        ]
         loop.add(self._target.fileno(), self._on_exit)
 
     def run(self) -> int:

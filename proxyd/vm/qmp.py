@@ -187,7 +187,7 @@ class QemuPlugger:
             await qemu.check(monitor)
             inventory = await qemu.take_inventory(monitor)
             for function in self._functions.values():
-                _check_place(function, inventory)
+                _check_place(function, inventory, self._functions.values())
         except UsageError as error:
             raise UsageError(printable(f"{monitor.name} at {self._socket}: {error}")) from error
         self._is_running = await qemu.is_running(monitor)
@@ -275,14 +275,17 @@ def _check_ids(names: Iterable[str]) -> None:
             raise UsageError(f"device {name}: an id in QEMU begins with a letter")
 
 
-def _check_place(function: Function, inventory: Inventory) -> None:
-    """Raises UsageError when the function's id or address is another's in QEMU."""
+def _check_place(function: Function, inventory: Inventory, functions: Iterable[Function]) -> None:
+    """Raises UsageError when the function's id or address is another's in QEMU; ``functions`` are all of ours."""
     name, address = function.name, format_devfn(function.devfn)
     driver = inventory.drivers.get(name)
     if driver is None:
         occupant = inventory.occupants.get(function.devfn)
         if occupant is not None:
-            raise UsageError(f"device {name}: {address} is taken by {occupant}: choose another addr=")
+            taken = {devfn >> 3 for devfn in (*inventory.occupants, *(each.devfn for each in functions))}
+            free = [format_devfn(slot << 3) for slot in range(32) if slot not in taken]
+            hint = f", such as {free[0]}" if free else ""
+            raise UsageError(f"device {name}: {address} is taken by {occupant}: choose another addr={hint}")
     elif driver != PROXY_DRIVER:
         raise UsageError(f"device {name}: it has a {driver} of that id: choose another id=")
     elif inventory.devfns.get(name) != function.devfn:

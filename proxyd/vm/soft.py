@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from common.config import VmConfig
 from common.loop import Loop
 from common.service import notify
@@ -20,6 +22,7 @@ class Soft:
     def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
         """Raises UsageError."""
         check_addresses(config.devices)
+        self._log = logging.getLogger(program)
         self._irqchip = SoftIrqchip(loop)
         self._board = Board(program, config, loop, self._irqchip)
         machine = SoftMachine(loop, self._irqchip.pic, self._board.host, self._board.console)
@@ -27,6 +30,7 @@ class Soft:
 
     def run(self) -> int:
         """Runs the guest until the loop is stopped. Returns the exit status."""
+        self._log.info("running the scripted guest, without KVM; --vm qmp:SOCKET or pid:PID is for yours")
         self._board.start("soft", TSC_KHZ)
         notify("READY=1")
         self._guest.run()

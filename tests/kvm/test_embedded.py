@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -43,11 +45,25 @@ def config_in(directory: Path) -> VmConfig:
 
 def test_a_console_that_is_in_use(tmp_path: Path) -> None:
     loop = Loop()
+    before = count_fds()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "proxyd.console"))
+        other.listen()
+        with pytest.raises(UsageError, match=rf"proxyd\.console is in use by \S+\[{os.getpid()}\]$"):
+            Embedded("iohub-proxyd", config_in(tmp_path), loop)
+    assert count_fds() == before
+    assert os.listdir(tmp_path) == ["proxyd.console"]
+    loop.close()
+
+
+def test_a_second_daemon_touches_nothing_of_the_first(tmp_path: Path) -> None:
+    loop = Loop()
     first = Embedded("iohub-proxyd", config_in(tmp_path), loop)
     before = count_fds()
-    with pytest.raises(UsageError, match=r"proxyd\.console is in use by a live daemon"):
+    with pytest.raises(UsageError, match=rf"\[{os.getpid()}\] runs in {tmp_path} already: stop it"):
         Embedded("iohub-proxyd", config_in(tmp_path), loop)
     assert count_fds() == before
+    assert sorted(os.listdir(tmp_path)) == ["proxyd.console", "proxyd.varlink"]
     first.close()
     loop.close()
 

@@ -22,7 +22,7 @@ import pytest
 from common.children import Child
 from common.config import parse_proxyd
 from common.control import call
-from common.link import Client
+from common.link import Client, PeerCredentials, peer_credentials
 from common.loop import Loop
 from common.mpqemu import Command
 from common.notifier import EventNotifier
@@ -284,8 +284,14 @@ def test_the_kick_comes_before_the_pair(in_process: InProcess, monkeypatch: pyte
     assert is_kicked == [True]
 
 
+def own_credentials() -> PeerCredentials:
+    one, two = socket.socketpair()
+    with one, two:
+        return peer_credentials(one)
+
+
 def test_a_remote_that_hangs_up_at_once_does_not_fill_the_log(
-    in_process: InProcess, caplog: pytest.LogCaptureFixture
+    in_process: InProcess, guest: CountGuest, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Enough(HangingUp):
         def set_irqfd(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
@@ -298,5 +304,9 @@ def test_a_remote_that_hangs_up_at_once_does_not_fill_the_log(
         in_process.run()
     lines = [record for record in caplog.records if record.name == "proxyd"]
     assert 0 < len(lines) < ATTACHMENTS
-    assert re.fullmatch(r"attached to GSI 10, the process stood still for \d+ us", lines[0].getMessage())
+    attached = rf"attached to GSI 10 of pid:{guest.pid} \(interrupts only\), which stood still for \d+ us"
+    assert re.fullmatch(attached, lines[0].getMessage())
+    assert {record.__dict__["peer"] for record in lines} == {str(own_credentials())}
     assert {record.__dict__["device"] for record in lines} == {DEVICE}
+    (function,) = in_process._proxyd._functions
+    assert function.reason == "link lost: the peer closed the link"

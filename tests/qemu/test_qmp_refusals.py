@@ -85,13 +85,20 @@ def test_a_machine_without_acpi_takes_no_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "reason"),
     [
-        ("id=dev0,addr=07.0", "device dev0: 07.0 is taken by net7: choose another addr="),
-        ("id=dev0,addr=08.0", "device dev0: 08.0 is taken by Ethernet controller: choose another addr="),
+        ("id=dev0,addr=07.0", "device dev0: 07.0 is taken by net7: choose another addr=, such as 03.0"),
+        (
+            "id=dev0,addr=08.0",
+            "device dev0: 08.0 is taken by Ethernet controller: choose another addr=, such as 03.0",
+        ),
         ("id=net7,addr=05.0", "device net7: it has a rtl8139 of that id: choose another id="),
     ],
 )
 def test_ids_and_addresses_of_other_devices_are_theirs(tmp_path: Path, device: str, reason: str) -> None:
-    others = ("-device", "rtl8139,id=net7,addr=7,romfile=", "-device", "rtl8139,addr=8,romfile=")
+    others = [
+        word
+        for properties in ("addr=2", "id=net7,addr=7", "addr=8")
+        for word in ("-device", f"rtl8139,{properties},romfile=")
+    ]
     assert refuse(tmp_path, (*GOOD, *others), device) == reason
 
 

@@ -113,6 +113,27 @@ def test_a_function_without_its_function_0_is_warned_of(tmp_path: Path) -> None:
     assert "gsi" in error
 
 
+@pytest.mark.parametrize("vm", ["soft", "qmp:nowhere", "pid:1"])
+def test_a_second_proxyd_takes_nothing_and_looks_at_no_vm(tmp_path: Path, vm: str) -> None:
+    device = "--device=id=a,addr=05.0,gsi=10" if vm == "pid:1" else "--device=id=a,addr=05.0"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "proxyd.varlink"))
+        other.listen()
+        result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", f"--vm={vm}", device)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert f"[{os.getpid()}] runs in {tmp_path} already: stop it, or choose another --runtime-dir" in line
+    assert os.listdir(tmp_path) == ["proxyd.varlink"]
+
+
+def test_the_scripted_guest_is_told_of_at_the_start(tmp_path: Path) -> None:
+    child = Child(
+        "proxyd", ["--name=vm", f"--runtime-dir={tmp_path}", "--vm=soft", "--device=id=a"], tmp_path
+    )
+    assert child.end() == 0
+    assert "running the scripted guest, without KVM; --vm qmp:SOCKET or pid:PID" in child.log.read_text()
+
+
 def test_the_embedded_guest_is_told_of_at_the_start(requires_kvm: None, tmp_path: Path) -> None:
     child = Child("proxyd", ["--name=vm", f"--runtime-dir={tmp_path}", "--device=id=a,addr=05.0"], tmp_path)
     assert child.end() == 0

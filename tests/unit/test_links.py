@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from common.link import Client
+from common.link import Client, peer_credentials
 from common.loop import Loop
+from common.mpqemu import Command
 from common.pci import parse_devfn
 from proxyd.links import LinkKeeper
 from proxyd.pcidev import PciProxy
@@ -155,6 +159,37 @@ def test_a_remote_that_hangs_up_at_once_is_tried_ever_more_rarely(bench: Bench) 
         assert pirq.links == links
         waited.append(retry_after(bench))
     assert waited == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.0, 5.0]
+
+
+def test_who_is_linked_is_in_the_log_and_so_is_who_does_not_serve(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.serve("a").start()
+    caplog.set_level(logging.INFO)
+    bench.start("a", "b")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(bench.proxies["a"]._connect.args[0])  # type: ignore[attr-defined]
+        us = str(peer_credentials(other))
+    hang_up(bench)
+    lines = {
+        record.getMessage().partition(" ")[0]: record.__dict__.get("peer")
+        for record in caplog.records
+        if record.name == "a"
+    }
+    assert lines == {"linked": us, "link": us}
+
+
+def test_a_device_that_serves_another_client_says_so(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    remote = bench.serve("a")
+    remote.start()
+    path = remote.path("a")
+    with closing(Client.connect(path, NEVER)) as first:
+        first.request(Command.DEVICE_RESET)
+        bench.start("a")
+    (line,) = (record.getMessage() for record in caplog.records if record.name == "a")
+    assert re.fullmatch(
+        rf"no link: {path}: \S+\[{os.getpid()}\] closed it at once: it may be serving another client", line
+    )
 
 
 def hang_up(bench: Bench) -> None:

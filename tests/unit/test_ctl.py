@@ -35,6 +35,8 @@ CTL = [sys.executable, "-c", "import sys; from common.ctl import main; sys.exit(
 CONFIG_ADDRESS, CONFIG_DATA = 0xCF8, 0xCFC
 PIRQ_ROUTES = 0x80000860
 """of the PIIX3 at 01.0"""
+NOWHERE = 0x80
+"""as a route"""
 
 
 class Vm:
@@ -56,8 +58,8 @@ class Vm:
         self._stack.enter_context(running(remoted._loop))
         return self
 
-    def start_proxyd(self) -> None:
-        """Links it, and routes both functions to GSI 10, as a guest does."""
+    def start_proxyd(self, route: int = 10) -> None:
+        """Links it, and routes both functions to that GSI, as a guest does."""
         loop = Loop()
         self._stack.callback(loop.close)
         irqchip = SoftIrqchip(loop)
@@ -68,7 +70,7 @@ class Vm:
         board.start("soft", None)
         board.host.pio_write(CONFIG_ADDRESS, 4, PIRQ_ROUTES)
         for pirq in range(4):
-            board.host.pio_write(CONFIG_DATA + pirq, 1, 10)
+            board.host.pio_write(CONFIG_DATA + pirq, 1, route)
         self._stack.enter_context(running(loop))
 
     def __exit__(self, *_exception: object) -> None:
@@ -170,6 +172,17 @@ def test_json_is_what_the_daemons_answered(vm: Vm, capsys: pytest.CaptureFixture
         "errors": {},
         "amiss": [],
     }
+
+
+def test_what_is_amiss_is_a_failure(remoted: Vm, capsys: pytest.CaptureFixture[str]) -> None:
+    remoted.start_proxyd(NOWHERE)
+    line = "the guest has its pin routed nowhere: interrupts don't arrive"
+    assert remoted.ctl("status") == 1
+    out, err = capsys.readouterr()
+    assert out.endswith(f"\n\n05.0 line0: {line}\n06.0 edu0: {line}\n")
+    assert err == ""
+    assert remoted.ctl("status", "--json", "edu0") == 1
+    assert json.loads(capsys.readouterr().out)["amiss"] == [f"06.0 edu0: {line}"]
 
 
 def test_a_daemon_that_is_not_there_is_named(remoted: Vm, capsys: pytest.CaptureFixture[str]) -> None:

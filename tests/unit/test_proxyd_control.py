@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from common.children import Child
 from common.config import DeviceConfig, VmConfig
 from common.control import call
 from common.loop import Loop
@@ -94,6 +95,15 @@ def test_the_vm_is_described(bench: Bench) -> None:
     status = bench.status()
     status.pop("functions")
     assert status == {"vm": "vm1", "pid": os.getpid(), "kind": "soft", "irqchip": "soft"}
+
+
+def test_the_irqchip_of_a_vm_without_kvm_is_named_as_the_way_to_it(tmp_path: Path) -> None:
+    options = ["--name=vm1", f"--runtime-dir={tmp_path}", "--vm=soft", "--device=id=line0"]
+    child = Child("proxyd", options, tmp_path)
+    try:
+        assert call(tmp_path / "proxyd.varlink", f"{INTERFACE}.Status")["irqchip"] == "soft"
+    finally:
+        child.kill()
 
 
 def test_the_guests_tsc_frequency_is_told_where_it_is_known(bench: Bench) -> None:

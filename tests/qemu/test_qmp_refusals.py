@@ -28,10 +28,11 @@ def run_proxyd(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
-def refuse(directory: Path, qemu: Sequence[str], device: str = "id=dev0,addr=05.0") -> str:
+def refuse(directory: Path, qemu: Sequence[str], *devices: str) -> str:
     """Starts a stopped QEMU and a proxyd for it; the one line that proxyd says before it ends with status 2."""
     path = directory / "qmp"
-    arguments = ["--name", "test", "--runtime-dir", str(directory), "--vm", f"qmp:{path}", "--device", device]
+    arguments = ["--name", "test", "--runtime-dir", str(directory), "--vm", f"qmp:{path}"]
+    arguments += [f"--device={device}" for device in devices or ("id=dev0,addr=05.0",)]
     options = [
         *("-S", "-nodefaults", "-display", "none", "-m", "64", *qemu),
         *("-qmp", f"unix:{path},server=on,wait=off", "-qmp", f"unix:{path}.test,server=on,wait=off"),
@@ -85,10 +86,10 @@ def test_a_machine_without_acpi_takes_no_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "reason"),
     [
-        ("id=dev0,addr=07.0", "device dev0: 07.0 is taken by net7: choose another addr=, such as 03.0"),
+        ("id=dev0,addr=07.0", "device dev0: 07.0 is taken by net7: choose another addr=, such as 04.0"),
         (
             "id=dev0,addr=08.0",
-            "device dev0: 08.0 is taken by Ethernet controller: choose another addr=, such as 03.0",
+            "device dev0: 08.0 is taken by Ethernet controller: choose another addr=, such as 04.0",
         ),
         ("id=net7,addr=05.0", "device net7: it has a rtl8139 of that id: choose another id="),
     ],
@@ -99,7 +100,7 @@ def test_ids_and_addresses_of_other_devices_are_theirs(tmp_path: Path, device: s
         for properties in ("addr=2", "id=net7,addr=7", "addr=8")
         for word in ("-device", f"rtl8139,{properties},romfile=")
     ]
-    assert refuse(tmp_path, (*GOOD, *others), device) == reason
+    assert refuse(tmp_path, (*GOOD, *others), device, "id=dev1,addr=03.0") == reason
 
 
 def test_qemu_can_not_have_every_id(tmp_path: Path) -> None:

@@ -109,7 +109,9 @@ class VmConfig:
         try:
             self.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         except FileExistsError as error:
-            raise UsageError(f"--runtime-dir {printable(str(self.runtime_dir))}: no directory") from error
+            raise UsageError(
+                f"--runtime-dir {printable(str(self.runtime_dir))}: exists and is no directory"
+            ) from error
         except OSError as error:
             raise UsageError(f"--runtime-dir {printable(str(self.runtime_dir))}: {error.strerror}") from error
 

@@ -402,7 +402,7 @@ def test_runtime_dir_is_made_or_named_with_the_reason(tmp_path: Path) -> None:
         make(tmp_path / "a" / "b")
         assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: no directory$"):
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: exists and is no directory$"):
         make(tmp_path / "file")
     with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: Not a directory$"):
         make(tmp_path / "file" / "sub")

@@ -86,8 +86,10 @@ def _interrupted(regs: user_regs_struct) -> int:
     return 0 if regs.orig_rax == _U64 else -regs.rax & _U64
 
 
-def make_restartable(regs: user_regs_struct) -> None:
+def make_restartable(regs: user_regs_struct) -> bool:
     """Lets the kernel restart the calls that fail with EINTR on any stop, handler or not (signal(7)).
+
+    Returns whether ``regs`` have changed for it.
 
     Nothing is lost by a second go, and with the code for "unless a handler runs" a signal that did come still
     ends them with EINTR. A timeout begins anew.
@@ -95,8 +97,10 @@ def make_restartable(regs: user_regs_struct) -> None:
     repeatable = regs.orig_rax in _REPEATABLE.values() or (
         regs.orig_rax == _NR_IOCTL and regs.rsi & 0xFFFF_FFFF == Request.KVM_RUN
     )
-    if repeatable and _interrupted(regs) == errno.EINTR:
-        regs.rax = -ERESTARTNOHAND & _U64
+    if not repeatable or _interrupted(regs) != errno.EINTR:
+        return False
+    regs.rax = -ERESTARTNOHAND & _U64
+    return True
 
 
 def restarted(regs: user_regs_struct) -> user_regs_struct:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Places in another process's address space that stay where they are until it executes another program."""
+"""Where things are in another process's address space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from typing import NamedTuple
 from common.errors import IohubError
 from proxyd import ptrace
 
-__all__ = ["RESTORE_RT_MAX", "SYSCALL_RET", "Landmarks", "find_landmarks", "is_restore_rt", "match_gadgets"]
+__all__ = [
+    "RESTORE_RT_MAX",
+    "SYSCALL_RET",
+    "Landmarks",
+    "find_landmarks",
+    "find_stack",
+    "is_restore_rt",
+    "match_gadgets",
+]
 
 SYSCALL_RET = b"\x0f\x05\xc3"
 _RESTORE_RT = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
@@ -18,14 +26,12 @@ _CHUNK = 1 << 20
 
 
 class Landmarks(NamedTuple):
-    """Two pieces of code that every C library has, and the main thread's stack."""
+    """Two pieces of code that every C library has; they stay until the process executes another program."""
 
     syscall_ret: int
     """address of ``syscall; ret``"""
     restore_rt: int
     """address of ``mov $15, %rax; syscall``, where signal handlers return to"""
-    stack: range
-    """addresses of what the kernel calls [stack], as far as it has grown"""
 
 
 def match_gadgets(code: bytes) -> tuple[int, int]:
@@ -44,21 +50,31 @@ def find_landmarks(pid: int) -> Landmarks:
 
     Raises OSError if they can't be read, IohubError if something isn't there.
     """
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-        mappings = [line.split(maxsplit=5) for line in file]
-    stack = next((_range(fields) for fields in mappings if fields[5:] == ["[stack]\n"]), range(0))
     syscall_ret = restore_rt = -1
-    for address, code in _executable_code(pid, mappings):
+    for address, code in _executable_code(pid):
         first, second = match_gadgets(code)
         syscall_ret = address + first if syscall_ret < 0 <= first else syscall_ret
         restore_rt = address + second if restore_rt < 0 <= second else restore_rt
         if syscall_ret >= 0 and restore_rt >= 0:
-            return Landmarks(syscall_ret, restore_rt, stack)
+            return Landmarks(syscall_ret, restore_rt)
     raise IohubError(f"process {pid} has no code that makes a system call or that returns from a signal")
 
 
-def _executable_code(pid: int, mappings: list[list[str]]) -> Iterator[tuple[int, bytes]]:
-    for fields in reversed(mappings):
+def find_stack(pid: int) -> range:
+    """The main thread's stack, as far as it has grown. Raises OSError, IohubError if there is none."""
+    for fields in reversed(_mappings(pid)):
+        if fields[5:] == ["[stack]\n"]:
+            return _range(fields)
+    raise IohubError(f"process {pid} has no main stack in its address space")
+
+
+def _mappings(pid: int) -> list[list[str]]:
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+        return [line.split(maxsplit=5) for line in file]
+
+
+def _executable_code(pid: int) -> Iterator[tuple[int, bytes]]:
+    for fields in reversed(_mappings(pid)):
         if fields[1] != "r-xp" or fields[4] == "0":
             continue  # of the others only files' are sure to be readable and to stay
         where = _range(fields)

@@ -39,7 +39,7 @@ from typing import Generic, TypeVar
 from common.errors import IohubError, PeerGone
 from proxyd import ptrace, sigframe
 from proxyd.interrupted import leave_critical_section, make_restartable, restarted
-from proxyd.landmarks import RESTORE_RT_MAX, SYSCALL_RET, Landmarks, is_restore_rt
+from proxyd.landmarks import RESTORE_RT_MAX, SYSCALL_RET, Landmarks, find_stack, is_restore_rt
 from proxyd.ptrace import user_regs_struct
 
 __all__ = ["StoppedThread", "Syscall", "run_stopped"]
@@ -48,7 +48,7 @@ STOP_DEADLINE = 5.0
 """Seconds that a thread gets to come to each stop; in uninterruptible sleep it can't."""
 
 LOOK_SECONDS = 0.1
-"""How soon a stop is seen whose SIGCHLD went to another thread, so each should block it. Looking every
+"""How soon a stop is seen whose SIGCHLD went to another thread, so all of them should block it. Looking every
 millisecond from the target's CPU kept KVM's kernel threads off it for seconds when the machine was busy."""
 
 SCRATCH_SIZE = 1024
@@ -58,7 +58,8 @@ MAX_OPEN = 3
 """fds that one stop may have open at a time."""
 
 _RED_ZONE = 128  # System V ABI, AMD64 supplement, 3.2.2: below the stack pointer, yet in use
-_OFF_STACK_SECONDS = 0.001  # how soon a thread that wasn't on its stack is looked at again
+_FIRST_PAUSE_SECONDS = 0.001  # how soon a thread that wasn't on its main stack is stopped again
+_LAST_PAUSE_SECONDS = 0.01
 _STAT_PROCESSOR = 36  # fields after the name in proc_pid_stat(5)
 _MINUS_1 = (1 << 64) - 1
 _WALL = 0x40000000  # __WALL of wait(2)
@@ -99,11 +100,16 @@ class StoppedThread:
     def stop(self) -> None:
         """Seizes and stops the thread, and makes it ready.
 
+        Below any stack but the main one there may be anything, so one that is on a coroutine's is let go and
+        stopped again until it has come back to the main stack.
+
         Raises OSError (EPERM: no right to, or traced by another; ESRCH: gone), PeerGone if it exits,
         IohubError if it can't serve. release() must follow in any case.
         """
+        stack = find_stack(self.pid)
         _run_beside(self.pid)
         deadline = time.monotonic() + STOP_DEADLINE
+        pause = _FIRST_PAUSE_SECONDS
         while True:
             regs = self._interrupt()
             xstate = sigframe.without_unused_tiles(ptrace.get_xstate(self.pid))
@@ -111,17 +117,15 @@ class StoppedThread:
             top = regs.rsp - _RED_ZONE - SCRATCH_SIZE
             frame = (top - frame_size) // sigframe.FP_ALIGNMENT * sigframe.FP_ALIGNMENT
             floor = frame - MAX_OPEN * sigframe.size()
-            if floor in self._landmarks.stack and regs.rsp in self._landmarks.stack:
+            if floor in stack and regs.rsp in stack:
                 break
-            # Below the stack of a coroutine there may be anything.
             ptrace.detach(self.pid)
             self._seized = False
             if time.monotonic() > deadline:
                 raise IohubError(f"process {self.pid} has its main thread on a stack of its own")
-            signal.sigtimedwait({signal.SIGCHLD}, _OFF_STACK_SECONDS)
-        self._check_code()
+            signal.sigtimedwait({signal.SIGCHLD}, pause)
+            pause = min(2 * pause, _LAST_PAUSE_SECONDS)
         leave_critical_section(self.pid, regs)
-        make_restartable(regs)
         mask = ptrace.get_signal_mask(self.pid)
         self._scratch = frame + frame_size
         self._scratch_end = self._scratch + SCRATCH_SIZE
@@ -254,6 +258,9 @@ class StoppedThread:
         regs = ptrace.getregs(self.pid)
         if regs is None:
             raise IohubError(f"process {self.pid} runs 32-bit code, which can't be served")
+        if make_restartable(regs):
+            ptrace.setregs(self.pid, regs)  # however it is let go
+        self._check_code()
         return regs
 
     def _check_code(self) -> None:
@@ -344,7 +351,10 @@ def run_stopped(pid: int, landmarks: Landmarks, body: Callable[[StoppedThread], 
     # The tracer inherits the mask, and waits for the signal.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
-        tracer.start()
+        try:
+            tracer.start()
+        except RuntimeError as error:
+            raise IohubError(f"no thread to trace process {pid} with: {error}") from error
         tracer.join()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -420,9 +420,12 @@ static void *write_below(void *unused)
 
 static void small_stack(void)
 {
+        struct epoll_event event;
+        int epfd = epoll_create1(EPOLL_CLOEXEC);
+
         for (;;) {
-                for (int i = 0; i < 5 || (stays && !done); i++)
-                        ppoll(NULL, 0, &ms, NULL);
+                for (int i = 0; i < 2 || (stays && !done); i++)
+                        expect_or_eintr("epoll_wait on a small stack", epoll_wait(epfd, &event, 1, 1), 0);
                 swapcontext(&on_small, &on_main);
         }
 }
@@ -443,7 +446,22 @@ static void check_coroutine(void)
                         fail("pthread_create", -1);
         }
         swapcontext(&on_main, &on_small);
-        ppoll(NULL, 0, &ms, NULL);
+        for (int i = 0; i < 3; i++)
+                ppoll(NULL, 0, &ms, NULL);
+}
+
+/* The main thread waits ever deeper in its stack, which has to grow for it. */
+static void check_deep(void)
+{
+        static size_t depth = 1;
+        char room[depth];
+
+        memset(room, 'x', depth);
+        expect("ppoll", ppoll(NULL, 0, &ms, NULL), 0);
+        for (size_t i = 0; i < depth; i++)
+                expect("room", ((volatile char *)room)[i], 'x');
+        if (depth < 1 << 20)
+                depth += 16384;
 }
 
 /*
@@ -626,6 +644,7 @@ static const struct {
         { "registers", check_registers },
         { "vectors", check_vectors },
         { "coroutine", check_coroutine },
+        { "deep", check_deep },
         { "rseq", check_rseq },
         { "signals", check_signals },
         { "kvm_run", check_kvm_run },

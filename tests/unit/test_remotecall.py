@@ -21,7 +21,7 @@ import pytest
 
 from common.errors import IohubError, PeerGone
 from proxyd import ptrace, remotecall
-from proxyd.landmarks import find_landmarks, match_gadgets
+from proxyd.landmarks import find_landmarks, find_stack, match_gadgets
 from proxyd.remotecall import StoppedThread, Syscall, run_stopped
 from tests.support.fds import count_fds
 from tests.support.ptracefaults import StepFailedError, at_step, fail, two_calls
@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[2]
 # What ends a wait without the kernel's restart_block, and what needs it.
 CHECKS = (
     *("ppoll", "poll", "pselect", "nanosleep", "clock_nanosleep", "futex", "epoll_wait", "sigtimedwait"),
-    *("semtimedop", "socket", "io_uring", "io_getevents", "read", "registers", "vectors", "signals", "coroutine"),
+    *("semtimedop", "socket", "io_uring", "io_getevents", "read", "registers", "vectors", "signals"),
+    *("coroutine", "deep"),
 )
 
 
@@ -122,14 +123,13 @@ def test_a_restartable_sequence_is_aborted_and_not_forgotten() -> None:
 def test_a_thread_that_stays_on_a_stack_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def has_left_the_main_stack() -> bool:
         fields = Path(f"/proc/{target.pid}/syscall").read_text().split()  # proc_pid_syscall(5)
-        return len(fields) > 1 and int(fields[-2], 16) not in landmarks.stack
+        return len(fields) > 1 and int(fields[-2], 16) not in find_stack(target.pid)
 
     monkeypatch.setattr(remotecall, "STOP_DEADLINE", 0.1)
     with TargetProcess("coroutine", "stay") as target:
-        landmarks = find_landmarks(target.pid)
         wait_until(has_left_the_main_stack, "the thread is on the stack of its own")
         with pytest.raises(IohubError, match=f"process {target.pid} has its main thread on a stack of its own"):
-            run_stopped(target.pid, landmarks, two_calls)
+            run_stopped(target.pid, find_landmarks(target.pid), two_calls)
         assert rounds(target.finish()) > 0
 
 
@@ -254,6 +254,19 @@ def test_no_thread_is_left() -> None:
         run_stopped(target.pid, landmarks, two_calls)
         assert threading.active_count() == threads
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_no_room_for_a_thread_is_an_error_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with TargetProcess("ppoll") as target:
+        landmarks = find_landmarks(target.pid)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(IohubError, match="no thread to trace process"):
+                run_stopped(target.pid, landmarks, two_calls)
+        run_stopped(target.pid, landmarks, two_calls)
 
 
 def test_errors_of_the_call_have_its_name() -> None:

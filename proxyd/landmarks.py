@@ -61,10 +61,16 @@ def find_landmarks(pid: int) -> Landmarks:
 
 
 def find_stack(pid: int) -> range:
-    """The main thread's stack, as far as it has grown. Raises OSError, IohubError if there is none."""
-    for fields in reversed(_mappings(pid)):
+    """The main thread's stack with the room that it has to grow: down to the next mapping.
+
+    Raises OSError, IohubError if there is none.
+    """
+    below = 0
+    for fields in _mappings(pid):
+        where = _range(fields)
         if fields[5:] == ["[stack]\n"]:
-            return _range(fields)
+            return range(below, where.stop)
+        below = where.stop
     raise IohubError(f"process {pid} has no main stack in its address space")
 
 

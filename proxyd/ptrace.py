@@ -21,6 +21,7 @@ __all__ = [
     "get_signal_mask",
     "get_xstate",
     "getregs",
+    "grow_stack",
     "interrupt",
     "pidfd_getfd",
     "read_memory",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 # <linux/ptrace.h>
+PTRACE_PEEKDATA = 2
 PTRACE_CONT = 7
 PTRACE_DETACH = 17
 PTRACE_SYSCALL = 24
@@ -183,6 +185,17 @@ def get_rseq(pid: int) -> int:
         "PTRACE_GET_RSEQ_CONFIGURATION",
     )
     return int(config.rseq_abi_pointer)
+
+
+def grow_stack(pid: int, address: int) -> None:
+    """Makes the stack reach down to an address below it. EIO: it may not.
+
+    By a look there: PTRACE_PEEKDATA lets a stack grow (mm/memory.c, __access_remote_vm()), process_vm_writev(2)
+    doesn't.
+    """
+    ctypes.set_errno(0)
+    if _ptrace(PTRACE_PEEKDATA, pid, address, None) == -1 and ctypes.get_errno():
+        _check(-1, "PTRACE_PEEKDATA")
 
 
 def read_memory(pid: int, address: int, size: int) -> bytes:

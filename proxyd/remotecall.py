@@ -125,6 +125,7 @@ class StoppedThread:
                 raise IohubError(f"process {self.pid} has its main thread on a stack of its own")
             signal.sigtimedwait({signal.SIGCHLD}, pause)
             pause = min(2 * pause, _LAST_PAUSE_SECONDS)
+        ptrace.grow_stack(self.pid, floor)  # as the frame of a signal handler would
         leave_critical_section(self.pid, regs)
         mask = ptrace.get_signal_mask(self.pid)
         self._scratch = frame + frame_size

@@ -97,7 +97,7 @@ class Process:
         except PermissionError as error:
             reason = f"{error.filename} isn't permitted; it takes CAP_SYS_PTRACE, or its user and no Yama"
             raise kind(f"pid:{self.pid}: {reason}") from error
-        except ProcessLookupError as error:
+        except (ProcessLookupError, FileNotFoundError) as error:  # the latter of its folder in /proc
             raise PeerGone(f"pid:{self.pid}: has exited") from error
         except OSError as error:
             raise kind(f"pid:{self.pid}: {error.filename}: {error.strerror}") from error

@@ -32,6 +32,7 @@ from tests.support.wait import wait_until
 STEPS = (
     *("seize", "interrupt", "cont", "cont_to_syscall", "detach", "getregs", "setregs", "get_xstate"),
     *("get_signal_mask", "set_signal_mask", "read_memory", "write_memory", "pidfd_getfd"),
+    "grow_stack",
 )
 GSI = 5
 _RT_SIGRETURN = 15

@@ -3,8 +3,8 @@
 
 A close may take as long as the file's owner likes: a TCP socket lingers (SO_LINGER, socket(7)), a FUSE server
 leaves FLUSH unanswered, a UNIX socket closes the fds in its queue first. So only files that are known to be
-harmless are closed at once. All others are closed by one helper thread, which starts when it is first needed:
-peers that keep to the protocol never need it.
+harmless are closed at once. All others are closed by a thread, which exists as long as there are any: peers that
+keep to the protocol never need it.
 
 The kernel closes fds in the reading thread, too, if a read has no room for them: in its control buffer, which must
 take SCM_MAX_FD, or below the process's limit of open files. That one can still be reached, hence the bounds here.
@@ -21,7 +21,6 @@ import termios
 import threading
 from collections import deque
 from collections.abc import Iterable
-from queue import SimpleQueue
 
 from common.notifier import is_eventfd
 
@@ -34,31 +33,41 @@ ANCILLARY_SIZE = socket.CMSG_SPACE(_SCM_MAX_FD * 4)
 
 _SO_PASSRIGHTS = 83  # include/uapi/asm-generic/socket.h, since Linux 6.16
 _MAX_PENDING = 256
-"""enough for a client whose fds are merely unfit: the helper may have to wait some milliseconds for its turn"""
+"""enough for a client whose fds are merely unfit: the thread may have to wait some milliseconds for its turn"""
 
 
 class Disposal:
     """What the peers of one device, or of another such place, have left to be closed.
 
-    Each place has its own, so that only its peers pay for what they sent: as long as it ``is_full``, they are not
-    served. Any thread may use it.
+    Each place has its own, with its own thread, so that only its peers pay for what they sent: as long as it
+    ``is_full``, no new ones are served. Any thread may use it.
     """
 
     def __init__(self) -> None:
         self._pending: deque[int] = deque()
+        self._is_running = False
+        self._lock = threading.Lock()  # never held while an fd is closed
 
     @property
     def is_full(self) -> bool:
         """Whether so many fds wait to be closed that no more should come."""
-        return len(self._pending) >= _MAX_PENDING
+        with self._lock:
+            self._start()  # there may have been no thread to be had before
+            return len(self._pending) >= _MAX_PENDING
 
-    def close_fds(self, fds: Iterable[int]) -> None:
-        """Closes fds that a peer sent: before it returns if they are eventfds or memory, soon otherwise."""
+    def close_fds(self, fds: Iterable[int]) -> bool:
+        """Closes fds that a peer sent: before it returns if they are eventfds or memory, soon otherwise.
+
+        Returns whether there were such others.
+        """
+        has_others = False
         for fd in fds:
             if is_memory(fd) or is_eventfd(fd):
                 os.close(fd)
             else:
                 self._hand_over(fd)
+                has_others = True
+        return has_others
 
     def hang_up(self, sock: socket.socket) -> None:
         """Ends a connection, at once for its peer and whoever else has a copy, and closes the socket."""
@@ -76,41 +85,27 @@ class Disposal:
         else:
             sock.close()
 
-    def close_next(self) -> None:
-        """Closes the fd that has waited for longest: the helper thread's part."""
-        with contextlib.suppress(OSError):  # the fd is closed all the same (close(2))
-            os.close(self._pending[0])
-        self._pending.popleft()
-
     def _hand_over(self, fd: int) -> None:
-        self._pending.append(fd)
-        _helper.put(self)
-
-
-class _Helper:
-    """The thread that may wait."""
-
-    def __init__(self) -> None:
-        self._work: SimpleQueue[Disposal] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._is_running = False
-
-    def put(self, disposal: Disposal) -> None:
-        """Has one fd more of it closed."""
-        self._work.put(disposal)
         with self._lock:
-            if not self._is_running:
-                # Where no thread can be had, the next fd brings the next attempt, until it is full.
-                with contextlib.suppress(RuntimeError):
-                    threading.Thread(target=self._run, name="disposal", daemon=True).start()
-                    self._is_running = True
+            self._pending.append(fd)
+            self._start()
+
+    def _start(self) -> None:
+        """Sees to it that a thread is at the pending fds; to be called with the lock."""
+        if self._pending and not self._is_running:
+            with contextlib.suppress(RuntimeError):  # no thread is to be had
+                threading.Thread(target=self._run, name="disposal", daemon=True).start()
+                self._is_running = True
 
     def _run(self) -> None:
         while True:
-            self._work.get().close_next()
-
-
-_helper = _Helper()
+            with contextlib.suppress(OSError):  # the fd is closed all the same (close(2))
+                os.close(self._pending[0])
+            with self._lock:
+                self._pending.popleft()
+                if not self._pending:
+                    self._is_running = False
+                    return
 
 
 def is_memory(fd: int) -> bool:

@@ -52,7 +52,7 @@ def has_passrights() -> bool:
     return True
 
 
-def returns_soon(action: Callable[[], None]) -> bool:
+def returns_soon(action: Callable[[], object]) -> bool:
     """Whether an action returns although something it closes doesn't; to be called where that ends afterwards."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()

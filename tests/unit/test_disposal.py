@@ -34,6 +34,14 @@ def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disposal, "_SO_PASSRIGHTS", 0x7FFF)
 
 
+def fail(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def paths(count: int) -> list[int]:
+    return [os.open("/", os.O_PATH) for _ in range(count)]
+
+
 def tmpfs_file() -> int:
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         return os.dup(file.fileno())
@@ -55,20 +63,18 @@ OTHERS = [
 
 @pytest.mark.parametrize("opener", HARMLESS)
 def test_harmless_files_are_closed_at_once(opener: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
-    helper = disposal._Helper()
-    monkeypatch.setattr(disposal, "_helper", helper)
+    monkeypatch.setattr(threading.Thread, "start", fail)
     before = count_fds()
-    Disposal().close_fds([opener(), opener()])
+    assert not Disposal().close_fds([opener(), opener()])
     assert count_fds() == before
-    assert not helper._is_running
 
 
 @pytest.mark.parametrize("opener", OTHERS)
-def test_other_files_are_closed_by_the_helper(place: Disposal, opener: Callable[[], int]) -> None:
+def test_other_files_are_closed_by_a_thread(place: Disposal, opener: Callable[[], int]) -> None:
     fd = opener()
     with unsendable_socket() as sock:
-        place.close_fds([sock.detach()])
-        place.close_fds([fd])
+        assert place.close_fds([sock.detach()])
+        assert place.close_fds([fd, os.eventfd(0)])
         os.fstat(fd)
 
 
@@ -77,26 +83,41 @@ def test_a_close_that_lasts_delays_nobody_and_fills_only_its_own_place(place: Di
     with unsendable_socket() as sock:
         assert returns_soon(lambda: place.close_fds([sock.detach()]))
         assert not place.is_full
-        place.close_fds([os.open("/", os.O_PATH) for _ in range(255)])
+        place.close_fds(paths(255))
         assert place.is_full
-        other.close_fds([os.open("/", os.O_PATH) for _ in range(255)])
+        before = count_fds()
+        other.close_fds(paths(256))
+        wait_until(lambda: count_fds() == before, "the other place's are closed")
         assert not other.is_full
     wait_until(lambda: not place.is_full, "the backlog is gone")
+
+
+def test_threads_end_when_nothing_is_left_and_the_next_fd_brings_another(place: Disposal) -> None:
+    before = threading.active_count()
+    for _ in range(100):  # each may come just before, or just after, a thread finds nothing
+        place.close_fds(paths(1))
+    wait_until(lambda: threading.active_count() == before, "the thread has ended")
 
 
 def test_without_a_thread_fds_wait_for_the_next_attempt(
     place: Disposal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(disposal, "_helper", disposal._Helper())
-    fds = [os.open("/", os.O_PATH) for _ in range(2)]
+    fds = paths(2)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
         place.close_fds(fds[:1])
     os.fstat(fds[0])
     place.close_fds(fds[1:])
+
+
+def test_who_asks_whether_it_is_full_makes_the_next_attempt(
+    place: Disposal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        place.close_fds(paths(256))
+        assert place.is_full
+    wait_until(lambda: not place.is_full, "the backlog is gone")
 
 
 class TestSockets:
@@ -110,7 +131,7 @@ class TestSockets:
         assert count_fds() == before
         place.hang_up(ours)
 
-    def test_with_fds_unread_ends_at_once_and_is_closed_by_the_helper(self, place: Disposal) -> None:
+    def test_with_fds_unread_ends_at_once_and_is_closed_by_a_thread(self, place: Disposal) -> None:
         ours, theirs = socket.socketpair()
         with theirs, unsendable_socket() as sock:
             send_fds(theirs, b"x", [sock.fileno()])

@@ -16,8 +16,9 @@ import pytest
 from common.children import Child
 from common.link import Client
 from common.mpqemu import CONFIG, SYSMEM, Command, request_frame
-from tests.support.fds import send_fds
+from tests.support.fds import count_fds, send_fds
 from tests.support.unsendable import has_passrights, unsendable_socket
+from tests.support.wait import wait_until
 
 SECONDS = 20.0
 CONFIG_READ = request_frame(Command.PCI_CFGREAD, CONFIG.pack(0, 0, 4))
@@ -88,6 +89,22 @@ def test_other_devices_and_the_end_dont_wait(
         assert answers(other)
         assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) == 2
         assert daemon.end() == 0
+
+
+def test_what_another_devices_client_sends_is_closed_meanwhile(tmp_path: Path, daemon: Child) -> None:
+    with unsendable_socket() as sock, connect(tmp_path, "a.sock") as peer:
+        daemon.process.send_signal(signal.SIGSTOP)  # or it might close its copy before the one here is closed
+        send_fds(peer, CONFIG_READ, [sock.fileno()])
+        sock.close()
+        daemon.process.send_signal(signal.SIGCONT)
+        assert peer.recv(100)
+        with connect(tmp_path, "b.sock") as other, open(os.devnull, "rb") as null:
+            before = count_fds(daemon.process.pid)
+            for _ in range(60):
+                send_fds(other, CONFIG_READ, [null.fileno()] * 5)
+                assert other.recv(100)
+            assert answers(other)
+            wait_until(lambda: count_fds(daemon.process.pid) <= before + 1, "all fds are closed")
 
 
 def test_the_end_doesnt_wait_for_clients_that_were_never_taken(tmp_path: Path, daemon: Child) -> None:

@@ -154,9 +154,11 @@ class Link:
         return fds
 
     def discard(self, fds: Sequence[int]) -> None:
-        """Closes fds that came over the link. Raises ProtocolError when too many of them take long."""
-        self._disposal.close_fds(fds)
-        if self._disposal.is_full:
+        """Closes fds that came over the link.
+
+        Raises ProtocolError for one that may take long, when too many such are still to be closed.
+        """
+        if self._disposal.close_fds(fds) and self._disposal.is_full:
             raise ProtocolError("too many file descriptors that take long to close")
 
     def close(self) -> None:
@@ -205,18 +207,16 @@ class Client:
     _disposals: ClassVar[defaultdict[str, Disposal]] = defaultdict(Disposal)
     """by the path of a device's socket"""
 
-    def __init__(
-        self, sock: socket.socket, deadline: float, disposal: Disposal | None = None, path: str = ""
-    ) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, disposal: Disposal, path: str = "") -> None:
         """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip.
 
-        ``disposal`` closes fds that came over it. ``path`` is the device's socket, for the error of one that hangs
-        up before it has answered anything.
+        ``disposal`` closes it, and fds that came over it. ``path`` is the device's socket, for the error of one
+        that hangs up before it has answered anything.
         """
         sock.setblocking(False)
         refuse_fds(sock)
         receive_urgent_inline(sock)
-        self._disposal = disposal or Disposal()
+        self._disposal = disposal
         self.peer = peer_credentials(sock)
         self._sock = sock
         self._deadline = deadline
@@ -291,7 +291,11 @@ class Client:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the socket; who has a copy may go on with it. A second call does nothing."""
+        """Ends the link for both sides, and closes the socket; a second call does nothing."""
+        self._disposal.hang_up(self._sock)
+
+    def close_own_copy(self) -> None:
+        """Closes the socket; who has another copy may go on with it. A second call does nothing."""
         self._disposal.close_socket(self._sock)
 
     def _receive(self, have: int, expires: float, command: Command) -> int:

@@ -227,7 +227,6 @@ class PciProxy:
         connecting, self._connecting = self._connecting, None
         for client in (lost, connecting):
             if client is not None:
-                client.shutdown()
                 client.close()
 
     def config_read(self, offset: int, size: int) -> int:

@@ -49,7 +49,7 @@ def examine(client: Client) -> Handover:
 
     Blocks for some 30 round trips, each with its own deadline; the client's shutdown() ends that at once.
     QEMU makes the socket that it gets a blocking one, and so this one: of the client only fileno(), peer,
-    shutdown() and close() are of use then. Raises PeerGone when nobody answers, and ProtocolError for a
+    and what ends or closes it are of use then. Raises PeerGone when nobody answers, and ProtocolError for a
     function that QEMU's proxy can't stand for.
     """
     ids = _config_read(client, pci.PCI_VENDOR_ID, 4)

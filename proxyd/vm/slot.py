@@ -139,7 +139,7 @@ class Function:
             if handover is None:
                 os.close(fd)
         if handover is not None:
-            handover.client.close()
+            handover.client.close_own_copy()
 
     def break_link(self) -> None:
         """Ends the link for QEMU, too, which may be waiting for an answer from it."""

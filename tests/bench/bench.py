@@ -26,6 +26,7 @@ from functools import partial
 from typing import NamedTuple
 
 from common import mpqemu, pci
+from common.disposal import Disposal
 from common.link import Client
 from common.mpqemu import Command
 from tests.bench.stop import stops
@@ -55,7 +56,7 @@ def start(name: str, command: Callable[[int], list[str]], settle: float) -> Side
         command(theirs.fileno()), pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL
     )
     theirs.close()
-    client = Client(socket.socket(fileno=os.dup(ours.fileno())), deadline=20.0)
+    client = Client(socket.socket(fileno=os.dup(ours.fileno())), 20.0, Disposal())
     client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4))
     time.sleep(settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
     irqfd, resamplefd = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
@@ -63,7 +64,7 @@ def start(name: str, command: Callable[[int], list[str]], settle: float) -> Side
     client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_BASE_ADDRESS_0, _IO_BASE, 4))
     client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_COMMAND, pci.PCI_COMMAND_IO, 2))
     client.request(Command.BAR_WRITE, mpqemu.BAR.pack(_IO_BASE + _IER, _IER_THRI, 1, False))
-    client.close()
+    client.close_own_copy()
     if not select.select([irqfd], [], [], 5)[0]:
         raise SystemExit(f"{name}: the line doesn't rise")
     os.eventfd_read(irqfd)

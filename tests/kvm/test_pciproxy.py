@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError
 from common.link import Client
 from common.pci import parse_devfn
@@ -272,7 +273,7 @@ def test_a_remote_that_hangs_costs_one_deadline_and_its_line(board: Board, tmp_p
     ours, theirs = socket.socketpair()
     assert proxy._client is not None
     proxy._client.close()
-    proxy._client = Client(ours, deadline=0.05)
+    proxy._client = Client(ours, deadline=0.05, disposal=Disposal())
     with theirs:
         assert board.config_read(IDS["b"], 0x00) == 0xFFFFFFFF
         assert board.lost == [proxy]
@@ -285,7 +286,7 @@ def test_a_round_trip_can_be_aborted_from_another_thread(board: Board) -> None:
     ours, theirs = socket.socketpair()
     assert proxy._client is not None
     proxy._client.close()
-    proxy._client = Client(ours, deadline=60.0)
+    proxy._client = Client(ours, deadline=60.0, disposal=Disposal())
     with theirs:
 
         def abort() -> None:

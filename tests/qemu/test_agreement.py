@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from common import pci
+from common.disposal import Disposal
 from common.link import Client
 from common.mpqemu import BAR, CONFIG, ERROR, Command
 from common.uart import (
@@ -209,7 +210,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     bench.add(PciSerial, "com1", 0x28)
     client, link = socket.socketpair()
     with StockRemote(link, ["-S"]) as remote, bench.connect("com1") as peer:
-        stock = Client(client, deadline=20.0)
+        stock = Client(client, deadline=20.0, disposal=Disposal())
         yield Pair(peer, remote, stock)
         stock.close()
     bench.close()

@@ -16,6 +16,7 @@ import pytest
 
 from common import mpqemu
 from common.children import Child
+from common.disposal import Disposal
 from common.errors import PeerGone
 from common.link import Client
 from common.mpqemu import Command
@@ -237,7 +238,7 @@ def test_a_daemon_with_only_an_inherited_link_ends_with_it(tmp_path: Path) -> No
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     theirs.close()
-    client = Client(ours, END_SECONDS)
+    client = Client(ours, END_SECONDS, Disposal())
     assert vendor(client) == 0x1234
     client.close()
     assert process.wait(END_SECONDS) == 0
@@ -253,7 +254,7 @@ def test_a_daemon_that_also_listens_outlives_its_inherited_link(tmp_path: Path) 
     )  # fmt: skip
     try:
         theirs.close()
-        client = Client(ours, END_SECONDS)
+        client = Client(ours, END_SECONDS, Disposal())
         assert vendor(client) == 0x1234
         client.close()
         other = Client.connect(str(tmp_path / "edu1.sock"), END_SECONDS)

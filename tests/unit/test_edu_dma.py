@@ -15,6 +15,7 @@ import pytest
 
 from common import mpqemu, pci
 from common.children import Child
+from common.disposal import Disposal
 from common.errors import UsageError
 from common.link import Client
 from common.loop import Loop
@@ -266,12 +267,12 @@ class Driver:
     def __init__(self, path: str, ram_fd: int, ram_size: int) -> None:
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.connect(path)
-        client = Client(self._sock.dup(), deadline=20.0)
+        client = Client(self._sock.dup(), deadline=20.0, disposal=Disposal())
         rest = [0] * 7
         client.send(Command.SYNC_SYSMEM, SYSMEM.pack(0, *rest, ram_size, *rest, 0, *rest), [ram_fd])
         client.request(Command.PCI_CFGWRITE, CONFIG.pack(pci.PCI_BASE_ADDRESS_0, self.BAR, 4))
         client.request(Command.PCI_CFGWRITE, CONFIG.pack(pci.PCI_COMMAND, MASTER, 2))
-        client.close()
+        client.close_own_copy()
         # MSG_WAITALL needs a blocking socket, which settimeout() doesn't leave.
         self._sock.setblocking(True)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))

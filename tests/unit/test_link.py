@@ -327,6 +327,23 @@ def test_a_peer_that_goes_on_sending_fds_whose_close_lasts_loses_its_link() -> N
     wait_until(lambda: count_fds() == before, "all fds are closed")
 
 
+def test_a_peer_that_sends_none_of_these_loses_nothing_by_those_of_others() -> None:
+    before = count_fds()
+    with unsendable_socket() as sock:
+        place = Disposal()
+        place.close_fds([sock.detach(), *[os.open("/", os.O_PATH) for _ in range(255)]])
+        assert place.is_full
+        ours, theirs = socket.socketpair()
+        link = Link(ours, place)
+        with theirs:
+            link.discard([])
+            link.discard([os.memfd_create("ram"), os.eventfd(0)])
+            with pytest.raises(ProtocolError, match="too many file descriptors that take long to close"):
+                link.discard([os.open("/", os.O_PATH)])
+            link.close()
+    wait_until(lambda: count_fds() == before, "all fds are closed")
+
+
 def test_received_fds_are_close_on_exec(bench: Bench) -> None:
     sent = os.eventfd(0)
     os.set_inheritable(sent, True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from common import disposal
+from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError
 from common.link import Client
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
@@ -36,7 +37,7 @@ class Asker:
     def __init__(self, deadline: float = LONG) -> None:
         self.peer, sock = socket.socketpair()
         self.peer.settimeout(LONG)
-        self.client = Client(sock, deadline)
+        self.client = Client(sock, deadline, Disposal())
         self._threads: list[threading.Thread] = []
 
     def peer_does(self, action: Callable[[], None]) -> None:
@@ -336,6 +337,24 @@ def test_shutdown_ends_the_wait_of_another_thread(asker: Asker) -> None:
     asker.peer_does(run)
     with pytest.raises(PeerGone):
         asker.client.request(Command.DEVICE_RESET)
+
+
+def test_close_ends_the_link_for_who_has_a_copy(asker: Asker) -> None:
+    with socket.socket(fileno=os.dup(asker.client.fileno())) as copy:
+        asker.client.close()
+        assert asker.peer.recv(1) == b""
+        with pytest.raises(BrokenPipeError):
+            copy.send(b"x")
+        asker.client.close()
+
+
+def test_who_has_another_copy_goes_on_with_it(asker: Asker) -> None:
+    with socket.socket(fileno=os.dup(asker.client.fileno())) as copy:
+        asker.client.close_own_copy()
+        assert asker.client.fileno() == -1
+        copy.send(b"x")
+        assert asker.peer.recv(1) == b"x"
+        asker.client.close_own_copy()
 
 
 def test_connect_where_nobody_listens(tmp_path: os.PathLike[str]) -> None:

@@ -198,6 +198,23 @@ def test_breaks_the_link_that_qemu_may_wait_for(bench: Bench) -> None:
         assert link.recv(4096, socket.MSG_DONTWAIT) == b""
 
 
+@pytest.mark.usefixtures("remote")
+def test_leaves_the_link_that_qemu_goes_on_with(bench: Bench) -> None:
+    bench.results = LISTED
+    links: list[socket.socket] = []
+
+    async def meanwhile() -> None:
+        await bench.slot.settled.wait()
+        assert bench.function.handover is not None
+        links.append(socket.socket(fileno=os.dup(bench.function.handover.client.fileno())))
+
+    bench.run(NOTHING, meanwhile)
+    assert bench.function.handover is None
+    (link,) = links
+    with link, pytest.raises(BlockingIOError):
+        link.recv(4096, socket.MSG_DONTWAIT)
+
+
 @pytest.mark.parametrize(
     ("lasts", "pauses"), [(False, [0.02, 0.04, 0.08, 0.16, 0.32, 0.64]), (True, [])], ids=["short", "lasting"]
 )

@@ -154,7 +154,8 @@ def _locked(path: str) -> Iterator[None]:
                 try:
                     yield
                 finally:
-                    os.unlink(lock)
+                    with contextlib.suppress(FileNotFoundError):  # somebody else may have tidied up
+                        os.unlink(lock)
                 return
         finally:
             os.close(fd)

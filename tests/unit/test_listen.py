@@ -258,6 +258,21 @@ def test_a_lock_whose_file_has_gone_locks_nothing(
     assert os.listdir(os.path.dirname(path)) == []
 
 
+def test_a_lock_file_that_somebody_removes_meanwhile_is_no_error(
+    bench: Bench, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen = socket.socket.listen
+
+    def meanwhile_listen(sock: socket.socket, backlog: int) -> None:
+        os.unlink(os.path.join(os.path.dirname(path), ".edu0.sock.lock"))
+        listen(sock, backlog)
+
+    monkeypatch.setattr(socket.socket, "listen", meanwhile_listen)
+    listener = bench.listen(path)
+    connect(path).close()
+    listener.close()
+
+
 def test_lock_file_that_a_killed_daemon_left_is_no_obstacle(bench: Bench, path: str) -> None:
     Path(os.path.dirname(path), ".edu0.sock.lock").touch()
     bench.listen(path).close()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -81,9 +80,8 @@ class DeviceServer:
         self.refused += 1
         if not self._is_refusal_told:  # once: who is refused may try again each second
             self._is_refusal_told = True
-            with contextlib.suppress(OSError):
-                client = str(peer_credentials(sock))
-                self._log.warning("refused: %s is being served", self.session.client, peer=client)
+            client = str(peer_credentials(sock))
+            self._log.warning("refused: %s is being served", self.session.client, peer=client)
         self._disposal.hang_up(sock)
 
     def _on_end(self, session: Session) -> None:

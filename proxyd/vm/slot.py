@@ -38,6 +38,9 @@ _EXAMINATION_SECONDS = 5.0
 """how long a device's answers may take altogether; QEMU would stand still for as long"""
 _FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
+_LAST_REPLACEMENT_SECONDS = 5.0
+"""the same for what loses its link within a second each time: every replacement is a hot-plug for the guest"""
+_LASTING_SECONDS = 1.0
 _NO_QEMU = "not plugged: there is no QEMU"
 
 
@@ -187,19 +190,20 @@ class Slot:
         """
         async with turn:
             await self._reconcile(monitor, inventory)
-        time = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
         since = -math.inf
         while True:
             if any(not function.is_sound for function in self.plugged) or self._is_open():
                 self.settled.set()
+                lasted = loop.time() - since
                 await self._remove(monitor)
-                if time() - since < _LAST_RETRY_SECONDS:
-                    await self._pause()
+                if lasted < _LASTING_SECONDS:
+                    await self._pause(_LAST_REPLACEMENT_SECONDS)
                 else:
                     self._retry = _FIRST_RETRY_SECONDS
             if not await self._plug(monitor, turn):
                 break
-            since = time()
+            since = loop.time()
             self.settled.set()
             await self._until(lambda: not all(function.is_sound for function in self.functions))
             if not all(function.is_plugged for function in self.functions):
@@ -295,12 +299,12 @@ class Slot:
                     break
             else:
                 return
-            await self._pause()
+            await self._pause(_LAST_RETRY_SECONDS)
 
-    async def _pause(self) -> None:
+    async def _pause(self, most: float) -> None:
         """Waits before the next attempt, longer each time."""
-        await asyncio.sleep(self._retry)
-        self._retry = min(2 * self._retry, _LAST_RETRY_SECONDS)
+        await asyncio.sleep(min(self._retry, most))
+        self._retry = min(2 * self._retry, most)
 
     async def _add(self, monitor: Monitor, function: Function, handover: Handover) -> None:
         await monitor.getfd(function.fdname, handover.client.fileno())

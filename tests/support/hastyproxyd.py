@@ -10,5 +10,5 @@ from proxyd.vm import monitor, slot
 
 if __name__ == "__main__":
     monitor._COMMAND_SECONDS = 1.0
-    slot._LAST_RETRY_SECONDS = 0.1
+    slot._LAST_RETRY_SECONDS = slot._LAST_REPLACEMENT_SECONDS = 0.1
     sys.exit(main())

@@ -216,13 +216,32 @@ def test_leaves_the_link_that_qemu_goes_on_with(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lasts", "pauses"), [(False, [0.02, 0.04, 0.08, 0.16, 0.32, 0.64]), (True, [])], ids=["short", "lasting"]
+    ("lasts", "consents_in", "pauses"),
+    [
+        (0.0, 0.0, [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.0, 5.0]),
+        (0.0, 1.5, [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.0, 5.0]),
+        (1.5, 0.0, []),
+    ],
+    ids=["short", "short-slow-guest", "lasting"],
 )
 def test_what_loses_its_link_at_once_is_replaced_ever_more_rarely(
-    bench: Bench, remote: RemoteThread, monkeypatch: pytest.MonkeyPatch, lasts: bool, pauses: list[float]
+    bench: Bench,
+    remote: RemoteThread,
+    monkeypatch: pytest.MonkeyPatch,
+    lasts: float,
+    consents_in: float,
+    pauses: list[float],
 ) -> None:
-    monkeypatch.setattr(slot, "_LAST_RETRY_SECONDS", 0.0 if lasts else 3600.0)
     sleep, paused = asyncio.sleep, []
+    passed = 0.0
+    remove = Slot._remove
+
+    async def remove_slowly(self: Slot, monitor: Monitor) -> None:
+        nonlocal passed
+        await remove(self, monitor)
+        passed += consents_in
+
+    monkeypatch.setattr(Slot, "_remove", remove_slowly)
 
     async def pause(seconds: float) -> None:
         paused.append(seconds)
@@ -232,9 +251,14 @@ def test_what_loses_its_link_at_once_is_replaced_ever_more_rarely(
     bench.results, bench.after = LISTED, {"device_del": [DELETED]}
 
     async def meanwhile() -> None:
-        for _ in range(6):
+        nonlocal passed
+        loop = asyncio.get_running_loop()
+        time = loop.time
+        monkeypatch.setattr(loop, "time", lambda: time() + passed)
+        for _ in range(10):
             while not bench.function.is_sound:
                 await sleep(0)
+            passed += lasts
             assert bench.function.handover is not None
             bench.function.handover.client.shutdown()
             while remote.servers["dev0"].session is not None:

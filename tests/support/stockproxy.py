@@ -79,7 +79,7 @@ class StockGuest:
             fds = []
             for addr in remoted.devices:
                 link = remoted.connect(addr)
-                links.callback(link.close)
+                links.callback(link.close_own_copy)
                 fds.append(link.fileno())
                 arguments += ["-device", f"x-pci-proxy-dev,addr={addr},fd={link.fileno()}"]
             self.machine = self._stack.enter_context(QemuGuest(arguments, fds, _BACKEND, seabios))
@@ -122,7 +122,7 @@ def start_hammer(remoted: Remoted, *args: str) -> Qemu:
             [link.fileno()],
         )
     finally:
-        link.close()
+        link.close_own_copy()
 
 
 def _id(addr: str) -> str:

@@ -8,7 +8,6 @@ import select
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,9 +39,9 @@ _directories: list[tempfile.TemporaryDirectory[str]] = []  # removed with the in
 class TargetProcess:
     """target.c with one of its checks, past its start."""
 
-    def __init__(self, *args: str, wrapper: Sequence[str] = ()) -> None:
+    def __init__(self, *args: str) -> None:
         self._process = subprocess.Popen(
-            [*wrapper, str(build("target.c", "-pthread")), *args],
+            [str(build("target.c", "-pthread")), *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

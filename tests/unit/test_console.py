@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from common.uart import (
     UART_TX,
 )
 from proxyd.console import COM1_PORTS, Console
-from tests.support.fds import count_fds
+from tests.support.fds import no_fd_is_left
 from tests.support.remotebench import Clock
 from tests.support.steploop import CountingLoop, run_ready
 
@@ -85,11 +86,8 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    before = count_fds()
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
-    assert count_fds() == before
+    with no_fd_is_left(), closing(Bench(tmp_path)) as bench:
+        yield bench
 
 
 def received(sock: socket.socket) -> bytes:

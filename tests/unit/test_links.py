@@ -21,7 +21,7 @@ from common.pci import parse_devfn
 from proxyd.links import LinkKeeper
 from proxyd.pcidev import PciProxy
 from proxyd.softirqchip import SoftIrqchip
-from tests.support.fds import count_fds
+from tests.support.fds import no_fd_is_left
 from tests.support.remote import HangingUp, RemoteThread
 from tests.support.remotebench import Clock, LineDevice
 from tests.support.steploop import run_until
@@ -76,11 +76,8 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    before = count_fds()
-    bench = Bench(tmp_path)
-    yield bench
-    bench.close()
-    assert count_fds() == before
+    with no_fd_is_left(), closing(Bench(tmp_path)) as bench:
+        yield bench
 
 
 def test_who_is_there_is_linked_when_start_returns(bench: Bench) -> None:

@@ -36,12 +36,12 @@ bench: $(VENV)/test.stamp  ## remoted's round trips beside those of QEMU's remot
 	@exec $(VENV)/bin/python -m tests.bench.bench $(ARGS)
 
 guest: $(TEST_GUESTS)  ## the guests of the embedded VM and of the tests
-	@$(MAKE) --silent --no-print-directory -C proxyd/vm/guest
+	@$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest
 
 clean:  ## back to what git has: removes .venv, the guests and all caches
 	@rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(TEST_GUESTS)
 	find common proxyd remoted tests -name __pycache__ -prune -exec rm -rf {} +
-	$(MAKE) --silent --no-print-directory -C proxyd/vm/guest clean
+	$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest clean
 
 # A flat binary for 0x1000, entered at its first byte.
 tests/guests/%.bin: tests/guests/%.S

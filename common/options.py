@@ -129,9 +129,9 @@ class _Version(argparse.Action):
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            print(parser.prog, version("iohub"))
+            print(parser.prog, version("qemu-iohub"))
         except PackageNotFoundError as error:
-            raise UsageError("--version: unknown, as the package iohub is not installed") from error
+            raise UsageError("--version: unknown, as the package qemu-iohub is not installed") from error
         parser.exit()
 
 

@@ -38,18 +38,18 @@ def open_vm(config: VmConfig, loop: Loop) -> Vm:
     kind, _, _argument = config.vm.partition(":")
     # Each way is imported alone: none needs what the others are made of.
     if kind == "embedded":
-        from proxyd.vm.embedded import Embedded
+        from proxyd.vm.embedded.embedded import Embedded
 
         return Embedded(PROGRAM, config, loop)
     if kind == "soft":
-        from proxyd.vm.soft import Soft
+        from proxyd.vm.soft.soft import Soft
 
         return Soft(PROGRAM, config, loop)
     if kind == "qmp":
-        from proxyd.vm.qmp import QemuPlugger
+        from proxyd.vm.qmp.plugger import QemuPlugger
 
         return QemuPlugger(PROGRAM, config, loop)
-    from proxyd.vm.pid import Attached
+    from proxyd.vm.pid.attached import Attached
 
     return Attached(PROGRAM, config, loop)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from proxyd.vm.inject import Target
+from proxyd.vm.pid.inject import Target
 from tests.support.countguest import CountGuest
 
 __all__ = ["stops"]

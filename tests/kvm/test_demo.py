@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from common.control import call
-from common.demo import _Demo
+from common.ctl.demo import _Demo
 from common.errors import ProtocolError
 from tests.support.fds import count_fds
 from tests.support.wait import wait_until
@@ -150,7 +150,7 @@ def test_a_demo_that_can_not_begin_leaves_nothing_open(
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'proxyd' in sys.orig_argv:\n"
-        "    from proxyd.vm.softmachine import SoftMachine\n"
+        "    from proxyd.vm.soft.machine import SoftMachine\n"
         "    real = SoftMachine.write_line\n"
         "    SoftMachine.write_line = lambda self, text: real(self, 'panic')\n"
     )

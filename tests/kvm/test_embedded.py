@@ -14,9 +14,9 @@ from common import pci
 from common.config import DeviceConfig, VmConfig
 from common.errors import UsageError
 from common.loop import Loop
-from proxyd.vm import embedded
-from proxyd.vm.embedded import KICK_SIGNAL, Embedded, Machine
-from proxyd.vm.multiboot import Image
+from proxyd.vm.embedded import embedded
+from proxyd.vm.embedded.embedded import KICK_SIGNAL, Embedded, Machine
+from proxyd.vm.embedded.multiboot import Image
 from remoted.devices.edu import Edu
 from remoted.devices.edu_dma import (
     BUFFER_START,

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from common.children import Child
 from common.control import call
-from common.guestconsole import GuestConsole
+from common.ctl.children import Child
+from common.ctl.guestconsole import GuestConsole
 from tests.support.wait import wait_until
 
 END_SECONDS = 20

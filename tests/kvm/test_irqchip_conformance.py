@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from proxyd.irqchip import GsiRefused
+from proxyd.kvm.irqchip import GsiRefused
 from tests.support.irqbench import (
     ELCR1,
     EOI,

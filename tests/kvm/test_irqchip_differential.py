@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxyd.irqchip import is_level_capable
+from proxyd.kvm.irqchip import is_level_capable
 from tests.support.irqbench import ELCR1, ELCR2, M_CMD, POLL, S_CMD, IrqBench, KvmBench, SoftBench
 
 STEPS = 4000

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from proxyd.irqchip import KvmIrqchip, intx_routing
-from proxyd.kvm import Kvm
-from proxyd.kvm_h import (
+from proxyd.kvm.irqchip import KvmIrqchip, intx_routing
+from proxyd.kvm.kvm import Kvm
+from proxyd.kvm.kvm_h import (
     KVM_IRQ_ROUTING_MSI,
     KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER,

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from proxyd.kvm import Kvm, Vm
-from proxyd.kvm_h import KVM_IRQCHIP_PIC_MASTER, ExitReason
+from proxyd.kvm.kvm import Kvm, Vm
+from proxyd.kvm.kvm_h import KVM_IRQCHIP_PIC_MASTER, ExitReason
 from tests.support.fds import count_fds, no_more_fds
 from tests.support.irqbench import M_CMD, M_DATA, MASTER_BASE, KvmBench
 from tests.support.kvmguest import KvmMachine

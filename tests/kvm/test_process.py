@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
-from proxyd import ptrace
-from proxyd.vm.inject import Target
+from proxyd.vm.pid import ptrace
+from proxyd.vm.pid.inject import Target
+from tests.support.checkout import ROOT
 from tests.support.fds import count_fds
 from tests.support.target import TargetProcess, build, needs_gcc
 from tests.support.wait import wait_until
 
-ROOT = Path(__file__).parents[2]
 ATTACH = """
 import sys
 from common.errors import UsageError
-from proxyd.vm.inject import Target
+from proxyd.vm.pid.inject import Target
 try:
     target = Target.open(int(sys.argv[1]))
     target.detach(target.attach(5))

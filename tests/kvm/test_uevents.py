@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 from pyroute2.netlink import NETLINK_KOBJECT_UEVENT
 
-from proxyd.kvm import Kvm
-from proxyd.uevents import KvmEvent, KvmEvents, parse
+from proxyd.kvm.kvm import Kvm
+from proxyd.vm.qmp.uevents import KvmEvent, KvmEvents, parse
 from tests.support.fds import count_fds
 
 CREATE = (

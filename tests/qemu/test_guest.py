@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from common.ctl.guestconsole import GuestConsole, Record, Reply
 from common.errors import ProtocolError
-from common.guestconsole import GuestConsole, Record, Reply
 from tests.support.qemu import PATIENCE
 from tests.support.qemuguest import QemuGuest, guest_symbol
 from tests.support.xremote import StockRemote

@@ -21,9 +21,10 @@ import pytest
 
 from common.errors import IohubError, PeerGone, UsageError
 from common.notifier import EventNotifier
-from proxyd import ptrace
-from proxyd.vm.inject import Line, Target
-from proxyd.vm.process import Process
+from proxyd.vm.pid import ptrace
+from proxyd.vm.pid.inject import Line, Target
+from proxyd.vm.pid.process import Process
+from tests.support.checkout import ROOT
 from tests.support.countguest import CountGuest
 from tests.support.fds import count_fds
 from tests.support.ptracefaults import GSI, StepFailedError, at_step, fail
@@ -32,7 +33,6 @@ from tests.support.wait import wait_until
 
 pytestmark = [pytest.mark.usefixtures("requires_kvm", "requires_qemu"), needs_gcc]
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 20.0
 
 # A failure of these can't leave an fd behind; of the others it is unknown what the call has done.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from common import pci
-from common.guestconsole import Record, Reply
+from common.ctl.guestconsole import Record, Reply
 from tests.support.matrix import OURS, STOCK, Cell
 from tests.support.qemuguest import QemuGuest
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import pytest
 
-from common.children import Child
 from common.config import parse_proxyd
 from common.control import call
+from common.ctl.children import Child
 from common.link import Client, PeerCredentials, peer_credentials
 from common.loop import Loop
 from common.mpqemu import Command
 from common.notifier import EventNotifier
 from common.pci import parse_devfn
-from proxyd.vm.pid import Attached
+from proxyd.vm.pid.attached import Attached
 from remoted.devices.irq_line import IrqLine
 from tests.support.countguest import CountGuest
 from tests.support.remote import HangingUp, RemoteThread

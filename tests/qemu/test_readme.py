@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from common.config import parse_proxyd, parse_remoted
-from common.guestconsole import GuestConsole, Record
+from common.ctl.guestconsole import GuestConsole, Record
 from remoted.models import find_model
+from tests.support.checkout import ROOT
 from tests.support.monitorclient import MonitorClient
 from tests.support.qemu import PATIENCE, Qemu, boot, guest_image
 from tests.support.wait import wait_until
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 ADDR = "05.0"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 from proxyd.main import main
-from proxyd.vm import monitor, slot
+from proxyd.vm.qmp import monitor, slot
 
 if __name__ == "__main__":
     monitor._COMMAND_SECONDS = 1.0

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from common.loop import Loop
 from common.notifier import EventNotifier
-from proxyd.irqchip import Irqchip, KvmIrqchip
-from proxyd.softirqchip import SoftIrqchip
+from proxyd.kvm.irqchip import Irqchip, KvmIrqchip
+from proxyd.vm.soft.softirqchip import SoftIrqchip
 from tests.support.kvmguest import Handler, KvmMachine
 
 M_CMD, M_DATA, S_CMD, S_DATA, ELCR1, ELCR2 = 0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from proxyd.kvm import Kvm, Vcpu
-from proxyd.kvm_h import ExitReason
+from proxyd.kvm.kvm import Kvm, Vcpu
+from proxyd.kvm.kvm_h import ExitReason
 
 GUESTS = Path(__file__).parent.parent / "guests"
 

@@ -13,7 +13,7 @@ import socket
 import sys
 
 from common.notifier import adopt_pair
-from proxyd.vm.inject import Target
+from proxyd.vm.pid.inject import Target
 
 
 def proxyd(link: socket.socket, pid: int, gsi: int) -> None:

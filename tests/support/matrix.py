@@ -9,8 +9,8 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from common.children import Child
-from common.guestconsole import GuestConsole, Reply
+from common.ctl.children import Child
+from common.ctl.guestconsole import GuestConsole, Reply
 from tests.support.qemu import PATIENCE, guest_image
 from tests.support.qemuguest import QemuGuest
 from tests.support.wait import wait_until

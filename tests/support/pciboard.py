@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from common.link import Client
 from common.pci import parse_devfn
-from proxyd.kvm_h import kvm_irqchip
-from proxyd.pcidev import PciProxy
-from proxyd.pcihost import PciHost
+from proxyd.kvm.kvm_h import kvm_irqchip
+from proxyd.pci.pcidev import PciProxy
+from proxyd.pci.pcihost import PciHost
 from remoted.devices.edu import Edu
 from tests.support.irqbench import EOI, M_CMD, S_CMD, SLAVE_BASE, KvmBench
 from tests.support.remote import RemoteThread

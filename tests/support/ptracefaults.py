@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Lets the nth step of a tracer's work fail, or kill the tracer. A step is a call of a function of
-proxyd.ptrace.
+proxyd.vm.pid.ptrace.
 
 As a program it kills tracers at every step, one after the other:
 
@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
-from proxyd import ptrace
-from proxyd.landmarks import find_landmarks
-from proxyd.remotecall import SCRATCH_SIZE, StoppedThread, Syscall, run_stopped
-from proxyd.vm.inject import Target
+from proxyd.vm.pid import ptrace
+from proxyd.vm.pid.inject import Target
+from proxyd.vm.pid.landmarks import find_landmarks
+from proxyd.vm.pid.remotecall import SCRATCH_SIZE, StoppedThread, Syscall, run_stopped
 from tests.support.wait import wait_until
 
 STEPS = (

@@ -13,28 +13,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support.checkout import ROOT
+
 QEMU = "qemu-system-x86_64"
 PATIENCE = 60.0
 """seconds; SeaBIOS on an emulating KVM takes one or two, on a busy machine more"""
 GUESTS = Path(__file__).parent.parent / "guests"
 FIRMWARE_SIZE = 1 << 16
 
-_ROOT = Path(__file__).parents[2]
 _LOAD_ADDRESS = 0x100000
 
 
 @functools.cache
 def build_guests() -> None:
     """Brings all guest images up to date with their sources, once a session and by one process at a time."""
-    with (_ROOT / "Makefile").open() as lock:
+    with (ROOT / "Makefile").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["make", "--silent", "--no-print-directory", "guest"], cwd=_ROOT, check=True)
+        subprocess.run(["make", "--silent", "--no-print-directory", "guest"], cwd=ROOT, check=True)
 
 
 def guest_image() -> Path:
     """The image of the guest with the console."""
     build_guests()
-    return _ROOT / "proxyd" / "vm" / "guest.bin"
+    return ROOT / "proxyd" / "vm" / "embedded" / "guest.bin"
 
 
 def kvm_machine(options: str = "") -> list[str]:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.guestconsole import GuestConsole
+from common.ctl.guestconsole import GuestConsole
 from tests.support.qemu import PATIENCE, Qemu, boot, guest_image, kvm_machine
 
 

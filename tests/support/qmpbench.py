@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common.children import Child
 from common.control import call
-from common.guestconsole import Reply
+from common.ctl.children import Child
+from common.ctl.guestconsole import Reply
 from tests.support.monitorclient import MonitorClient
 from tests.support.qemuguest import QemuGuest
 from tests.support.wait import wait_until

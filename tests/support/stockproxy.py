@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from common.children import Child
 from common.control import call
-from common.guestconsole import Record, Reply
+from common.ctl.children import Child
+from common.ctl.guestconsole import Record, Reply
 from common.link import Client
 from common.mpqemu import CONFIG, Command
 from tests.support.fds import count_fds

@@ -16,7 +16,7 @@ import ctypes
 import os
 import sys
 
-from proxyd.kvm import Kvm
+from proxyd.kvm.kvm import Kvm
 
 # <linux/prctl.h>, <linux/seccomp.h>, <linux/filter.h>
 PR_SET_DUMPABLE = 4

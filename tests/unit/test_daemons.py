@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from common import mpqemu
-from common.children import Child
+from common.ctl.children import Child
 from common.disposal import Disposal
 from common.errors import PeerGone
 from common.link import Client

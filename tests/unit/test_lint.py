@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.checkout import ROOT
 
 
 @pytest.mark.parametrize("tool", [["ruff", "check", "--quiet"], ["mypy"]], ids=lambda tool: tool[0])

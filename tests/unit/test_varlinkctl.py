@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from common.children import Child
 from common.control import INTERFACE_DIR, call
+from common.ctl.children import Child
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.skipif(

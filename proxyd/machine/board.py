@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the machines of --vm embedded and --vm soft have in common: console, PCI bus, links, control socket."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+
+from common.config import DeviceConfig, VmConfig
+from common.control import ControlServer
+from common.errors import UsageError
+from common.journal import device_log
+from common.link import Client
+from common.loop import Loop
+from common.pci import format_devfn
+from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.kvm.irqchip import Irqchip
+from proxyd.machine.console import COM1_IRQ, Console
+from proxyd.pci.links import LinkKeeper
+from proxyd.pci.pcidev import PciProxy
+from proxyd.pci.pcihost import RESERVED_DEVFNS, PciHost
+from proxyd.pci.ram import Ram
+
+__all__ = ["Board", "check_addresses"]
+
+ROUND_TRIP_SECONDS = 2.0
+"""how long a vCPU waits for a remote before the link counts as lost"""
+
+
+def check_addresses(devices: Iterable[DeviceConfig]) -> None:
+    """Raises UsageError for a device at an address that the chipset has."""
+    for device in devices:
+        if device.devfn in RESERVED_DEVFNS:
+            raise UsageError(
+                f"device {device.id}: address {format_devfn(device.devfn)} belongs to the chipset"
+            )
+
+
+class Board:
+    """Owns everything but the irqchip and the CPU."""
+
+    def __init__(
+        self, program: str, config: VmConfig, loop: Loop, irqchip: Irqchip, ram: Ram | None = None
+    ) -> None:
+        """``config`` has passed check_addresses(); ``ram`` is what devices may reach.
+
+        The loop is not to run before start(). Raises UsageError.
+        """
+        self._program = program
+        self._config = config
+        self._irqchip = irqchip
+        self._ram = ram
+        self._keeper = LinkKeeper(loop)
+        self._proxies: list[PciProxy] = []
+        log = logging.getLogger(program)
+        self._interface = ProxydInterface(config.name, config.vm, "", None, self._proxies)
+        path = str(config.runtime_dir / "proxyd.varlink")
+        self._control = ControlServer(loop, path, INTERFACE, self._interface, log)
+        try:
+            self._proxies += [self._create_proxy(device) for device in config.devices]
+            self.host = PciHost(irqchip, self._proxies)
+            path = str(config.runtime_dir / "proxyd.console")
+            self.console = Console(loop, path, self._set_console_irq, log)
+        except BaseException:
+            self._control.close()
+            raise
+
+    def start(self, irqchip: str, tsc_khz: int | None) -> None:
+        """Begins to connect; ``irqchip`` and ``tsc_khz`` are what the control socket tells of the guest."""
+        self._interface.irqchip = irqchip
+        self._interface.tsc_khz = tsc_khz
+        self._keeper.start(self._proxies)
+
+    def abort(self) -> None:
+        """Connects no more, and ends the round trips that a vCPU is waiting in."""
+        self._keeper.close()
+
+    def close(self) -> None:
+        """Takes the irqfds out of the irqchip one by one, and closes everything; after abort()."""
+        self._control.close()
+        for proxy in self._proxies:
+            proxy.close()
+        self.console.close()
+
+    def _create_proxy(self, device: DeviceConfig) -> PciProxy:
+        connect = partial(Client.connect, self._config.socket_path(device), ROUND_TRIP_SECONDS)
+        log = device_log(self._program, device.id)
+        return PciProxy(
+            device.id, device.devfn, connect, self._irqchip, log, self._keeper.lost, ram=self._ram
+        )
+
+    def _set_console_irq(self, level: bool) -> None:
+        self._irqchip.set_line(COM1_IRQ, level)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``--vm pid:PID``: any running KVM process registers irqfds with its own VM, without its cooperation.
+
+KVM serves a VM only in the address space that made it (EIO elsewhere, virt/kvm/kvm_main.c), so the process
+itself has to make the calls; proxyd.vm.pid.remotecall has its main thread make them. x86-64 only.
+
+Who holds the eventfds afterwards: proxyd, and remoted once it has been sent them. The process keeps no copy.
+KVM's irqfd lives as long as its eventfd is open anywhere, and its end lowers the line (virt/kvm/eventfd.c);
+so nothing is left in the VM when proxyd and remoted are gone, whatever ended them. To deassign while remoted
+may still hold its copy, the eventfd must be an fd of the process once more: it is sent there through a socket
+pair that the process makes and closes again.
+
+What a proxyd leaves that is killed within the millisecond of an attach or detach: the process goes on and
+closes what it had opened, see proxyd.vm.pid.remotecall. An fd can stay in it only if that happens in the
+microseconds from the call that opens it until its number is known here: an eventfd that isn't an irqfd yet,
+the socket pair, or the irqfd of a line that nobody raises any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from ctypes import Structure, c_int, c_size_t, c_uint64, sizeof
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+from common.errors import IohubError, UsageError
+from common.notifier import EventNotifier, adopt_pair
+from proxyd.kvm.kvm_h import (
+    KVM_IOAPIC_NUM_PINS,
+    KVM_IRQCHIP_PIC_MASTER,
+    IrqfdFlag,
+    Request,
+    kvm_irqchip,
+    kvm_irqfd,
+)
+from proxyd.vm.pid import ptrace
+from proxyd.vm.pid.landmarks import find_landmarks
+from proxyd.vm.pid.process import Process
+from proxyd.vm.pid.remotecall import StoppedThread, Syscall, run_stopped
+
+__all__ = ["Line", "Target"]
+
+_T = TypeVar("_T")
+
+
+class iovec(Structure):
+    """<linux/uio.h>, with pointers as numbers: they are the other process's."""
+
+    _fields_ = [("iov_base", c_uint64), ("iov_len", c_size_t)]
+
+
+class user_msghdr(Structure):
+    """<linux/socket.h>."""
+
+    _fields_ = [
+        ("msg_name", c_uint64),
+        ("msg_namelen", c_int),
+        ("msg_iov", c_uint64),
+        ("msg_iovlen", c_size_t),
+        ("msg_control", c_uint64),
+        ("msg_controllen", c_size_t),
+        ("msg_flags", c_int),
+    ]
+
+
+class rights(Structure):
+    """struct cmsghdr of <linux/socket.h> with one fd, padded as CMSG_SPACE() does."""
+
+    _fields_ = [
+        ("cmsg_len", c_size_t),
+        ("cmsg_level", c_int),
+        ("cmsg_type", c_int),
+        ("fd", c_int),
+        ("pad", c_int),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One GSI of the VM: write ``irqfd`` to assert it; ``resamplefd`` fires when the guest acknowledges."""
+
+    gsi: int
+    irqfd: EventNotifier
+    resamplefd: EventNotifier
+    seconds: float
+    """for how long the process stood still for it, at most"""
+
+    def close(self) -> None:
+        """Closes both eventfds. The last copy of the irqfd takes it out of KVM and lowers the line."""
+        self.irqfd.close()
+        self.resamplefd.close()
+
+
+class Target:
+    """A running process with one VM; made by open()."""
+
+    def __init__(self, process: Process) -> None:
+        """Raises UsageError, one line that says what is in the way; the process is what it was then.
+
+        Stops the process once, to ask KVM what irqchip its VM has.
+        """
+        self._process = process
+        status = process.refuse_unfit()
+        with process.explained(UsageError):
+            process.refuse_foreign_architecture()
+            self._vm_fd = process.find_vm(int(status["FDSize"]))
+            self._landmarks = find_landmarks(process.pid)
+        try:
+            self._run(self._check_irqchip)
+        except IohubError as error:
+            raise UsageError(str(error)) from error
+
+    @classmethod
+    def open(cls, pid: int) -> Self:
+        """The target with this process id. Raises UsageError as the constructor does."""
+        process = Process(pid)
+        try:
+            return cls(process)
+        except BaseException:
+            process.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """A pidfd: readable once the process has exited."""
+        return self._process.pidfd
+
+    def attach(self, gsi: int) -> Line:
+        """Has the process make a pair of eventfds and assign them to ``gsi`` with RESAMPLE.
+
+        Raises UsageError for a GSI that isn't a pin of KVM's irqchip: KVM would accept it and drop every
+        event. Raises PeerGone if the process exits, IohubError if it refuses or can't be stopped. It keeps
+        nothing then, unless a call hung in it.
+        """
+        if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
+            raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
+        with ExitStack() as copies:
+            (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi, copies))
+            pair = adopt_pair(irqfd, resamplefd)
+            copies.pop_all()
+        return Line(gsi, *pair, seconds)
+
+    def detach(self, line: Line) -> float:
+        """Has the process deassign the irqfd, whoever holds a copy of it, and closes the line in any case.
+
+        The GSI is low then, as far as no other device asserts it. Returns the seconds for which the process
+        stood still, at most. Raises as attach() does; the irqfd ends with its last copy then.
+        """
+        with closing(line):
+            return self._run(lambda thread: self._deassign(thread, line))[1]
+
+    def close(self) -> None:
+        """Lets go of the process; lines stay as they are."""
+        self._process.close()
+
+    def _run(self, body: Callable[[StoppedThread], _T]) -> tuple[_T, float]:
+        def checked(thread: StoppedThread) -> _T:
+            # By way of the pidfd, so it also tells whether the one that was stopped is still that process.
+            self._process.check_vm(self._vm_fd)
+            return body(thread)
+
+        self._process.refuse_unfit()
+        with self._process.explained(IohubError):
+            return run_stopped(self.pid, self._landmarks, checked)
+
+    def _vm_ioctl(self, thread: StoppedThread, request: Request, argument: Structure) -> None:
+        try:
+            thread.call(Syscall.ioctl, self._vm_fd, request, thread.put(bytes(argument)))
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise IohubError(f"pid:{self.pid}: its VM was made by another process") from error
+            # Split or none: KVM_GET_IRQCHIP fails with ENXIO, KVM_IRQFD with RESAMPLE with EINVAL.
+            if error.errno in (errno.ENXIO, errno.EINVAL):
+                reason = "its VM has no full in-kernel irqchip (QEMU: -machine kernel-irqchip=on)"
+                raise IohubError(f"pid:{self.pid}: {reason}") from error
+            raise IohubError(f"pid:{self.pid}: {request.name}: {error.strerror}") from error
+
+    def _check_irqchip(self, thread: StoppedThread) -> None:
+        self._vm_ioctl(thread, Request.KVM_GET_IRQCHIP, kvm_irqchip(KVM_IRQCHIP_PIC_MASTER))
+
+    def _assign(self, thread: StoppedThread, gsi: int, copies: ExitStack) -> tuple[int, int]:
+        """Our copies of the irqfd and the resamplefd; ``copies`` closes them."""
+        with ExitStack() as theirs:
+            pair = []
+            ours = []
+            for _ in range(2):
+                fd = thread.call(Syscall.eventfd2, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                theirs.enter_context(thread.closing(fd))
+                pair.append(fd)
+                copy = ptrace.pidfd_getfd(self._process.pidfd, fd)
+                copies.callback(os.close, copy)
+                ours.append(copy)
+            resamplefd, irqfd = pair  # the irqfd is the first to be closed
+            self._vm_ioctl(thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, gsi, IrqfdFlag.RESAMPLE, resamplefd))
+        return ours[1], ours[0]
+
+    def _deassign(self, thread: StoppedThread, line: Line) -> None:
+        with ExitStack() as theirs:
+            irqfd = self._put_fd(thread, line.irqfd.fd, theirs)
+            self._vm_ioctl(thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, line.gsi, IrqfdFlag.DEASSIGN))
+
+    def _put_fd(self, thread: StoppedThread, fd: int, theirs: ExitStack) -> int:
+        """Gives the process a copy of an fd of ours and returns its number there; ``theirs`` closes it."""
+        ends = thread.put(bytes(2 * sizeof(c_int)))
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        thread.call(Syscall.socketpair, socket.AF_UNIX, kind, 0, ends)
+        near, far = struct.unpack("ii", thread.get(ends, 2 * sizeof(c_int)))
+        theirs.enter_context(thread.closing(near, far))
+        with socket.socket(fileno=ptrace.pidfd_getfd(self._process.pidfd, near)) as sender:
+            socket.send_fds(sender, [b"\0"], [fd])
+        buffer = thread.put(bytes(1))
+        control = thread.put(bytes(sizeof(rights)))
+        header = user_msghdr(
+            msg_iov=thread.put(bytes(iovec(buffer, 1))),
+            msg_iovlen=1,
+            msg_control=control,
+            msg_controllen=sizeof(rights),
+        )
+        thread.call(Syscall.recvmsg, far, thread.put(bytes(header)), socket.MSG_CMSG_CLOEXEC)
+        received = rights.from_buffer_copy(thread.get(control, sizeof(rights)))
+        if received.cmsg_type != socket.SCM_RIGHTS or received.cmsg_level != socket.SOL_SOCKET:
+            raise IohubError(f"pid:{self.pid}: it can't open another file to deassign the irqfd")
+        theirs.enter_context(thread.closing(received.fd))
+        return int(received.fd)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a running QEMU is and has, as its monitor tells: whether x-pci-proxy-dev works there, what is plugged.
+
+Paths and types are those of QEMU's object model (QOM) for the machine type ``pc``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from common.errors import ProtocolError, UsageError
+from proxyd.vm.qmp.monitor import CommandError, Monitor
+
+__all__ = ["PROXY_DRIVER", "Inventory", "check", "is_running", "take_inventory"]
+
+PROXY_DRIVER = "x-pci-proxy-dev"
+
+_HOST_BRIDGE = "/machine/i440fx"
+_BUS = f"{_HOST_BRIDGE}/pci.0"
+_FD_BACKENDS = frozenset(f"child<memory-backend-{kind}>" for kind in ("memfd", "file", "shm"))
+
+
+class Inventory(NamedTuple):
+    """What is on bus 0, and what has an id."""
+
+    drivers: dict[str, str]
+    """by the id of -device or device_add"""
+    devfns: dict[str, int]
+    """by the same, for those on bus 0"""
+    occupants: dict[int, str]
+    """what to call a function of bus 0, by devfn"""
+
+
+async def check(monitor: Monitor) -> None:
+    """Raises UsageError, which says what to change on QEMU's command line, unless the proxies can work there."""
+    with _malformed("its machine"):
+        kvm = await monitor.execute("query-kvm")
+        if not kvm["enabled"]:
+            raise UsageError("it runs without KVM: start it with -accel kvm")
+        try:
+            bridge = await _children(monitor, _HOST_BRIDGE)
+            handler = await monitor.execute("qom-get", path=_BUS, property="hotplug-handler")
+        except CommandError as error:
+            raise UsageError("it has no PCI bus pci.0: start it with -machine pc") from error
+        if bridge["ioapic"] != "child<kvm-ioapic>":
+            raise UsageError(
+                "its interrupt controllers are not all in the kernel: start it with -machine kernel-irqchip=on"
+            )
+        # The handler alone doesn't tell: QEMU 10.0 sets it with hot-plug off, too, 7.2 does not.
+        if not handler or not await monitor.execute(
+            "qom-get", path=handler, property="acpi-root-pci-hotplug"
+        ):
+            raise UsageError(
+                "its PCI bus takes no devices while it runs: start it with -machine acpi=on and "
+                "-global PIIX4_PM.acpi-root-pci-hotplug=on"
+            )
+        try:
+            await monitor.execute("device-list-properties", typename=PROXY_DRIVER)
+        except CommandError as error:
+            raise UsageError(
+                f"it has no {PROXY_DRIVER}: use a QEMU that was configured with --enable-multiprocess"
+            ) from error
+        await _check_ram(monitor)
+
+
+async def take_inventory(monitor: Monitor) -> Inventory:
+    """Asks what is plugged at present."""
+    with _malformed("its devices"):
+        peripheral = await _children(monitor, "/machine/peripheral")
+        inventory = Inventory(
+            {name: _type(kind) for name, kind in peripheral.items() if name != "type"}, {}, {}
+        )
+        for bus in await monitor.execute("query-pci"):
+            for device in bus["devices"] if bus["bus"] == 0 else ():
+                devfn = int(device["slot"]) << 3 | int(device["function"])
+                name = str(device["qdev_id"])
+                inventory.occupants[devfn] = name or str(
+                    device["class_info"].get("desc", "a device without id")
+                )
+                if name:
+                    inventory.devfns[name] = devfn
+    return inventory
+
+
+async def is_running(monitor: Monitor) -> bool:
+    """Whether the guest's CPUs run."""
+    with _malformed("its state"):
+        return bool((await monitor.execute("query-status"))["running"])
+
+
+async def _check_ram(monitor: Monitor) -> None:
+    """All RAM must be shared and have a file: proxies hand fds of it to the devices, or lose the devices' DMA.
+
+    Every backend is held to that: DIMMs and NUMA nodes have their own, -m without memory-backend= makes one. Where
+    a file is the monitor doesn't tell: remoted refuses one that is neither on tmpfs nor on hugetlbfs.
+    """
+    types = await _children(monitor, "/objects")
+    for backend in await monitor.execute("query-memdev"):
+        name = str(backend["id"])
+        if types.get(name) not in _FD_BACKENDS:
+            size = int(backend["size"]) >> 20
+            raise UsageError(
+                f"its RAM {name!r} is anonymous, devices can't map it: start it with -object "
+                f"memory-backend-memfd,id=ram0,size={size}M,share=on -machine memory-backend=ram0"
+            )
+        if not backend["share"]:
+            raise UsageError(
+                f"its RAM {name!r} is private, devices would write to copies: add share=on to it"
+            )
+
+
+async def _children(monitor: Monitor, path: str) -> dict[str, str]:
+    return {str(entry["name"]): str(entry["type"]) for entry in await monitor.execute("qom-list", path=path)}
+
+
+def _type(kind: str) -> str:
+    return kind.removeprefix("child<").removesuffix(">")
+
+
+@contextmanager
+def _malformed(what: str) -> Iterator[None]:
+    """Turns what comes of an answer of another shape than QEMU's into a ProtocolError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ProtocolError(f"QEMU's monitor speaks strangely of {what}: {error!r}") from error

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""--vm soft: the same machine without KVM, and a scripted guest."""

@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The configuration: what both daemons read from a file and from options, and what they say to nonsense."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.config import VmConfig, default_runtime_dir, parse_proxyd, parse_remoted
+from common.errors import UsageError
+from common.pci import format_devfn
+from remoted.devices.edu import Edu
+from remoted.devices.pci_serial import PciSerial
+
+Parse = Callable[[list[str]], VmConfig]
+
+FILE = """
+name = "vm1"
+runtime-dir = "/tmp/vm1"
+vm = "pid:1"
+
+[[device]]
+id = "com1"
+model = "pci-serial"
+addr = "05.0"
+chardev = "pty"
+speed = 9600
+loud = true
+quiet = false
+
+[[device]]
+id = "edu0"
+model = "edu"
+socket = "/tmp/edu.sock"
+gsi = 11
+"""
+
+
+def remoted(*devices: str) -> VmConfig:
+    return parse_remoted(["--name", "vm1", *(word for text in devices for word in ("--device", text))])
+
+
+def proxyd(*devices: str) -> VmConfig:
+    return parse_proxyd(["--name", "vm1", *(word for text in devices for word in ("--device", text))])
+
+
+def addresses(config: VmConfig) -> dict[str, str]:
+    return {device.id: format_devfn(device.devfn) for device in config.devices}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home() -> Iterator[None]:
+    """So that users other than root have a default runtime directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+        yield
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "vm1.toml"
+    path.write_text(FILE)
+    return str(path)
+
+
+def test_remoted_takes_a_device_in_qemus_style() -> None:
+    [device] = remoted("pci-serial,id=com1,addr=1f.7,chardev=file:/tmp/a,,b=c,socket=/tmp/com1").devices
+    assert (device.id, device.model, device.devfn) == ("com1", "pci-serial", 255)
+    assert device.properties == {"chardev": "file:/tmp/a,b=c"}
+    assert (device.socket, device.fd, device.gsi) == ("/tmp/com1", None, None)
+
+
+def test_a_triple_comma_is_a_comma_and_an_end() -> None:
+    [device] = remoted("edu,id=a,name=x,,,other=y").devices
+    assert device.properties == {"name": "x,", "other": "y"}
+
+
+def test_remoted_takes_an_inherited_fd() -> None:
+    assert remoted("edu,id=a,fd=0").devices[0].fd == 0
+
+
+def test_proxyd_takes_a_device_without_a_model() -> None:
+    argv = ["--name", "vm1", "--vm", "pid:1", "--device", "id=com1,addr=05.0,gsi=4095,socket=/tmp/com1"]
+    [device] = parse_proxyd(argv).devices
+    assert (device.model, device.devfn, device.gsi, device.socket) == (None, 40, 4095, "/tmp/com1")
+
+
+@pytest.mark.parametrize("kind", ["embedded", "soft", "qmp:/run/a b.sock", "pid:1"])
+def test_ways_to_the_vm(kind: str) -> None:
+    assert parse_proxyd(["--name", "vm1", "--vm", kind]).vm == kind
+
+
+def test_the_guest_of_ones_own_is_the_default() -> None:
+    assert parse_proxyd(["--name", "vm1"]).vm == "embedded"
+
+
+@pytest.mark.parametrize("parse", [parse_remoted, parse_proxyd])
+def test_one_file_serves_both(parse: Parse, file: str) -> None:
+    config = parse(["--config", file])
+    assert (config.name, config.runtime_dir, config.vm) == ("vm1", Path("/tmp/vm1"), "pid:1")
+    com1, edu0 = config.devices
+    assert com1.properties == {"chardev": "pty", "speed": "9600", "loud": "on", "quiet": "off"}
+    assert (com1.model, com1.devfn) == ("pci-serial", 40)
+    assert (edu0.socket, edu0.gsi) == ("/tmp/edu.sock", 11)
+    assert [config.socket_path(device) for device in config.devices] == [
+        "/tmp/vm1/com1.sock",
+        "/tmp/edu.sock",
+    ]
+
+
+def test_proxyd_needs_no_model_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text('name = "vm1"\n[[device]]\nid = "a"\n')
+    assert parse_proxyd(["--config", str(path)]).devices[0].model is None
+    with pytest.raises(UsageError, match=r"vm.toml: device 'a': no model"):
+        parse_remoted(["--config", str(path)])
+
+
+def test_the_command_line_wins(file: str) -> None:
+    config = parse_remoted(
+        [
+            "--config",
+            file,
+            "--name",
+            "vm2",
+            "--runtime-dir",
+            "/tmp/vm2",
+            "--device",
+            "pci-serial,id=com2",
+            "--device",
+            "edu,id=com1,chardev=null,speed=1",
+        ]
+    )
+    assert (config.name, config.runtime_dir) == ("vm2", Path("/tmp/vm2"))
+    assert [device.id for device in config.devices] == ["com1", "edu0", "com2"]
+    com1 = config.devices[0]
+    assert (com1.model, com1.devfn) == ("edu", 40), "the address is the file's, the model isn't"
+    assert com1.properties == {"chardev": "null", "speed": "1", "loud": "on", "quiet": "off"}
+
+
+def test_where_clients_come_from_is_one_choice(file: str) -> None:
+    edu0 = parse_remoted(["--config", file, "--device", "id=edu0,fd=3"]).devices[1]
+    assert (edu0.model, edu0.fd, edu0.socket) == ("edu", 3, None)
+    Path(file).write_text(FILE.replace('socket = "/tmp/edu.sock"', "fd = 3"))
+    edu0 = parse_remoted(["--config", file, "--device", "id=edu0,socket=/x"]).devices[1]
+    assert (edu0.model, edu0.fd, edu0.socket) == ("edu", None, "/x")
+
+
+def test_inherited_fds_are_none_of_proxyds_business(file: str) -> None:
+    Path(file).write_text("""
+        name = "vm1"
+        device = [{id = "a", model = "edu", fd = 3}, {id = "b", model = "edu", fd = 3}]
+    """)
+    with pytest.raises(UsageError, match=r"vm1.toml: device 'b': fd 3 is taken by device 'a'"):
+        parse_remoted(["--config", file])
+    config = parse_proxyd(["--config", file, "--runtime-dir", "/tmp/vm1"])
+    assert [config.socket_path(device) for device in config.devices] == ["/tmp/vm1/a.sock", "/tmp/vm1/b.sock"]
+
+
+def test_the_vm_option_wins(file: str) -> None:
+    assert parse_proxyd(["--config", file, "--vm", "pid:2"]).vm == "pid:2"
+
+
+def test_free_slots_are_given_in_order() -> None:
+    config = remoted("edu,id=a", "edu,id=b,addr=03.4", "edu,id=c", "edu,id=d,addr=02.0", "edu,id=e")
+    assert addresses(config) == {"a": "04.0", "b": "03.4", "c": "05.0", "d": "02.0", "e": "06.0"}
+
+
+def test_a_full_bus() -> None:
+    devices = [f"edu,id=d{number}" for number in range(30)]
+    assert addresses(remoted(*devices))["d29"] == "1f.0"
+    with pytest.raises(UsageError, match="no slot is free"):
+        remoted(*devices, "edu,id=d30")
+
+
+def test_every_address_can_be_given() -> None:
+    config = remoted(*(f"edu,id=d{devfn},addr={format_devfn(devfn)}" for devfn in range(256)))
+    assert [device.devfn for device in config.devices] == list(range(256))
+
+
+def test_default_runtime_dir() -> None:
+    assert default_runtime_dir("vm1", 0, {"XDG_RUNTIME_DIR": "/run/user/0"}) == Path("/run/iohub/vm1")
+    assert default_runtime_dir("vm1", 7, {"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/iohub/vm1")
+    for environ in ({}, {"XDG_RUNTIME_DIR": ""}, {"XDG_RUNTIME_DIR": "run"}):
+        with pytest.raises(UsageError, match="--runtime-dir"):
+            default_runtime_dir("vm1", 7, environ)
+
+
+def test_the_longest_socket_path() -> None:
+    directory = "/tmp" + "/ä" * 32  # 100 bytes; the file adds 7
+    argv = ["--name", "vm1", "--runtime-dir", directory, "--device"]
+    config = parse_remoted([*argv, "edu,id=a"])
+    assert len(os.fsencode(config.socket_path(config.devices[0]))) == 107
+    with pytest.raises(UsageError, match=r"108 bytes, .* at most 107"):
+        parse_remoted([*argv, "edu,id=ab"])
+    assert parse_remoted([*argv, "edu,id=ab,fd=3"]).devices[0].fd == 3, "no path is needed"
+
+
+@pytest.mark.parametrize(
+    ("devices", "names"),
+    [
+        (["edu"], ["--device 'edu'", "id is missing"]),
+        (["edu,id="], ["id: ''"]),
+        (["edu,id=a/b"], ["id: 'a/b'"]),
+        (["edu,id=ä"], ["id: 'ä'"]),
+        (["edu,id=" + "a" * 33], ["id: 'aaa"]),
+        (["edu,id=a\n"], ["id: 'a\\n'"]),
+        (["id=a"], ["no model"]),
+        (["model=,id=a"], ["no model"]),
+        ([""], ["--device ''", "KEY=VALUE"]),
+        (["edu,,id=a"], ["'edu,id'"]),
+        (["edu,id=a,"], ["KEY=VALUE"]),
+        (["edu,id=a,loud"], ["'loud'", "KEY=VALUE"]),
+        (["edu,id=a,=b"], ["unknown key ''"]),
+        (["edu,id=a,id=b"], ["id is given twice"]),
+        (["edu,model=edu,id=a"], ["model is given twice"]),
+        (["edu,id=a,gsi=5"], ["unknown key 'gsi'"]),
+        (["edu,id=a", "edu,id=a"], ["id is given twice"]),
+        (["edu,id=a,addr=20.0"], ["addr", "'20.0'", "such as 05.0"]),
+        (["edu,id=a,addr=5.8"], ["addr", "'5.8'", "SLOT or SLOT.FN"]),
+        (["edu,id=a,addr="], ["addr", "''"]),
+        (["edu,id=a,addr=5", "edu,id=b,addr=05.0"], ["--device 'edu,id=b", "addr", "05.0", "'a'"]),
+        (["edu,id=a,fd=x"], ["fd", "'x'"]),
+        (["edu,id=a,fd="], ["fd", "''"]),
+        (["edu,id=a,fd=-1"], ["fd", "'-1'"]),
+        (["edu,id=a,fd=1_0"], ["fd", "'1_0'"]),
+        (["edu,id=a,fd=٣"], ["fd", "'٣'"]),
+        (["edu,id=a,fd=2147483648"], ["fd", "'2147483648'"]),
+        (["edu,id=a,fd=" + "9" * 5000], ["fd"]),
+        (["edu,id=a,fd=3,socket=/tmp/a"], ["fd and socket"]),
+        (["edu,id=a,fd=3", "edu,id=b,fd=3"], ["--device 'edu,id=b", "fd 3", "'a'"]),
+        (["edu,id=a,socket="], ["socket", "''"]),
+        (["edu,id=a,socket=/x", "edu,id=b,socket=/x"], ["--device 'edu,id=b", "/x", "'a'"]),
+        (["edu,id=a,socket=" + "x" * 108], ["108 bytes", "at most 107"]),
+    ],
+)
+def test_bad_device_of_remoted(devices: list[str], names: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        remoted(*devices)
+    line = str(raised.value)
+    assert "\n" not in line
+    assert [name for name in names if name not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    ("device", "names"),
+    [
+        ("edu,id=a", ["'edu'", "is not KEY=VALUE"]),
+        ("bell,addr=05.0", ["'bell' is not KEY=VALUE (id=bell?)"]),
+        ("id=a,fd=3", ["unknown key 'fd'"]),
+        ("id=a,model=edu", ["unknown key 'model'"]),
+        ("id=a,chardev=pty", ["unknown key 'chardev'", "iohub-proxyd takes id=ID"]),
+        ("id=a,gsi=4096", ["gsi", "'4096'", "4095"]),
+    ],
+)
+def test_bad_device_of_proxyd(device: str, names: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        proxyd(device)
+    assert [name for name in names if name not in str(raised.value)] == [], str(raised.value)
+
+
+def test_an_id_is_suggested_only_where_it_can_be_meant() -> None:
+    for device in ("edu,id=a", "addr=05.0,bell", "a b"):
+        with pytest.raises(UsageError, match=r"is not KEY=VALUE$"):
+            proxyd(device)
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], ["--name"]),
+        (["--name", ""], ["--name", "''"]),
+        (["--name", "a/b"], ["--name", "'a/b'"]),
+        (["--name", ".."], ["--name", "'..'"]),
+        (["--name", "-a"], ["--name"]),
+        (["--name", "a" * 65], ["--name"]),
+        (["--name", "vm1", "--runtime-dir", ""], ["--runtime-dir", "''"]),
+        (["--name", "vm1", "--vm", "xen"], ["--vm", "'xen'", "embedded, soft"]),
+        (["--name", "vm1", "--vm", "qmp:"], ["--vm"]),
+        (["--name", "vm1", "--vm", "pid:0"], ["--vm"]),
+        (["--name", "vm1", "--vm", "pid:1x"], ["--vm"]),
+        (["--name", "vm1", "--dev", "id=a"], ["--dev"]),
+        (["--name", "vm1", "a\nb"], ["a\\nb"]),
+        (
+            ["--name", "vm1", "--config", "/nonexistent/x.toml"],
+            ["--config /nonexistent/x.toml", "No such file"],
+        ),
+        (["--name", "vm1", "--config", "/"], ["--config /", "Is a directory"]),
+        (["--name", "vm1", "--config", "/dev/zero"], ["--config /dev/zero", "larger than"]),
+    ],
+)
+def test_bad_option(argv: list[str], names: list[str]) -> None:
+    with pytest.raises(UsageError) as raised:
+        parse_proxyd(argv)
+    line = str(raised.value)
+    assert "\n" not in line
+    assert [name for name in names if name not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("name = \n", ["vm.toml", "line 1, column 8"]),
+        ('name = "vm1"\nname = "vm2"\n', ["vm.toml", "line 2"]),
+        ('name = "vm1"\nnmae = "vm1"', ["vm.toml", "'nmae'"]),
+        ("name = 1", ["vm.toml: name", "a string"]),
+        ('name = "a b"', ["vm.toml: name", "'a b'"]),
+        ('name = "vm1"\nvm = ["soft"]', ["vm.toml: vm", "a string"]),
+        ('name = "vm1"\nvm = "xen"', ["vm.toml: vm", "'xen'"]),
+        ('name = "vm1"\nruntime-dir = "\\u0000"', ["vm.toml: runtime-dir"]),
+        ('name = "vm1"\ndevice = 1', ["vm.toml: device", "[[device]]"]),
+        ('name = "vm1"\n[device]\nid = "a"', ["vm.toml: device", "[[device]]"]),
+        ('name = "vm1"\n[[device]]\nmodel = "edu"', ["vm.toml: device 1", "id is missing"]),
+        ('name = "vm1"\n[[device]]\nid = 5', ["vm.toml: device 5: id", "a string"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\n[[device]]\nid = "a"', ["vm.toml: device 'a'", "twice"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\naddr = 5', ["device 'a': addr", "a string"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\naddr = "x"', ["device 'a': addr", "'x'"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\nfd = "3"', ["device 'a': fd: must be an integer"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\nfd = true', ["device 'a': fd: must be an integer"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\nfd = -1', ["device 'a': fd", "'-1'"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\nchardev = 1.5', ["device 'a': chardev", "a boolean"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\n"b=c" = 1', ["device 'a'", "'b=c'"]),
+        ('name = "vm1"\n[[device]]\nid = "a"\nsocket = "\\u0000"', ["device 'a': socket"]),
+        ("a = " + "[" * 100_000, ["vm.toml"]),
+        ("a = " + "9" * 10_000, ["vm.toml"]),
+    ],
+)
+def test_bad_file(tmp_path: Path, text: str, names: list[str]) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as raised:
+        parse_proxyd(["--config", str(path)])
+    line = str(raised.value)
+    assert "\n" not in line
+    assert [name for name in names if name not in line] == [], line
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a\nb.toml"
+    path.write_bytes(b'\n# \xc3\xa4\nname = "\xff"')
+    with pytest.raises(UsageError, match=r"/a\\nb.toml: no UTF-8 text: byte 0xff in line 3$"):
+        parse_remoted(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("adr", "addr"), ("Addr", "addr"), ("address", "addr"), ("sokcet", "socket"), ("socket-path", "socket")],
+)
+def test_proxyd_does_not_take_a_misspelt_key_for_the_models_own(tmp_path: Path, key: str, meant: str) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text(f'name = "vm1"\n[[device]]\nid = "com1"\nmodel = "pci-serial"\n{key} = "05.0"\n')
+    with pytest.raises(UsageError, match=rf"vm.toml: device 'com1': {key}: is {meant} meant\?"):
+        parse_proxyd(["--config", str(path)])
+    with path.open("a") as file:
+        file.write(f'{meant} = "06.0"\n')
+    assert parse_proxyd(["--config", str(path)]).devices[0].properties == {key: "05.0"}
+
+
+def test_proxyd_takes_the_models_options_that_come_with_iohub(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    options = "".join(f'{key} = "x"\n' for key in PciSerial.PROPERTIES | Edu.PROPERTIES)
+    path.write_text(f'name = "vm1"\n[[device]]\nid = "a"\n{options}')
+    assert len(parse_proxyd(["--config", str(path)]).devices[0].properties) == 3
+
+
+@pytest.mark.parametrize("vm", ["embedded", "soft", "qmp:/x"])
+def test_gsi_is_for_pid_alone(file: str, vm: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"vm1.toml: device 'edu0': gsi: only for --vm pid:PID, this is {vm}$"
+    ):
+        parse_proxyd(["--config", file, "--vm", vm])
+    with pytest.raises(
+        UsageError, match=rf"^--device 'id=a,gsi=5': gsi: only for --vm pid:PID, this is {vm}$"
+    ):
+        parse_proxyd(["--name", "vm1", "--vm", vm, "--device", "id=a,gsi=5"])
+    Path(file).write_text(FILE.replace("pid:1", vm))
+    assert parse_remoted(["--config", file]).devices[1].gsi == 11, "it is nothing to remoted"
+
+
+def test_unplug_on_exit_is_for_qmp_alone() -> None:
+    argv = ["--name", "vm1", "--unplug-on-exit"]
+    assert parse_proxyd([*argv, "--vm", "qmp:/x"]).unplug_on_exit
+    for vm in ("embedded", "soft", "pid:1"):
+        with pytest.raises(UsageError, match=rf"^--unplug-on-exit: only for --vm qmp:SOCKET, this is {vm}$"):
+            parse_proxyd([*argv, "--vm", vm])
+
+
+def test_runtime_dir_is_made_or_named_with_the_reason(tmp_path: Path) -> None:
+    def make(path: Path) -> None:
+        parse_remoted(["--name", "vm1", "--runtime-dir", str(path)]).make_runtime_dir()
+
+    for _ in range(2):
+        make(tmp_path / "a" / "b")
+        assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: exists and is no directory$"):
+        make(tmp_path / "file")
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: Not a directory$"):
+        make(tmp_path / "file" / "sub")
+    with pytest.raises(UsageError, match=r"^--runtime-dir /proc/a\\nb: No such file or directory$"):
+        make(Path("/proc/a\nb"))
+
+
+@given(
+    text=st.text() | st.from_regex(r"\A(edu,)?(id|addr|fd|gsi|socket|x)=[^,]{0,5}(,(addr|fd)=[^,]*){0,3}\Z")
+)
+def test_any_device_option_gives_a_device_or_one_line(text: str) -> None:
+    for parse in (parse_remoted, parse_proxyd):
+        try:
+            config = parse(["--name", "vm1", "--runtime-dir", "/tmp", f"--device={text}"])
+        except UsageError as error:
+            assert str(error).isprintable()
+        else:
+            assert len(config.devices) == 1
+
+
+@given(
+    data=st.binary()
+    | st.from_regex(
+        r'\A(name = "vm"\n|vm = .{0,5}\n){1,2}\[\[device\]\]\nid = "[^"]{0,5}"\n(fd|addr|x) = .*\Z'
+    ).map(str.encode)
+)
+def test_any_file_gives_a_vm_or_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_bytes(data)
+    for parse in (parse_remoted, parse_proxyd):
+        try:
+            parse(["--config", str(path)])
+        except UsageError as error:
+            assert str(error).isprintable()
+
+
+@pytest.mark.parametrize(("module", "parse"), [("remoted", parse_remoted), ("proxyd", parse_proxyd)])
+def test_help_has_an_example_that_works(module: str, parse: Parse) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
+    )
+    example = shlex.split(shown.stdout.partition("example:\n")[2])
+    assert example[0] == f"iohub-{module}"
+    assert len(parse(example[1:]).devices) == 1
+
+
+@pytest.mark.parametrize("module", ["remoted", "proxyd"])
+def test_help_tells_the_exit_statuses(module: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "\nexit status: 0 " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "program"),
+    [("remoted", "iohub-remoted"), ("proxyd", "iohub-proxyd"), ("common.ctl.main", "iohubctl")],
+)
+def test_version(module: str, program: str) -> None:
+    script = f"import sys; from {module} import main; sys.exit(main(['--version']))"
+    if "." not in module:
+        script = script.replace(module, f"{module}.main")
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{program} {version('iohub')}\n"
+
+
+@pytest.mark.parametrize("module", ["remoted", "proxyd"])
+@pytest.mark.parametrize("argv", [["--bogus"], ["--name", "vm1", "--device", "id=a\x1b[2J,addr=1"]])
+def test_a_daemon_answers_a_mistake_with_one_line(module: str, argv: list[str]) -> None:
+    run = subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    [line] = run.stderr.splitlines()
+    assert line.startswith(f"iohub-{module}: ")
+    assert line.isprintable()
+    assert run.stdout == ""

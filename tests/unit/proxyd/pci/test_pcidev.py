@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The PCI proxy's link: what a function has been through when the guest sees it, and what it costs to lose it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from common import pci
+from common.errors import PeerGone, ProtocolError
+from common.link import Client
+from common.loop import Loop
+from common.pci import parse_devfn
+from proxyd.pci.pcidev import PciProxy
+from proxyd.vm.soft.softirqchip import SoftIrqchip
+from remoted.function import Bar, BarKind, PciFunction
+from tests.support.fds import no_fd_is_left, no_more_fds
+from tests.support.irqbench import READ_IRR, S_CMD
+from tests.support.remote import RemoteThread
+from tests.support.remotebench import LineDevice
+from tests.support.steploop import run_until
+
+DEVFN = parse_devfn("05.0")
+GSI = 10
+BAR0 = pci.PCI_BASE_ADDRESS_0
+RUNNING = pci.PCI_COMMAND_IO | pci.PCI_COMMAND_MEMORY
+
+
+class OtherBar(LineDevice):
+    BARS: ClassVar[Mapping[int, Bar]] = {**LineDevice.BARS, 1: Bar(BarKind.MEM32, 8192)}
+
+
+class OtherPin(LineDevice):
+    INTERRUPT_PIN = 2
+
+
+class PinC(LineDevice):
+    INTERRUPT_PIN = 3
+
+
+class OtherClass(LineDevice):
+    CLASS_CODE = 0x078001
+
+
+class NoFunction(LineDevice):
+    VENDOR_ID = 0xFFFF
+
+
+class ImpossiblePin(LineDevice):
+    def config_read(self, addr: int, size: int) -> int:
+        return 5 if addr == pci.PCI_INTERRUPT_PIN else super().config_read(addr, size)
+
+
+class Dying(LineDevice):
+    """Its remote hangs up at the first access to config space after a reset in mid-life."""
+
+    hang_up: ClassVar[list[RemoteThread]] = []
+
+    def config_read(self, addr: int, size: int) -> int:
+        if self.resets and self.hang_up:
+            session = self.hang_up.pop().servers["line"].session
+            assert session is not None
+            session.close()
+        return super().config_read(addr, size)
+
+
+class Bench:
+    """A proxy on the userspace irqchip, and remotes in threads, one after the other."""
+
+    remote: RemoteThread
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.loop = Loop()
+        self.irqchip = SoftIrqchip(self.loop)
+        self.lost: list[PciProxy] = []
+
+    def serve(self, model: type[LineDevice] = LineDevice) -> LineDevice:
+        """A remote with one function, fresh from its power-on."""
+        self.remote = RemoteThread(self._directory)
+        function = self.remote.add(model, "line", DEVFN)
+        self.remote.start()
+        return function
+
+    def proxy(self, *, is_powered_on: bool = False) -> PciProxy:
+        connect = partial(Client.connect, str(self._directory / "line.sock"), 20.0)
+        log = logging.getLogger("test")
+        return PciProxy(
+            "line", DEVFN, connect, self.irqchip, log, self.lost.append, is_powered_on=is_powered_on
+        )
+
+    def is_requested(self) -> bool:
+        """Whether the GSI is in the slave's IRR."""
+        self.irqchip.pic.port_out(S_CMD, 1, READ_IRR)
+        return bool(self.irqchip.pic.port_in(S_CMD, 1) >> (GSI & 7) & 1)
+
+    def close(self) -> None:
+        self.irqchip.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with no_fd_is_left(), closing(Bench(tmp_path)) as bench:
+        yield bench
+
+
+def link(proxy: PciProxy) -> None:
+    proxy.connect()
+    proxy.attach()
+
+
+def use(proxy: PciProxy, function: PciFunction) -> None:
+    """What a guest does: places a BAR, turns the function on; and the function's line goes up."""
+    proxy.config_write(BAR0, 4, 0xC000)
+    proxy.config_write(pci.PCI_COMMAND, 2, RUNNING)
+    proxy.bar_write(False, 0xC000, 1, 1)
+    assert function.intx_level
+
+
+def lose(proxy: PciProxy) -> None:
+    """The link ends, the remote lives on."""
+    client = proxy._client
+    assert client is not None
+    client.shutdown()
+    assert proxy.config_read(0, 4) == 0xFFFFFFFF
+    proxy.reap()
+
+
+def is_fresh(proxy: PciProxy, function: PciFunction) -> bool:
+    return (
+        not function.intx_level
+        and proxy.config_read(pci.PCI_COMMAND, 2) == 0
+        and proxy.config_read(BAR0, 4) == pci.PCI_BASE_ADDRESS_SPACE_IO
+        and proxy.windows == ()
+    )
+
+
+def test_a_new_guest_finds_the_function_as_after_power_on(bench: Bench) -> None:
+    function = bench.serve()
+    former = bench.proxy()
+    link(former)
+    use(former, function)
+    former.close()
+    proxy = bench.proxy()
+    link(proxy)
+    assert is_fresh(proxy, function)
+    assert proxy.reconnects == 0
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_restored_guest_finds_the_function_as_it_was(bench: Bench) -> None:
+    function = bench.serve()
+    former = bench.proxy()
+    link(former)
+    use(former, function)
+    former.close()
+    proxy = bench.proxy(is_powered_on=True)
+    proxy.set_routes([GSI, None, None, None])
+    link(proxy)
+    assert function.intx_level
+    assert [window.start for window in proxy.windows] == [0xC000]
+    assert proxy.bar_read(False, 0xC000, 1) == 1
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_function_that_was_only_out_of_reach_is_what_it_was(bench: Bench) -> None:
+    function = bench.serve()
+    proxy = bench.proxy()
+    link(proxy)
+    proxy.quiesce()
+    proxy.reset()
+    use(proxy, function)
+    lose(proxy)
+    link(proxy)
+    assert function.intx_level
+    assert proxy.bar_read(False, 0xC000, 1) == 1
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_reset_that_the_remote_was_out_of_reach_for_is_made_up_for(bench: Bench) -> None:
+    function = bench.serve()
+    proxy = bench.proxy()
+    link(proxy)
+    use(proxy, function)
+    lose(proxy)
+    proxy.quiesce()
+    proxy.reset()
+    link(proxy)
+    assert is_fresh(proxy, function)
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_remote_that_dies_of_a_reset_leaves_a_function_that_is_reset(bench: Bench) -> None:
+    """Between the answer to DEVICE_RESET and the look at what it has left in config space."""
+    function = bench.serve(Dying)
+    proxy = bench.proxy()
+    link(proxy)
+    use(proxy, function)
+    Dying.hang_up.append(bench.remote)
+    proxy.quiesce()
+    proxy.reset()
+    assert bench.lost == [proxy]
+    proxy.reap()
+    link(proxy)
+    assert is_fresh(proxy, function)
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_reset_while_the_link_is_made_lets_it_be_made_again(bench: Bench) -> None:
+    function = bench.serve()
+    proxy = bench.proxy()
+    link(proxy)
+    use(proxy, function)
+    lose(proxy)
+    proxy.connect()
+    proxy.quiesce()
+    proxy.reset()
+    with pytest.raises(PeerGone, match="reset while connecting"):
+        proxy.attach()
+    proxy.reap()
+    link(proxy)
+    assert is_fresh(proxy, function)
+    assert bench.remote.hub.pirqs[DEVFN].has_irqfd
+    proxy.close()
+    bench.remote.close()
+
+
+@pytest.mark.parametrize("model", [OtherBar, OtherPin, OtherClass, NoFunction, ImpossiblePin])
+def test_another_function_at_the_same_socket_is_not_linked(bench: Bench, model: type[LineDevice]) -> None:
+    bench.serve()
+    proxy = bench.proxy()
+    link(proxy)
+    bench.remote.close()
+    assert proxy.config_read(0, 4) == 0xFFFFFFFF
+    proxy.reap()
+    bench.serve(model)
+    with pytest.raises(ProtocolError):
+        proxy.connect()
+    proxy.reap()
+    assert proxy.config_read(0, 4) == 0xFFFFFFFF
+    bench.remote.close()
+    bench.serve()
+    link(proxy)
+    assert proxy.config_read(0, 2) == LineDevice.VENDOR_ID
+    proxy.close()
+    bench.remote.close()
+
+
+def test_no_fd_for_the_link(bench: Bench) -> None:
+    bench.serve()
+    proxy = bench.proxy()
+    with no_more_fds(), pytest.raises(PeerGone, match="Too many open files"):
+        proxy.connect()
+    link(proxy)
+    proxy.close()
+    bench.remote.close()
+
+
+def test_no_fd_for_the_irqfd(bench: Bench) -> None:
+    bench.serve()
+    proxy = bench.proxy()
+    proxy.connect()
+    with no_more_fds(), pytest.raises(PeerGone, match="Too many open files"):
+        proxy.attach()
+    proxy.reap()
+    assert proxy.config_read(0, 4) == 0xFFFFFFFF
+    link(proxy)
+    assert proxy.reconnects == 0
+    proxy.close()
+    bench.remote.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_narrow_writes_to_command_and_bar_count(bench: Bench, size: int) -> None:
+    function = bench.serve()
+    proxy = bench.proxy()
+    link(proxy)
+
+    def write(offset: int, value: int) -> None:
+        for position in range(0, 4, size):
+            proxy.config_write(offset + position, size, value >> 8 * position)
+
+    write(BAR0, 0xC120)
+    write(BAR0 + 8, 0x8000_0000)
+    write(BAR0 + 12, 0x12)
+    write(pci.PCI_COMMAND, RUNNING)
+    assert [(window.start, window.end) for window in proxy.windows] == [
+        (0xC120, 0xC130),
+        (0x12_8000_0000, 0x12_8001_0000),
+    ]
+    proxy.bar_write(True, 0x12_8000_0010, 8, 0x1122_3344_5566_7788)
+    assert proxy.bar_read(True, 0x12_8000_0014, 4) == 0x1122_3344
+    # And so they are restored.
+    bench.remote.close()
+    assert proxy.config_read(0, 4) == 0xFFFFFFFF
+    proxy.reap()
+    function = bench.serve()
+    link(proxy)
+    assert proxy.config_read(BAR0, 4) == 0xC121
+    assert proxy.config_read(BAR0 + 12, 4) == 0x12
+    assert proxy.config_read(pci.PCI_COMMAND, 2) == RUNNING
+    assert function.resets == 1
+    # INTX_DISABLE is in the second byte.
+    bench.irqchip.set_level_triggered(GSI)
+    proxy.set_routes([GSI, None, None, None])
+    proxy.bar_write(False, 0xC120, 1, 1)
+    run_until(bench.loop, bench.is_requested)
+    write(pci.PCI_COMMAND, RUNNING | pci.PCI_COMMAND_INTX_DISABLE)
+    assert not bench.is_requested()
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_function_that_comes_late_is_routed_where_its_pin_goes(bench: Bench) -> None:
+    proxy = bench.proxy()
+    proxy.set_routes([5, 9, GSI, None])
+    bench.serve(PinC)
+    link(proxy)
+    assert proxy.gsi == GSI
+    proxy.set_routes([GSI, 9, None, 5])
+    assert proxy.gsi is None
+    proxy.set_routes([None, None, 11, None])
+    assert proxy.gsi == 11
+    proxy.close()
+    bench.remote.close()

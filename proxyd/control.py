@@ -7,16 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
-from common.journal import printable
+from common.amiss import Amiss, one_line
 from common.link import PeerCredentials
 from common.pci import format_devfn
 
 __all__ = ["INTERFACE", "FunctionState", "ProxydInterface"]
 
 INTERFACE = "org.iohub.Proxyd"
-
-_MAX_REASON = 256
-"""characters: some of it may be what a peer has said"""
 
 
 class FunctionState(Protocol):
@@ -27,6 +24,7 @@ class FunctionState(Protocol):
     reconnects: int
     reason: str
     """why there is no link, or why there was none before this one; empty before the first attempt"""
+    amiss: Amiss
 
     @property
     def pin(self) -> int | None: ...
@@ -50,6 +48,8 @@ class ProxydInterface:
         """
         self.irqchip = irqchip
         self.tsc_khz = tsc_khz
+        self.amiss = Amiss()
+        """what concerns no single function"""
         self.attached: str | None = None
         self.reason: str | None = None
         self._vm = {"vm": vm, "pid": os.getpid(), "kind": kind}
@@ -58,13 +58,18 @@ class ProxydInterface:
     def Status(self) -> dict[str, object]:
         """The VM, and every function's route and link."""
         functions = [_function_status(proxy) for proxy in self._proxies]
-        status = {**self._vm, "irqchip": self.irqchip, "functions": functions}
+        status: dict[str, object] = {
+            **self._vm,
+            "irqchip": self.irqchip,
+            "amiss": self.amiss.texts(),
+            "functions": functions,
+        }
         if self.tsc_khz is not None:
             status["tsc_khz"] = self.tsc_khz
         if self.attached is not None:
             status["attached"] = self.attached
         if self.reason is not None:
-            status["reason"] = _one_line(self.reason)
+            status["reason"] = one_line(self.reason)
         return status
 
 
@@ -76,20 +81,17 @@ def _function_status(proxy: FunctionState) -> dict[str, object]:
         "addr": format_devfn(proxy.devfn),
         "connected": remote is not None,
         "reconnects": proxy.reconnects,
+        "amiss": proxy.amiss.texts(),
     }
     if pin is not None:
         status["pin"] = pin
     if gsi is not None:
         status["gsi"] = gsi
     if remote is None:
-        status["reason"] = _one_line(proxy.reason or "not connected yet")
+        status["reason"] = one_line(proxy.reason or "not connected yet")
     else:
         status["remote_pid"] = remote.pid
         name = remote.name
         if name is not None:
             status["remote_name"] = name
     return status
-
-
-def _one_line(text: str) -> str:
-    return printable(text[:_MAX_REASON])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from varlink import VarlinkError
 
+from common.amiss import Amiss
 from common.config import DeviceConfig
 from common.errors import UsageError
 from common.pci import format_devfn, parse_devfn
@@ -23,6 +24,8 @@ class RemotedInterface:
 
     def __init__(self, vm: str, devices: Sequence[tuple[DeviceConfig, DeviceServer]]) -> None:
         """``devices`` is read at each call."""
+        self.amiss = Amiss()
+        """what concerns no single device"""
         self._vm = vm
         self._devices = devices
 
@@ -31,6 +34,7 @@ class RemotedInterface:
         return {
             "vm": self._vm,
             "pid": os.getpid(),
+            "amiss": self.amiss.texts(),
             "functions": [_function_status(config, server) for config, server in self._devices],
         }
 
@@ -78,6 +82,7 @@ def _function_status(config: DeviceConfig, server: DeviceServer) -> dict[str, ob
         "refused": server.refused,
         "has_irqfd": pirq.has_irqfd,
         "link": "connected" if session else "waiting" if server.is_listening else "closed",
+        "amiss": server.function.amiss.texts(),
     }
     if session is not None:
         status["client_pid"] = session.peer.pid

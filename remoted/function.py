@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common import pci
+from common.amiss import Amiss
 from common.errors import UsageError
 from common.pci import Bar, BarKind
 from remoted.host import DEVICE_ERRORS, Failures, Host
@@ -76,6 +77,8 @@ class PciFunction:
         """``properties`` holds a text for those of PROPERTIES that were given. Raises UsageError."""
         self.host = host
         self.properties = properties
+        self.amiss = Amiss()
+        """what an operator is to be told of this function"""
         self._level = False
         self._asserted = False
         self._windows: list[_Window] = []

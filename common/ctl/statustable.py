@@ -45,6 +45,8 @@ def find_amiss(answers: Mapping[str, Any], errors: Mapping[str, str]) -> list[st
     """
     proxyd = answers.get("proxyd", {})
     amiss = list(errors.values())
+    for daemon, answer in answers.items():
+        amiss.extend(f"{daemon}: {text}" for text in answer["amiss"])
     if proxyd.get("reason"):
         amiss.append(f"proxyd: {proxyd['reason']}")
     for name, views in _join(answers):
@@ -55,6 +57,7 @@ def find_amiss(answers: Mapping[str, Any], errors: Mapping[str, str]) -> list[st
             amiss.append(f"{name}: {where}: give both the same addr=")
         notes = _notes(views.get("remoted"), views.get("proxyd"), errors)
         amiss.extend(f"{addresses[0]} {name}: {note}" for note in notes)
+        amiss.extend(f"{addresses[0]} {name}: {text}" for view in views.values() for text in view["amiss"])
     return amiss
 
 

@@ -23,6 +23,7 @@ from functools import partial
 from typing import NamedTuple
 
 from common import mpqemu, pci
+from common.amiss import Amiss
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
 from common.link import Client, PeerCredentials
@@ -104,6 +105,7 @@ class PciProxy:
         self.reconnects = 0
         self.reason = ""
         """why there is no link, or was none before this one"""
+        self.amiss = Amiss()
         self._connect = connect
         self._ram = ram
         self._irqchip = irqchip

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 
 from common import mpqemu, pci
+from common.amiss import Amiss
 from common.config import DeviceConfig, VmConfig
 from common.control import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
@@ -47,6 +48,7 @@ class _Function:
         self.reconnects = 0
         self.reason = ""
         """why there is no link, or was none before this one"""
+        self.amiss = Amiss()
         self.pin: int | None = None
         self.log = RateLimited(log)
         self._gsi = gsi

@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from select import EPOLLIN, EPOLLRDHUP
 
+from common.amiss import Amiss
 from common.config import DeviceConfig
 from common.errors import PeerGone, ProtocolError
 from common.journal import Log, RateLimited
@@ -82,6 +83,7 @@ class Function:
         self.reconnects = 0
         self.reason = _NO_QEMU
         """what is or was amiss last"""
+        self.amiss = Amiss()
         self.remote: PeerCredentials | None = None
         """the process at the other end of QEMU's link; None unless the function is plugged and its link good"""
         self.is_plugged = False

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from common.amiss import Amiss
 from common.config import DeviceConfig, VmConfig
 from common.control import call
 from common.ctl.children import Child
@@ -94,7 +95,7 @@ def test_the_vm_is_described(bench: Bench) -> None:
     bench.board.start("soft", None)
     status = bench.status()
     status.pop("functions")
-    assert status == {"vm": "vm1", "pid": os.getpid(), "kind": "soft", "irqchip": "soft"}
+    assert status == {"vm": "vm1", "pid": os.getpid(), "kind": "soft", "irqchip": "soft", "amiss": []}
 
 
 def test_the_irqchip_of_a_vm_without_kvm_is_named_as_the_way_to_it(tmp_path: Path) -> None:
@@ -119,10 +120,20 @@ def test_functions_without_a_remote(bench: Bench) -> None:
             "addr": addr,
             "connected": False,
             "reconnects": 0,
+            "amiss": [],
             "reason": f"no link: {bench.directory}/{name}.sock: No such file or directory",
         }
         for name, addr in ADDRESSES.items()
     ]
+
+
+def test_what_modules_say_is_amiss_is_told_of_the_function_and_of_the_vm(bench: Bench) -> None:
+    bench.board.start("soft", None)
+    bench.board._interface.amiss.add(lambda: ["the guest is paused"])
+    bench.board._proxies[0].amiss.add(lambda: ["slow"])
+    assert bench.status()["amiss"] == ["the guest is paused"]
+    functions = bench.functions()
+    assert (functions["line0"]["amiss"], functions["line1"]["amiss"]) == (["slow"], [])
 
 
 def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
@@ -171,6 +182,7 @@ class Unlinked:
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
+        self.amiss = Amiss()
 
 
 def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:

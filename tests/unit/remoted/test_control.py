@@ -75,6 +75,7 @@ def test_an_unused_function(bench: Bench) -> None:
         "refused": 0,
         "has_irqfd": False,
         "link": "waiting",
+        "amiss": [],
     }
 
 
@@ -103,6 +104,17 @@ def test_the_client_is_told_by_pid_and_name_while_it_is_connected(bench: Bench) 
     bench.settle()
     assert bench.status("dev0")["link"] == "waiting"
     assert "client_pid" not in bench.status("dev0")
+
+
+def test_what_modules_say_is_amiss_is_told_while_it_is_true(bench: Bench) -> None:
+    said = ["the register SPEED hangs"]
+    bench.servers["dev0"].function.amiss.add(lambda: said)
+    assert bench.status("dev0")["amiss"] == said
+    assert bench.status("line0")["amiss"] == []
+    bench.interface.amiss.add(lambda: ["no memory"])
+    assert bench.interface.Status()["amiss"] == ["no memory"]
+    said.clear()
+    assert bench.status("dev0")["amiss"] == []
 
 
 CONNECT = """

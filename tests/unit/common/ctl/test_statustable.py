@@ -27,6 +27,7 @@ def remote_function(**fields: object) -> dict[str, object]:
         "link": "connected",
         "client_pid": 42,
         "client_name": "qemu",
+        "amiss": [],
         **fields,
     }
 
@@ -41,6 +42,7 @@ def proxy_function(**fields: object) -> dict[str, object]:
         "reconnects": 6,
         "remote_pid": 43,
         "remote_name": "iohub-remoted",
+        "amiss": [],
         **fields,
     }
 
@@ -50,13 +52,14 @@ def answers_of(
 ) -> dict[str, Any]:
     """What the daemons would answer, each with one function or none."""
     return {
-        "remoted": {"vm": "vm1", "pid": 1, "functions": [remote] if remote else []},
+        "remoted": {"vm": "vm1", "pid": 1, "amiss": [], "functions": [remote] if remote else []},
         "proxyd": {
             "vm": "vm1",
             "pid": 2,
             "kind": "qmp:x",
             "irqchip": "kvm",
             "attached": "qemu[42]",
+            "amiss": [],
             "functions": [proxy] if proxy else [],
             **proxyd,
         },
@@ -128,6 +131,23 @@ def test_what_is_amiss_is_said_below_the_table_once(
     *_, row, blank, last = table_of(remote, proxy).splitlines()
     assert row.startswith("05.0  com1  ")
     assert (blank, last) == ("", line)
+
+
+def test_what_the_daemons_modules_say_is_amiss_is_said_after_what_the_table_shows() -> None:
+    answers = answers_of(
+        remote_function(amiss=["9 bytes dropped", "reset() failed"], link="waiting"),
+        proxy_function(amiss=["slow"]),
+        amiss=["the guest is paused"],
+    )
+    answers["remoted"]["amiss"] = ["something"]
+    assert find_amiss(answers, {}) == [
+        "remoted: something",
+        "proxyd: the guest is paused",
+        "05.0 com1: no client is connected to its socket",
+        "05.0 com1: 9 bytes dropped",
+        "05.0 com1: reset() failed",
+        "05.0 com1: slow",
+    ]
 
 
 def test_a_vm_without_a_qemu_is_amiss() -> None:

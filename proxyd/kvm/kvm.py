@@ -249,15 +249,16 @@ class Vcpu:
     """One vCPU; run() belongs to one thread at a time, immediate_exit to any."""
 
     def __init__(self, fd: int, mmap_size: int, vm: Vm) -> None:
-        """Takes ownership of the fd, also when it raises OSError because kvm_run can't be mapped."""
+        """Takes ownership of the fd, also when it raises OSError or ValueError because kvm_run can't be mapped."""
         self.fd = fd
         self._vm = vm
         try:
             self._shared = mmap.mmap(fd, mmap_size)
+            self._run: kvm_run | None = kvm_run.from_buffer(self._shared)
         except BaseException:
+            self.fd = -1
             os.close(fd)
             raise
-        self._run: kvm_run | None = kvm_run.from_buffer(self._shared)
 
     @property
     def state(self) -> kvm_run:
@@ -313,12 +314,6 @@ class Vcpu:
         else:
             value = read(mmio.phys_addr, size) & (1 << 8 * size) - 1
             mmio.data[:size] = value.to_bytes(size, "little")
-
-    def get_regs(self) -> kvm_regs:
-        """KVM_GET_REGS."""
-        regs = kvm_regs()
-        self._ioctl(Request.KVM_GET_REGS, regs)
-        return regs
 
     def get_sregs(self) -> kvm_sregs:
         """KVM_GET_SREGS."""

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sizing the base address registers of a function whose config space is elsewhere.
+"""The base address registers of a function whose config space is elsewhere: their sizes, and what they decode.
 
-PCI Local Bus Specification 3.0, section 6.2.5.1: write all ones, read back, restore; with decoding off
-meanwhile, so that the function answers at no wrong address.
+Sizing follows the PCI Local Bus Specification 3.0, section 6.2.5.1: write all ones, read back, restore.
+Decoding is off meanwhile, so that the function answers at no wrong address.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from common import pci
 from common.errors import ProtocolError
 from common.pci import Bar, BarKind
 
-__all__ = ["ROM", "DecodedBar", "size_bars"]
+__all__ = ["ROM", "DecodedBar", "Window", "decoded_windows", "size_bars"]
 
 ROM = 6
 """the number that the expansion ROM has among the BARs"""
@@ -36,6 +36,16 @@ class DecodedBar(NamedTuple):
     def width(self) -> int:
         """Bytes of config space that it occupies: 4 or 8."""
         return 8 if self.bar.kind is BarKind.MEM64 else 4
+
+
+class Window(NamedTuple):
+    """A range of bus addresses that a function decodes."""
+
+    memory: bool
+    """memory, else I/O ports"""
+    start: int
+    end: int
+    """the first address that is not in it"""
 
 
 def size_bars(read: Callable[[int, int], int], write: Callable[[int, int, int], None]) -> list[DecodedBar]:
@@ -62,6 +72,25 @@ def size_bars(read: Callable[[int, int], int], write: Callable[[int, int, int], 
         found.append(DecodedBar(ROM, pci.PCI_ROM_ADDRESS, Bar(BarKind.MEM32, size)))
     write(pci.PCI_COMMAND, 2, command)
     return found
+
+
+def decoded_windows(bars: Iterable[DecodedBar], config: bytes | bytearray) -> tuple[Window, ...]:
+    """What the BARs decode with these registers (``config``: config space, command register and BARs of it).
+
+    A BAR decodes if the command register enables its space and it isn't 0; the ROM by its own enable bit, too.
+    """
+    command = config[pci.PCI_COMMAND]
+    windows = []
+    for decoded in bars:
+        raw = int.from_bytes(config[decoded.offset : decoded.offset + decoded.width], "little")
+        memory = decoded.bar.kind is not BarKind.IO
+        start = raw & ~(decoded.bar.size - 1) & ((1 << 8 * decoded.width) - 1)
+        enabled = command & (pci.PCI_COMMAND_MEMORY if memory else pci.PCI_COMMAND_IO)
+        if decoded.number == ROM:
+            enabled = enabled and raw & pci.PCI_ROM_ADDRESS_ENABLE
+        if enabled and start:
+            windows.append(Window(memory, start, start + decoded.bar.size))
+    return tuple(windows)
 
 
 def _size_one(

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The PCI proxy of one function: what QEMU's hw/remote/proxy.c does, kept exact.
+"""The PCI proxy of one function: what QEMU's hw/remote/proxy.c does, without what that loses.
 
-It forwards config and BAR accesses over the link, owns the irqfd/resamplefd pair, and follows the route of
-the function's interrupt pin. Where QEMU drops a level on the way this proxy kicks: writing the resamplefd
-makes the remote look at its level again and re-assert what is still high, and does nothing to a low line. A
-kick follows every assign.
+It forwards config and BAR accesses over the link, keeps a copy of what the guest programs, and assigns the
+irqfd to the GSI that the function's interrupt pin is routed to.
 
 While the remote is gone reads give all ones, writes are lost, and nothing is asserted. A new connection gets
 back what the guest had programmed (BARs, command, interrupt line) and a fresh pair of eventfds.
 
 Three threads use it: the vCPU's (accesses, routes), the control thread's (attach, teardown), and one for each
-connection that is being made, which may take many round trips. One lock guards the link and the pair; it is
-never held for longer than one access takes, and never by who connects.
+connection that is being made, which may take many round trips. One lock guards the link and the pair. It is
+never held for longer than one access takes, and never by the thread that connects.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from common import mpqemu, pci
@@ -28,34 +25,16 @@ from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
 from common.link import Client, PeerCredentials
 from common.mpqemu import Command
-from common.notifier import EventNotifier
-from common.pci import BarKind
 from proxyd.kvm.irqchip import Irqchip
-from proxyd.pci.bars import ROM, DecodedBar, size_bars
+from proxyd.pci.bars import Window, decoded_windows
+from proxyd.pci.intxpair import IntxPair
 from proxyd.pci.ram import Ram
+from proxyd.pci.remoteconfig import Identity, identify, read_registers, write_registers
 
-__all__ = ["Identity", "PciProxy"]
+__all__ = ["PciProxy"]
 
 _ALL_ONES = 0xFFFFFFFFFFFFFFFF
 _NO_ROUTES = (None,) * 4
-_RESTORED = (
-    (pci.PCI_CACHE_LINE_SIZE, 1),
-    (pci.PCI_INTERRUPT_LINE, 1),
-    *((offset, 4) for offset in range(pci.PCI_BASE_ADDRESS_0, pci.PCI_BASE_ADDRESS_5 + 4, 4)),
-    (pci.PCI_ROM_ADDRESS, 4),
-    (pci.PCI_COMMAND, 2),
-)
-"""what a guest programs and a restarted remote has lost; command last, since it enables decoding"""
-
-
-class Identity(NamedTuple):
-    """What makes a function the same one after a reconnect."""
-
-    vendor: int
-    device: int
-    class_code: int
-    pin: int
-    bars: tuple[DecodedBar, ...]
 
 
 class _Found(NamedTuple):
@@ -66,12 +45,6 @@ class _Found(NamedTuple):
     """of resets: what was found is worthless if the machine was reset since"""
     registers: bytearray | None
     """what a reset has left in config space, as far as it is kept; None if the guest's was restored"""
-
-
-class _Window(NamedTuple):
-    memory: bool
-    start: int
-    end: int
 
 
 class PciProxy:
@@ -100,7 +73,7 @@ class PciProxy:
         self.name = name
         self.devfn = devfn
         self.identity: Identity | None = None
-        self.windows: tuple[_Window, ...] = ()
+        self.windows: tuple[Window, ...] = ()
         """where the function's BARs are decoded at present"""
         self.reconnects = 0
         self.reason = ""
@@ -108,7 +81,6 @@ class PciProxy:
         self.amiss = Amiss()
         self._connect = connect
         self._ram = ram
-        self._irqchip = irqchip
         self.log = RateLimited(log)
         self._on_lost = on_lost
         self._lock = threading.RLock()
@@ -119,10 +91,8 @@ class PciProxy:
         self._peer = ""  # who is or was linked last, as the log has it: its name goes with the process
         self._aborted = False
         self._was_linked = False
-        self._irqfd: EventNotifier | None = None
-        self._resamplefd: EventNotifier | None = None
+        self._pair = IntxPair(irqchip)
         self._routes: tuple[int | None, ...] = _NO_ROUTES
-        self._assigned: int | None = None
         self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
         self._generation = 0  # of resets
         self._reset_due = not is_powered_on  # the remote has not seen the last one
@@ -141,7 +111,16 @@ class PciProxy:
     @property
     def gsi(self) -> int | None:
         """The GSI that the irqfd is assigned to."""
-        return self._assigned
+        return self._pair.gsi
+
+    @property
+    def is_decoded(self) -> bool | None:
+        """Whether the guest has placed and enabled a BAR, so that its driver can reach the device.
+
+        None for a function without BARs, and before the first connection.
+        """
+        identity = self.identity
+        return bool(self.windows) if identity is not None and identity.bars else None
 
     def fileno(self) -> int:
         """The link's fd; readable without a request under way it has ended, or should."""
@@ -163,16 +142,16 @@ class PciProxy:
             raise PeerGone("the daemon ends")
         if self._ram is not None:
             client.send(Command.SYNC_SYSMEM, self._ram.sysmem, (self._ram.fd,))
-        identity = _identify(client)
+        identity = identify(client)
         if self.identity not in (None, identity):
             raise ProtocolError("another function than before the connection was lost")
         if reset_due:
             client.request(Command.DEVICE_RESET)
         if reset_due or self.identity is None:
-            registers = _read_registers(client)
+            registers = read_registers(client)
         else:
             registers = None
-            _write_registers(client, shadow)
+            write_registers(client, shadow)
         self._found = _Found(identity, generation, registers)
 
     def attach(self) -> None:
@@ -190,14 +169,14 @@ class PciProxy:
             self.identity = found.identity
             try:
                 if self.pin:
-                    self._create_pair()
-                    self._assign()
-                    self._send_pair(client)
+                    self._pair.create()
+                    self._pair.assign(self._route)
+                    self._pair.send(client)
             except OSError as error:
-                self._drop_pair()
+                self._pair.close()
                 raise PeerGone(f"no irqfd: {error.strerror or error}") from error
             except BaseException:
-                self._drop_pair()
+                self._pair.close()
                 raise
             self.reconnects += self._was_linked
             self._was_linked = True
@@ -218,7 +197,7 @@ class PciProxy:
     def close(self) -> None:
         """Takes the irqfd out of KVM, then closes the pair, then the link. A second call does nothing."""
         with self._lock:
-            self._drop_pair()
+            self._pair.close()
             self._lost, self._client = self._client or self._lost, None
             self.reap()
 
@@ -280,7 +259,7 @@ class PciProxy:
     def quiesce(self) -> None:
         """Takes the irqfd out of the irqchip, lowering the line: first step of a reset, and before a save."""
         with self._lock:
-            self._deassign()
+            self._pair.deassign()
 
     def reset(self) -> None:
         """Resets the remote function and forgets what the guest had programmed; to be called while quiesced.
@@ -290,13 +269,13 @@ class PciProxy:
         with self._lock:
             self._generation += 1
             self._reset_due = True
-            self._deassign()
+            self._pair.deassign()
             self._routes = _NO_ROUTES
             self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
             if self._client is not None:
                 try:
                     self._client.request(Command.DEVICE_RESET)
-                    self._shadow = _read_registers(self._client)
+                    self._shadow = read_registers(self._client)
                     self._reset_due = False
                 except (PeerGone, ProtocolError) as error:
                     self._lose(error)
@@ -324,102 +303,24 @@ class PciProxy:
     def _lose(self, error: Exception) -> None:
         self.reason = f"link lost: {error}"
         self.log.warning("%s", self.reason, peer=self._peer)
-        self._drop_pair()
+        self._pair.close()
         self._lost, self._client = self._client, None
         self._on_lost(self)
 
-    def _create_pair(self) -> None:
-        self._irqfd = EventNotifier.create()
-        self._resamplefd = EventNotifier.create()
-
-    def _send_pair(self, client: Client) -> None:
-        """Hands the pair to the remote, after _assign() has kicked: QEMU's looks at its level only then, ours
-        looks at it when the pair arrives and takes the kick for the same question, so that it asserts once."""
-        if self._irqfd is not None and self._resamplefd is not None:
-            client.send(Command.SET_IRQFD, fds=(self._irqfd.fd, self._resamplefd.fd))
-
-    def _drop_pair(self) -> None:
-        self._deassign()
-        for notifier in (self._irqfd, self._resamplefd):
-            if notifier is not None:
-                notifier.close()
-        self._irqfd = self._resamplefd = None
-
     def _reassign(self) -> None:
-        """Deassign, assign, kick: an assign before the deassign would be EBUSY."""
-        self._deassign()
         try:
-            self._assign()
+            self._pair.assign(self._route)
         except OSError as error:  # a new link gets a new pair, and tries again
             self._lose(error)
 
-    def _deassign(self) -> None:
-        if self._assigned is not None and self._irqfd is not None:
-            self._irqchip.deassign(self._assigned, self._irqfd)
-        self._assigned = None
-
-    def _assign(self) -> None:
-        route = self._route
-        if route is None or self._irqfd is None or self._resamplefd is None:
-            return
-        # An event from before would assert the line at once, and the kick's answer would once more: the guest may
-        # have served the first by the time that KVM injects the second.
-        self._irqfd.test_and_clear()
-        self._irqchip.assign(route, self._irqfd, self._resamplefd)
-        self._assigned = route
-        self._resamplefd.set()
-
     @property
     def _route(self) -> int | None:
-        """Where the pin goes at present."""
+        """The GSI that the pin is routed to at present."""
         return self._routes[self.pin - 1] if self.pin else None
 
     def _is_intx_disabled(self) -> bool:
         return bool(self._shadow[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE)
 
     def _update_windows(self) -> None:
-        command = self._shadow[pci.PCI_COMMAND]
-        windows = []
-        for decoded in self.identity.bars if self.identity is not None else ():
-            raw = int.from_bytes(self._shadow[decoded.offset : decoded.offset + decoded.width], "little")
-            memory = decoded.bar.kind is not BarKind.IO
-            start = raw & ~(decoded.bar.size - 1) & ((1 << 8 * decoded.width) - 1)
-            enabled = command & (pci.PCI_COMMAND_MEMORY if memory else pci.PCI_COMMAND_IO)
-            if decoded.number == ROM:
-                enabled = enabled and raw & pci.PCI_ROM_ADDRESS_ENABLE
-            if enabled and start:
-                windows.append(_Window(memory, start, start + decoded.bar.size))
-        self.windows = tuple(windows)
-
-
-def _identify(client: Client) -> Identity:
-    vendor_device = _config_read(client, pci.PCI_VENDOR_ID, 4)
-    if vendor_device & 0xFFFF in (0xFFFF, 0):
-        raise ProtocolError(f"no PCI function: vendor and device id {vendor_device:#x}")
-    pin = _config_read(client, pci.PCI_INTERRUPT_PIN, 1)
-    if pin > 4:
-        raise ProtocolError(f"impossible interrupt pin {pin}")
-    class_code = _config_read(client, pci.PCI_REVISION_ID, 4) >> 8
-    bars = size_bars(partial(_config_read, client), partial(_config_write, client))
-    return Identity(vendor_device & 0xFFFF, vendor_device >> 16, class_code, pin, tuple(bars))
-
-
-def _read_registers(client: Client) -> bytearray:
-    registers = bytearray(pci.PCI_CONFIG_SIZE)
-    for offset, size in _RESTORED:
-        registers[offset : offset + size] = _config_read(client, offset, size).to_bytes(size, "little")
-    return registers
-
-
-def _write_registers(client: Client, registers: bytearray) -> None:
-    for offset, size in _RESTORED:
-        _config_write(client, offset, size, int.from_bytes(registers[offset : offset + size], "little"))
-
-
-def _config_read(client: Client, offset: int, size: int) -> int:
-    value = client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(offset, 0, size))
-    return value & ((1 << 8 * size) - 1)
-
-
-def _config_write(client: Client, offset: int, size: int, value: int) -> None:
-    client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(offset, value, size))
+        bars = self.identity.bars if self.identity is not None else ()
+        self.windows = decoded_windows(bars, self._shadow)

@@ -35,14 +35,14 @@ def bench(kvm_bench: KvmBench) -> KvmBench:
 def function(bench: KvmBench) -> Iterator[Function]:
     function = Function(bench)
     yield function
-    function.peer.close()
+    function.close()
 
 
 @pytest.fixture
 def sharer(bench: KvmBench) -> Iterator[Function]:
     function = Function(bench)
     yield function
-    function.peer.close()
+    function.close()
 
 
 def in_child(action: Callable[[], object]) -> str:
@@ -74,7 +74,7 @@ def test_a_forked_child_is_told_whose_vm_it_is(bench: KvmBench) -> None:
         "KVM_GET_IRQCHIP": lambda: vm.get_irqchip(KVM_IRQCHIP_PIC_MASTER),
         "KVM_SET_GSI_ROUTING": lambda: vm.set_gsi_routing(intx_routing()),
         "KVM_RUN": bench.machine.vcpu.run,
-        "KVM_GET_REGS": bench.machine.vcpu.get_regs,
+        "KVM_GET_SREGS": bench.machine.vcpu.get_sregs,
     }
     for name, request in requests.items():
         line = in_child(request)

@@ -118,7 +118,7 @@ def test_a_kick_brings_a_lost_assertion_back_and_does_nothing_to_a_low_line(boar
 
 def test_after_the_teardown_a_peer_that_kept_its_irqfd_reaches_nothing(board: Board) -> None:
     board.route(1, 11)
-    kept = os.dup(board.proxies["b"]._irqfd.fd)  # type: ignore[union-attr]
+    kept = os.dup(board.proxies["b"]._pair.irqfd.fd)  # type: ignore[union-attr]
     try:
         board.proxies["b"].close()
         os.eventfd_write(kept, 1)
@@ -324,9 +324,10 @@ def test_an_irqfd_that_kvm_refuses_costs_the_link_and_nothing_else(board: Board)
     """KVM takes an eventfd once, whatever the GSI."""
     board.route(0, 10)
     proxy = board.proxies["b"]
-    assert proxy._irqfd is not None
-    assert proxy._resamplefd is not None
-    board.bench.machine.vm.assign_irqfd(23, proxy._irqfd, proxy._resamplefd)
+    pair = proxy._pair
+    assert pair.irqfd is not None
+    assert pair.resamplefd is not None
+    board.bench.machine.vm.assign_irqfd(23, pair.irqfd, pair.resamplefd)
     board.raise_line("b")
     board.route(1, 11)
     assert board.lost == [proxy]

@@ -7,6 +7,7 @@ import os
 
 from common.loop import Loop
 from common.notifier import EventNotifier
+from proxyd.pci.intxpair import IntxPair
 from remoted.iohub import Pirq
 from tests.support.irqbench import IrqBench, Pair
 
@@ -32,27 +33,28 @@ class Peer:
 
 
 class Function:
-    """One function as the proxy sees it: a pair, its peer, and the GSI it is on."""
+    """The proxy's pair of one function, and the peer that has the other end."""
 
     def __init__(self, bench: IrqBench) -> None:
         self._bench = bench
-        self.pair = bench.pair()
+        self._intx = IntxPair(bench.irqchip)
+        self._intx.create()
+        assert self._intx.irqfd is not None
+        assert self._intx.resamplefd is not None
+        self.pair = Pair(self._intx.irqfd, self._intx.resamplefd)
         self.peer = Peer(self.pair)
-        self.gsi: int | None = None
 
     def route(self, gsi: int | None) -> None:
-        """Deassign, drain, assign, kick."""
-        if self.gsi is not None:
-            self._bench.irqchip.deassign(self.gsi, self.pair.irqfd)
-            self.pair.irqfd.test_and_clear()
-        self.gsi = gsi
-        if gsi is not None:
-            self._bench.assign(gsi, self.pair)
-            self.pair.resamplefd.set()
+        """The guest routes the pin elsewhere, or nowhere."""
+        self._intx.assign(gsi)
         self.settle()
 
     def settle(self) -> None:
         """Lets the peer see its resamples, and its events arrive."""
         self.peer.serve()
-        if self.gsi is not None:
-            self._bench.settle(self.gsi, self.pair)
+        if self._intx.gsi is not None:
+            self._bench.settle(self._intx.gsi, self.pair)
+
+    def close(self) -> None:
+        self.peer.close()
+        self._intx.close()

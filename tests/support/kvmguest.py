@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from proxyd.kvm.kvm import Kvm, Vcpu
-from proxyd.kvm.kvm_h import ExitReason
+from proxyd.kvm.kvm_h import ExitReason, Request, kvm_regs
 
 GUESTS = Path(__file__).parent.parent / "guests"
 
@@ -171,4 +171,6 @@ class KvmMachine:
             elif reason is ExitReason.MMIO:
                 self.vcpu.complete_mmio(self._handler.mmio_read, self._handler.mmio_write)
             elif reason is not ExitReason.INTR:
-                raise UnexpectedExit(f"{reason.name} at eip {self.vcpu.get_regs().rip:#x}")
+                regs = kvm_regs()
+                self.vm.ioctl_on(self.vcpu.fd, Request.KVM_GET_REGS, regs)
+                raise UnexpectedExit(f"{reason.name} at eip {regs.rip:#x}")

@@ -282,6 +282,37 @@ def test_no_fd_for_the_irqfd(bench: Bench) -> None:
     bench.remote.close()
 
 
+class WithoutBars(LineDevice):
+    BARS: ClassVar[Mapping[int, Bar]] = {}
+
+
+def test_whether_the_guest_lets_a_function_decode(bench: Bench) -> None:
+    function = bench.serve()
+    proxy = bench.proxy()
+    assert proxy.is_decoded is None, "nobody knows yet whether it has BARs"
+    link(proxy)
+    assert proxy.is_decoded is False
+    use(proxy, function)
+    assert proxy.is_decoded is True
+    proxy.config_write(pci.PCI_COMMAND, 2, 0)
+    assert proxy.is_decoded is False
+    use(proxy, function)
+    proxy.quiesce()
+    proxy.reset()
+    assert proxy.is_decoded is False
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_function_without_bars_is_not_amiss_for_it(bench: Bench) -> None:
+    bench.serve(WithoutBars)
+    proxy = bench.proxy()
+    link(proxy)
+    assert proxy.is_decoded is None
+    proxy.close()
+    bench.remote.close()
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_narrow_writes_to_command_and_bar_count(bench: Bench, size: int) -> None:
     function = bench.serve()

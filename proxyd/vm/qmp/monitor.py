@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """QEMU's monitor: one QMP connection (docs/interop/qmp-spec in QEMU), one command at a time.
 
-The protocol's machinery is the qemu.qmp library's. What it leaves open is here: fds that ride with their
-command, deadlines, and events that are handled as they come instead of being kept for ever.
+The protocol is spoken by the qemu.qmp library. What that leaves open is here: fds that are sent with their
+command, deadlines, events that are handled as they come instead of being kept for ever, and one kind of error for
+all that a peer's input can make the library raise, failed assertions among them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = ["CommandError", "Monitor", "MonitorAbsent"]
 
 _MAX_MESSAGE = 1 << 20
 _GREETING_SECONDS = 5.0
+_MAX_WORDS = 200
+"""characters of an error's text, of which QEMU may have chosen any number"""
 _COMMAND_SECONDS = 10.0
 """how long QEMU's main loop may be busy with something else"""
 
@@ -55,13 +58,45 @@ class _Client(QMPClient):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(readbuflen=_MAX_MESSAGE)
         self._monitor_socket = sock
+        self._ending: asyncio.Task[Exception] | None = None
         self.passenger: int | None = None
         """the fd that the next message takes along"""
 
-    def hang_up(self) -> None:
-        """Ends the stream: whatever the library waits for comes to its end."""
+    async def end(self) -> Exception:
+        """Ends the session, if that hasn't ended yet. Returns what ended it: an EOFError for the peer or a call of
+        this. Any number of callers may wait here at once.
+        """
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        return await asyncio.shield(self._ending)
+
+    async def _end(self) -> Exception:
+        # Ends whatever the library waits for. disconnect() alone waits for a peer that may read no more.
         with contextlib.suppress(OSError):
             self._monitor_socket.shutdown(socket.SHUT_RDWR)
+        try:
+            await self.disconnect()
+        except Exception as error:  # noqa: BLE001  what ended its reader or its writer, of whatever kind
+            return error
+        return EOFError()
+
+    async def _do_recv(self) -> Message:
+        line = await self._readline()
+        try:
+            return Message(line, eager=True)
+        except Exception as error:
+            # The library's own errors carry the message, and print it: as deep and as long as it is.
+            raise QMPError(f"{type(error).__name__} in a message") from error
+
+    async def _on_message(self, msg: Message) -> None:
+        tag: Any = msg.get("id")
+        if "event" not in msg and tag in self._pending and self._pending[tag].full():
+            # The library would wait for room, and read no more.
+            raise QMPError("two answers to one command")
+        await super()._on_message(msg)
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg  # the library formats each message for a log, as deep as it is
 
     def _do_send(self, msg: Message) -> None:
         fd, self.passenger = self.passenger, None
@@ -119,12 +154,16 @@ class Monitor:
                 )
             await asyncio.shield(greeting)
         except ConnectError as error:
-            raise PeerGone(f"{path}: {_cause(error)}") from error
+            raise PeerGone(f"{path}: {_words(error.exc)}") from error
+        except Exception as error:
+            # The library asserts that a session is still there when connect() returns.
+            raise PeerGone(f"{path}: {_words(await client.end())}") from error
         except asyncio.CancelledError:
-            # The library doesn't bear to be cancelled while it cleans up; it does bear the end of the stream.
-            client.hang_up()
+            # The library can't be cancelled while it cleans up; the end of the stream ends it, too.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             await asyncio.gather(greeting, return_exceptions=True)
-            await cls(client, name).close()
+            await client.end()
             raise
         finally:
             if client.runstate is not Runstate.RUNNING:
@@ -143,16 +182,16 @@ class Monitor:
         await self._execute("getfd", {"fdname": name}, fd)
 
     async def wait_closed(self) -> None:
-        """Returns when the connection has ended."""
+        """Returns when QEMU has closed the connection. Raises PeerGone when it ended in another way."""
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
+        cause = await self._client.end()
+        if not isinstance(cause, EOFError):
+            raise PeerGone(_words(cause)) from cause
 
     async def close(self) -> None:
-        """Ends the connection. Doesn't wait for QEMU, which may read no more: disconnect() alone would."""
-        self._client.hang_up()
-        # What has ended the reader comes up here once more; nothing that QEMU says may end more than that.
-        with contextlib.suppress(Exception):
-            await self._client.disconnect()
+        """Ends the connection. Doesn't wait for QEMU."""
+        await self._client.end()
 
     async def _execute(self, command: str, arguments: Mapping[str, object], fd: int | None) -> Any:
         async with self._turn:
@@ -163,18 +202,21 @@ class Monitor:
             except ExecuteError as error:
                 raise CommandError(str(error), error.error_class) from error
             except ExecInterruptedError as error:
-                raise PeerGone(f"QEMU has closed its monitor during {command}") from error
+                raise PeerGone(f"{command}: {_words(await self._client.end())}") from error
             except TimeoutError as error:
                 raise PeerGone(f"QEMU hasn't answered {command} within {_COMMAND_SECONDS:g} s") from error
-            except QMPError as error:
-                raise PeerGone(f"QEMU's monitor: {command}: {error}") from error
+            except Exception as error:
+                raise PeerGone(f"{command}: {_words(error)}") from error
             finally:
                 self._client.passenger = None
 
 
 def _connect(path: str) -> socket.socket:
     """A connected, non-blocking socket; asyncio would take EAGAIN, a full queue, for being connected."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise PeerGone(f"{path}: {error.strerror}") from error
     try:
         sock.connect(path)
     except (FileNotFoundError, ConnectionRefusedError) as error:
@@ -198,8 +240,12 @@ def _is_no_socket(path: str) -> bool:
         return False
 
 
-def _cause(error: ConnectError) -> str:
-    cause = error.exc
-    if isinstance(cause, EOFError):
+def _words(error: Exception) -> str:
+    """What ended a session, or kept one from beginning."""
+    if isinstance(error, EOFError):
         return "QEMU has closed its monitor"
-    return getattr(cause, "strerror", None) or str(cause) or repr(cause)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # Not str(): it may contain all of a message.
+    text = error.args[0] if error.args and isinstance(error.args[0], str) else ""
+    return f"QEMU's monitor sent what can't be understood: {text[:_MAX_WORDS] or type(error).__name__}"

@@ -222,7 +222,10 @@ class QemuPlugger:
             self._event_log.info("the guest was %s", "resumed" if self._is_running else "paused")
         elif name in ("RESET", "SHUTDOWN"):
             verb = "reset" if name == "RESET" else "shut down"
-            self._event_log.info("the machine was %s (%s)", verb, data.get("reason", "unknown reason"))
+            reason = data.get("reason")
+            self._event_log.info(
+                "the machine was %s (%s)", verb, reason if isinstance(reason, str) else "unknown reason"
+            )
 
     def _on_uevent(self, _events: int) -> None:
         if any(event.kind != "destroy" for event in self._uevents.read()):

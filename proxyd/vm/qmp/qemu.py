@@ -19,6 +19,7 @@ PROXY_DRIVER = "x-pci-proxy-dev"
 
 _HOST_BRIDGE = "/machine/i440fx"
 _BUS = f"{_HOST_BRIDGE}/pci.0"
+_MAX_WORDS = 200
 _FD_BACKENDS = frozenset(f"child<memory-backend-{kind}>" for kind in ("memfd", "file", "shm"))
 
 
@@ -124,5 +125,6 @@ def _malformed(what: str) -> Iterator[None]:
     """Turns what comes of an answer of another shape than QEMU's into a ProtocolError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ProtocolError(f"QEMU's monitor speaks strangely of {what}: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        text = f"{error!r}"[:_MAX_WORDS]
+        raise ProtocolError(f"what QEMU's monitor says of {what} can't be understood: {text}") from error

@@ -6,12 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import math
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,56 +20,7 @@ from common.errors import PeerGone, ProtocolError, UsageError
 from proxyd.vm.qmp import monitor as monitor_module
 from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.monitor import CommandError, Monitor, MonitorAbsent
-
-GREETING = {
-    "QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}
-}
-
-Talk = Callable[[Monitor], Awaitable[None]]
-
-
-class Peer:
-    """Listens where a monitor would be, and lets the test say each word."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        self.events: list[tuple[str, Mapping[str, Any]]] = []
-        self.silences: list[str] = []
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def run(self, say: Callable[[socket.socket], None], talk: Talk) -> None:
-        """``say`` is the server, after the greeting and the negotiation; ``talk`` is the client."""
-
-        def serve() -> None:
-            with self._listener.accept()[0] as sock:
-                sock.settimeout(20.0)
-                send(sock, GREETING)
-                answer(sock, {})
-                say(sock)
-
-        self.run_raw(serve, talk)
-
-    def run_raw(self, serve: Callable[[], None], talk: Talk) -> None:
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            asyncio.run(self._talk(talk))
-        finally:
-            thread.join()
-
-    async def _talk(self, talk: Talk) -> None:
-        monitor = await Monitor.connect(
-            str(self.path), lambda name, data: self.events.append((name, data)), self.silences.append
-        )
-        try:
-            await talk(monitor)
-        finally:
-            await monitor.close()
+from tests.support.monitorpeer import GREETING, Peer, answer, receive, send
 
 
 @pytest.fixture
@@ -78,23 +28,6 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
     peer = Peer(tmp_path / "qmp")
     yield peer
     peer.close()
-
-
-def send(sock: socket.socket, *messages: object) -> None:
-    sock.sendall(b"".join(json.dumps(message).encode() + b"\r\n" for message in messages))
-
-
-def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """One command, whole, and the fds that came with its first bytes."""
-    data, ancillary, _, _ = sock.recvmsg(4096, socket.CMSG_SPACE(64))
-    fds = [fd for _, _, raw in ancillary for fd in memoryview(raw).cast("i")]
-    return json.loads(data), fds
-
-
-def answer(sock: socket.socket, result: object) -> dict[str, Any]:
-    command, _ = receive(sock)
-    send(sock, {"return": result, "id": command["id"]} if "id" in command else {"return": result})
-    return command
 
 
 def test_an_fd_rides_with_its_command(peer: Peer) -> None:
@@ -152,35 +85,6 @@ def test_an_error_is_the_commands(peer: Peer) -> None:
     peer.run(say, talk)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        b"",
-        b"nonsense\r\n",
-        b"[]\r\n",
-        b"{}\r\n",
-        b"[" * 100_000 + b"\r\n",
-        b" " * (2 << 20),
-        b'{"error": {}}\r\n',
-        b'{"event": 5, "data": []}\r\n{"error"\r\n',
-        b'{"return": {}, "id": []}\r\n',
-    ],
-    ids=lambda words: repr(words[:20]),
-)
-def test_a_monitor_that_speaks_nonsense_is_gone(peer: Peer, words: bytes) -> None:
-    def say(sock: socket.socket) -> None:
-        receive(sock)
-        with contextlib.suppress(ConnectionError):
-            sock.sendall(words)
-
-    async def talk(monitor: Monitor) -> None:
-        with pytest.raises(PeerGone):
-            await monitor.execute("query-kvm")
-        await monitor.wait_closed()
-
-    peer.run(say, talk)
-
-
 def test_an_answer_without_a_result_is_none(peer: Peer) -> None:
     def say(sock: socket.socket) -> None:
         command, _ = receive(sock)
@@ -197,7 +101,7 @@ def test_an_answer_without_a_result_is_none(peer: Peer) -> None:
 @pytest.mark.parametrize("words", [b"", b"\r\n", b"{}\r\n", b"SSH-2.0-OpenSSH\r\n"])
 def test_a_greeting_of_something_else(peer: Peer, words: bytes) -> None:
     def serve() -> None:
-        with peer._listener.accept()[0] as sock:
+        with peer.listener.accept()[0] as sock:
             sock.sendall(words)
 
     async def talk(_monitor: Monitor) -> None:
@@ -209,7 +113,7 @@ def test_a_greeting_of_something_else(peer: Peer, words: bytes) -> None:
 
 def test_a_reset_instead_of_a_greeting_is_told_in_words(peer: Peer) -> None:
     def serve() -> None:
-        sock = peer._listener.accept()[0]
+        sock = peer.listener.accept()[0]
         assert sock.recv(1) == b"\xff"
         sock.close()  # with something unread: the other side gets ECONNRESET
 
@@ -236,7 +140,7 @@ def test_a_silent_monitor_is_told_and_waited_for(peer: Peer, monkeypatch: pytest
     told = threading.Event()
 
     def serve() -> None:
-        with peer._listener.accept()[0] as sock:
+        with peer.listener.accept()[0] as sock:
             assert told.wait(20.0)
             send(sock, GREETING)
             answer(sock, {})
@@ -261,7 +165,7 @@ def test_a_silent_monitor_is_told_and_waited_for(peer: Peer, monkeypatch: pytest
 def test_waiting_for_a_greeting_can_be_cancelled(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         connecting = asyncio.create_task(Monitor.connect(str(peer.path), lambda *_: None, lambda _: None))
-        sock, _ = await asyncio.to_thread(peer._listener.accept)
+        sock, _ = await asyncio.to_thread(peer.listener.accept)
         with sock:
             connecting.cancel()
             with pytest.raises(asyncio.CancelledError):

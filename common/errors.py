@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Errors by cause: the user, the peer, or the peer's absence. Anything else is a bug and ends the process."""
+"""Errors by cause: the user, the peer or its absence, a shortage. Anything else is a bug and ends the process."""
 
-__all__ = ["IohubError", "PeerGone", "ProtocolError", "UsageError"]
+__all__ = ["IohubError", "PeerGone", "ProtocolError", "ShortageError", "UntrustedError", "UsageError"]
 
 
 class IohubError(Exception):
@@ -18,3 +18,11 @@ class ProtocolError(IohubError):
 
 class PeerGone(IohubError):
     """The peer closed the link, reset it, or missed a deadline."""
+
+
+class UntrustedError(UsageError):
+    """A file or a process belongs to a user that isn't trusted (common.trust)."""
+
+
+class ShortageError(IohubError):
+    """This process or the system has run out of something: one session ends, and can come again."""

@@ -17,16 +17,16 @@ import array
 import contextlib
 import select
 import socket
-import struct
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
 from common.errors import PeerGone, ProtocolError
 from common.mpqemu import HEADER, Command
+from common.peer import PeerCredentials, peer_credentials
 
 __all__ = ["Client", "Link", "PeerCredentials", "peer_credentials"]
 
@@ -36,34 +36,6 @@ _FLAGS = socket.MSG_CMSG_CLOEXEC
 _HEADER_SIZE = HEADER.size
 _READ_AHEAD = HEADER.size + mpqemu.BAR.size
 _RET_SIZE = HEADER.size + mpqemu.RET.size
-
-
-class PeerCredentials(NamedTuple):
-    """Who connected (SO_PEERCRED, unix(7)), as of the moment of connect()."""
-
-    pid: int
-    uid: int
-    gid: int
-
-    @property
-    def name(self) -> str | None:
-        """What the process calls itself at present, printable; None once it has gone."""
-        try:
-            with open(f"/proc/{self.pid}/comm", encoding="utf-8", errors="replace") as comm:
-                name = comm.read().rstrip("\n")
-        except OSError:
-            return None
-        # The peer chooses the name (PR_SET_NAME): a line feed in it would forge a log line.
-        return "".join(c if c.isprintable() else "?" for c in name)
-
-    def __str__(self) -> str:
-        name = self.name
-        return f"pid {self.pid}" if name is None else f"{name}[{self.pid}]"
-
-
-def peer_credentials(sock: socket.socket) -> PeerCredentials:
-    """The credentials of a connected UNIX socket's other end. Raises OSError."""
-    return PeerCredentials(*struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
 
 
 class Link:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from common.disposal import Disposal, refuse_fds
 from common.errors import UsageError
 from common.journal import RateLimited
-from common.link import peer_credentials
 from common.loop import EventLoop, Timer
+from common.peer import peer_credentials
 
 __all__ = ["SocketInUse", "UnixListener"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from common.disposal import Disposal
 from common.errors import UsageError
 from common.journal import RateLimited
-from common.link import peer_credentials
 from common.listen import UnixListener
 from common.loop import Loop
+from common.peer import peer_credentials
 from remoted.function import PciFunction
 from remoted.host import DEVICE_ERRORS
 from remoted.iohub import Pirq

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
-from common.link import Link, peer_credentials
+from common.link import Link
 from common.loop import Loop, Timer
 from common.mpqemu import BAR, CONFIG, ERROR, Command
 from common.notifier import adopt_pair
+from common.peer import peer_credentials
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
 

@@ -78,7 +78,7 @@ models and their options:
                   carrier=on|off, whether DCD and DSR tell that somebody is there (off)
   NAME            of an installed package, its entry point in the group iohub.devices
   PACKAGE.MODULE:CLASS
-                  any subclass of remoted.function.PciFunction that PYTHONPATH leads to
+                  any subclass of remoted.device.PciFunction that PYTHONPATH leads to
 
 exit status: 0 after SIGTERM or SIGINT, or when the last link that was inherited has ended and nothing
 listens; 2 for options or a file that it can't run with

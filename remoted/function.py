@@ -20,7 +20,7 @@ from common.errors import UsageError
 from common.pci import Bar, BarKind
 from remoted.host import DEVICE_ERRORS, Failures, Host
 
-__all__ = ["Bar", "BarKind", "Host", "PciFunction"]
+__all__ = ["PciFunction"]
 
 ALL_ONES = 0xFFFFFFFFFFFFFFFF
 _BAR_SIZES = {BarKind.IO: (4, 1 << 16), BarKind.MEM32: (16, 1 << 31), BarKind.MEM64: (16, 1 << 63)}

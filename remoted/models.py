@@ -42,7 +42,7 @@ def find_model(name: str, device: str) -> type[PciFunction]:
         reason = printable(f"{type(error).__name__}: {error}")
         raise UsageError(f"{where} can't be loaded: {reason}{_place(error)}") from error
     if not (isinstance(found, type) and issubclass(found, PciFunction)):
-        raise UsageError(f"{where} is no subclass of remoted.function.PciFunction")
+        raise UsageError(f"{where} is no subclass of remoted.device.PciFunction")
     return found
 
 

@@ -12,11 +12,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from common import pci
-from common.errors import UsageError
-from common.loop import Timer
+from remoted.device import Bar, BarKind, Host, PciFunction, Timer, UsageError
 from remoted.devices.edu_dma import DEFAULT_MASK, DmaEngine
-from remoted.function import Bar, BarKind, PciFunction
-from remoted.host import Host
 
 __all__ = ["Edu"]
 

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from common.journal import RateLimited
-from common.loop import Timer
-from remoted.host import Host
-from remoted.memory import DmaError
+from remoted.device import DmaError, Host, RateLimited, Timer
 
 __all__ = ["DEFAULT_MASK", "DMA_IRQ", "DmaEngine"]
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from remoted.function import PciFunction
+from remoted.device import PciFunction
 
 __all__ = ["IrqLine"]
 

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from common.chardev import open_chardev
-from common.errors import UsageError
 from common.uart import UART_MSR_CTS, UART_MSR_DCD, UART_MSR_DSR, Uart16550
-from remoted.function import Bar, BarKind, PciFunction
-from remoted.host import Host
+from remoted.device import Bar, BarKind, Host, PciFunction, UsageError
 
 __all__ = ["PciSerial"]
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from common import pci
 from common.loop import Loop
-from remoted.function import Bar, BarKind, PciFunction
+from remoted.device import Bar, BarKind, PciFunction
 from remoted.host import Host
 from remoted.memory import GuestMemory
 

@@ -8,8 +8,8 @@ import signal
 from typing import ClassVar
 
 from common import pci
+from remoted.device import Bar, BarKind, PciFunction
 from remoted.devices.edu import REG_IRQ_RAISE, Edu
-from remoted.function import Bar, BarKind, PciFunction
 
 
 class _Odd(PciFunction):

@@ -11,7 +11,7 @@ from typing import TypeVar
 from common.errors import PeerGone
 from common.loop import Loop
 from common.notifier import EventNotifier
-from remoted.function import PciFunction
+from remoted.device import PciFunction
 from remoted.host import Host
 from remoted.iohub import IoHub, Pirq
 from remoted.memory import GuestMemory

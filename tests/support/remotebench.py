@@ -18,7 +18,7 @@ from common import pci
 from common.loop import Loop
 from common.mpqemu import BAR, CONFIG, HEADER, RET, Command, request_frame
 from common.notifier import EventNotifier
-from remoted.function import Bar, BarKind, PciFunction
+from remoted.device import Bar, BarKind, PciFunction
 from remoted.host import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory

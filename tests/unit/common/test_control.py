@@ -21,8 +21,8 @@ from common.control import MAX_MESSAGE, ControlServer, call
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.loop import Loop
 from remoted.control import INTERFACE, RemotedInterface
+from remoted.device import Host
 from remoted.devices.irq_line import IrqLine
-from remoted.function import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from tests.support.fds import count_fds, no_fd_is_left

@@ -27,14 +27,14 @@ BASE = 0xFEB00000
 TIMES = 20
 
 HEAD = """\
-from remoted.function import Bar, BarKind, PciFunction
+from remoted.device import Bar, BarKind, PciFunction
 
 
 """
 PARTS = '''\
 import os
 import sys
-from remoted.function import Bar, BarKind, PciFunction
+from remoted.device import Bar, BarKind, PciFunction
 
 
 class Scratch(PciFunction):
@@ -340,7 +340,7 @@ MODULES = {
     "exits": ("\nraise SystemExit(3)\n", "SystemExit: 3", 2),
     "has no syntax": ("\n\nclass Thing(:\n", "SyntaxError: invalid syntax", 3),
     "imports what isn't there": (
-        "from remoted.function import Baz\n",
+        "from remoted.device import Baz\n",
         "ImportError: cannot import name 'Baz'",
         1,
     ),

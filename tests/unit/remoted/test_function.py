@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from common.loop import Loop
-from remoted.function import Bar, BarKind, PciFunction
+from remoted.device import Bar, BarKind, PciFunction
 from remoted.host import Host
 from remoted.memory import GuestMemory
 from tests.support.remotebench import IO_BASE, MEM64_BASE, MEM_BASE, LineDevice, Recorder

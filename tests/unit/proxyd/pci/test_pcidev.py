@@ -19,7 +19,7 @@ from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
 from proxyd.vm.soft.softirqchip import SoftIrqchip
-from remoted.function import Bar, BarKind, PciFunction
+from remoted.device import Bar, BarKind, PciFunction
 from tests.support.fds import no_fd_is_left, no_more_fds
 from tests.support.irqbench import READ_IRR, S_CMD
 from tests.support.remote import RemoteThread

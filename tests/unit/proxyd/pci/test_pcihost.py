@@ -17,7 +17,7 @@ from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
 from proxyd.pci.pcihost import PciHost
 from proxyd.vm.soft.softirqchip import SoftIrqchip
-from remoted.function import Bar, BarKind, Host, PciFunction
+from remoted.device import Bar, BarKind, Host, PciFunction
 from tests.support.remote import RemoteThread
 
 DEVFN = parse_devfn("05.0")

@@ -11,7 +11,7 @@ import pytest
 from common.errors import ProtocolError
 from common.pci import parse_devfn
 from proxyd.vm.qmp.handover import connect, examine
-from remoted.function import Bar, BarKind, PciFunction
+from remoted.device import Bar, BarKind, PciFunction
 from tests.support.remote import RemoteThread
 
 

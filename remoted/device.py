@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The interface for device authors: everything that a device imports from iohub.
+
+Nothing else in ``common`` and ``remoted`` is meant for them, and any of it may change.
+"""
+
+from __future__ import annotations
+
+from common.errors import UsageError
+from common.journal import RateLimited
+from common.loop import EventLoop, Timer
+from common.pci import Bar, BarKind
+from remoted.function import PciFunction
+from remoted.host import Host
+from remoted.memory import DmaError, GuestMemory
+
+__all__ = [
+    "Bar",
+    "BarKind",
+    "DmaError",
+    "EventLoop",
+    "GuestMemory",
+    "Host",
+    "PciFunction",
+    "RateLimited",
+    "Timer",
+    "UsageError",
+]

@@ -17,7 +17,7 @@ from common.journal import RateLimited
 from common.loop import EventLoop, Timer
 from common.peer import peer_credentials
 
-__all__ = ["SocketInUse", "UnixListener"]
+__all__ = ["SocketInUse", "UnixListener", "lock_path"]
 
 _PAUSE_SECONDS = 1.0
 """how long clients wait after one couldn't be taken: the loop would spin on it otherwise"""
@@ -129,6 +129,12 @@ class UnixListener:
         self._pause = self._loop.call_later(_PAUSE_SECONDS, self.resume)
 
 
+def lock_path(path: str) -> str:
+    """The file that exists from before a socket is bound at the path until it listens."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.lock")
+
+
 def _inode(path: str) -> tuple[int, int]:
     status = os.lstat(path)
     return status.st_dev, status.st_ino
@@ -140,8 +146,7 @@ def _locked(path: str) -> Iterator[None]:
 
     Until it listens, a socket looks like one whose daemon is gone. The lock is a file beside it, for that long.
     """
-    directory, name = os.path.split(path)
-    lock = os.path.join(directory, f".{name}.lock")
+    lock = lock_path(path)
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:

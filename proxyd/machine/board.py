@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from functools import partial
 
 from common.config import DeviceConfig, VmConfig
 from common.control import ControlServer
 from common.errors import UsageError
 from common.journal import device_log
-from common.link import Client
 from common.loop import Loop
 from common.pci import format_devfn
 from proxyd.control import INTERFACE, ProxydInterface
@@ -84,10 +82,15 @@ class Board:
         self.console.close()
 
     def _create_proxy(self, device: DeviceConfig) -> PciProxy:
-        connect = partial(Client.connect, self._config.socket_path(device), ROUND_TRIP_SECONDS)
-        log = device_log(self._program, device.id)
         return PciProxy(
-            device.id, device.devfn, connect, self._irqchip, log, self._keeper.lost, ram=self._ram
+            device.id,
+            device.devfn,
+            self._config.socket_path(device),
+            self._irqchip,
+            device_log(self._program, device.id),
+            self._keeper.lost,
+            deadline=ROUND_TRIP_SECONDS,
+            ram=self._ram,
         )
 
     def _set_console_irq(self, level: bool) -> None:

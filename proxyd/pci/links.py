@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Keeps every function's link to remoted alive: connects, notices the end, connects again."""
+"""Keeps every function's link to remoted: connects, notices the end, connects again.
+
+A socket that appears is connected to at once. What inotify doesn't tell is found by trying again ever more rarely.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Protocol
 
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
-from common.loop import Loop
+from common.loop import Loop, Timer
+from common.pathwatch import PathWatch
 
 __all__ = ["LinkKeeper", "Linked"]
 
@@ -26,6 +30,8 @@ class Linked(Protocol):
     """The VM's side of one function with a link."""
 
     name: str
+    path: str
+    """the device's socket"""
     log: RateLimited
     reason: str
     """what came of the last attempt that failed"""
@@ -57,6 +63,14 @@ class _Link:
     fd: int = -1
     """what the loop watches"""
     connecting: threading.Thread | None = None
+    began: float = 0.0
+    """when the last attempt began"""
+    timer: Timer | None = None
+    """begins the next attempt"""
+    is_held: bool = False
+    """whether attempts are left to the timer, since the last link ended as soon as it was made"""
+    is_due: bool = False
+    """whether a socket has appeared while an attempt was under way"""
     is_tried: bool = False
     """whether an attempt has ended, either way"""
     retry: float = _FIRST_RETRY_SECONDS
@@ -77,6 +91,7 @@ class LinkKeeper:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._links: dict[Linked, _Link] = {}
+        self._watch = PathWatch(loop, self._on_listening)
         self._closing = False
 
     def start(self, ends: Iterable[Linked]) -> None:
@@ -99,8 +114,12 @@ class LinkKeeper:
         self._loop.call_soon_threadsafe(lambda: self._reconnect(end))
 
     def close(self) -> None:
-        """Aborts all round trips, forgets the links' fds and tries no more; the ends are closed by their owner."""
+        """Aborts all round trips, forgets the links' fds and tries no more; the ends are closed by their owner.
+
+        A second call does nothing.
+        """
         self._closing = True
+        self._watch.close()
         for link in self._links.values():
             link.end.abort()
         for link in self._links.values():
@@ -111,6 +130,12 @@ class LinkKeeper:
     def _connect(self, link: _Link) -> None:
         if self._closing:
             return
+        if link.timer is not None:
+            link.timer.cancel()
+            link.timer = None
+        link.is_due = False
+        link.began = self._loop.time()
+        self._watch.watch(link.end.path)
 
         def connect() -> None:
             failure = None
@@ -143,6 +168,8 @@ class LinkKeeper:
                 link.is_told = True
                 link.end.log.warning("%s", link.end.reason)
             self._connect_later(link, _LAST_RETRY_SECONDS)
+            if link.is_due and not link.is_held:
+                self._connect_soon(link)
             return
         link.is_told = False
         link.since = self._loop.time()
@@ -158,13 +185,29 @@ class LinkKeeper:
         end.reap()
         if self._loop.time() - link.since < _LAST_RETRY_SECONDS:
             self._connect_later(link, _LAST_HANG_UP_SECONDS)
+            link.is_held = True
         else:
+            link.is_held = False
             link.retry = _FIRST_RETRY_SECONDS
             self._connect(link)
 
     def _connect_later(self, link: _Link, most: float) -> None:
-        self._loop.call_later(min(link.retry, most), lambda: self._connect(link))
+        link.timer = self._loop.call_later(min(link.retry, most), lambda: self._connect(link))
         link.retry = min(2 * link.retry, most)
+
+    def _on_listening(self, path: str) -> None:
+        for link in self._links.values():
+            if link.end.path == path:
+                link.is_due = link.connecting is not None
+                if link.timer is not None and not link.is_held:
+                    self._connect_soon(link)
+
+    def _connect_soon(self, link: _Link) -> None:
+        """Begins the next attempt before its time: at once, or a while after the last one, however often asked."""
+        if link.timer is not None:
+            link.timer.cancel()
+        wait = max(0.0, link.began + _FIRST_RETRY_SECONDS - self._loop.time())
+        link.timer = self._loop.call_later(wait, lambda: self._connect(link))
 
     def _forget(self, link: _Link) -> None:
         fd, link.fd = link.fd, -1

@@ -54,15 +54,17 @@ class PciProxy:
         self,
         name: str,
         devfn: int,
-        connect: Callable[[], Client],
+        path: str,
         irqchip: Irqchip,
         log: logging.Logger | logging.LoggerAdapter[logging.Logger],
         on_lost: Callable[[PciProxy], None],
         *,
+        deadline: float,
         ram: Ram | None = None,
         is_powered_on: bool = False,
     ) -> None:
-        """``connect()`` gives a connected link or raises PeerGone. ``ram`` is what the function may reach.
+        """``path`` is the device's socket. A round trip lasts ``deadline`` seconds at most. The function may reach
+        ``ram``.
 
         ``on_lost`` is called, by whichever thread notices, when an established link is lost. The link's fd
         stays open, and its number taken, until the control thread has forgotten it and calls reap().
@@ -79,7 +81,8 @@ class PciProxy:
         self.reason = ""
         """why there is no link, or was none before this one"""
         self.amiss = Amiss()
-        self._connect = connect
+        self.path = path
+        self._deadline = deadline
         self._ram = ram
         self.log = RateLimited(log)
         self._on_lost = on_lost
@@ -136,7 +139,7 @@ class PciProxy:
         """
         with self._lock:
             generation, reset_due, shadow = self._generation, self._reset_due, self._shadow[:]
-        client = self._connect()
+        client = Client.connect(self.path, self._deadline)
         self._connecting = client
         if self._aborted:
             raise PeerGone("the daemon ends")

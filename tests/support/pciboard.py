@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from common.link import Client
 from common.pci import parse_devfn
 from proxyd.kvm.kvm_h import kvm_irqchip
 from proxyd.pci.pcidev import PciProxy
@@ -57,10 +55,11 @@ class Board:
             name: PciProxy(
                 name,
                 parse_devfn(addr),
-                partial(Client.connect, self.remote.path(name), deadline),
+                self.remote.path(name),
                 self.bench.irqchip,
                 logging.getLogger(f"proxy.{name}"),
                 self.lost.append,
+                deadline=deadline,
                 is_powered_on=saved is not None,
             )
             for name, addr in IDS.items()

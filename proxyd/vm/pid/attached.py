@@ -52,7 +52,7 @@ class _Function:
         self.pin: int | None = None
         self.log = RateLimited(log)
         self._gsi = gsi
-        self._path = path
+        self.path = path
         self._target = target
         self._on_lost = on_lost
         self._client: Client | None = None
@@ -76,7 +76,7 @@ class _Function:
 
     def connect(self) -> None:
         """Connects, and looks at the pin. Raises PeerGone and ProtocolError."""
-        client = Client.connect(self._path, _ROUND_TRIP_SECONDS)
+        client = Client.connect(self.path, _ROUND_TRIP_SECONDS)
         self._connecting = client
         if self._aborted:
             raise PeerGone("the daemon ends")

@@ -7,13 +7,14 @@ import logging
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from common.errors import PeerGone
 from common.link import Client, peer_credentials
 from common.loop import Loop
 from common.mpqemu import Command
@@ -43,10 +44,11 @@ class Bench:
             name: PciProxy(
                 name,
                 devfn,
-                partial(Client.connect, str(directory / f"{name}.sock"), NEVER),
+                str(directory / f"{name}.sock"),
                 irqchip,
                 logging.getLogger(name),
                 self.keeper.lost,
+                deadline=NEVER,
             )
             for name, devfn in DEVFNS.items()
         }
@@ -125,6 +127,119 @@ def test_attempts_become_rarer_until_there_is_one_a_second(bench: Bench) -> None
     assert [retry_after(bench) for _ in range(9)] == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0, 1.0]
 
 
+def no_links_told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for line in caplog.messages if line.startswith("no link: ")]
+
+
+def test_each_outage_is_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    for outages in range(1, 4):
+        if outages == 1:
+            bench.start("a")
+        else:
+            assert bench.remote is not None
+            bench.remote.close()
+            bench.remote = None
+            bench.clock.now += 5.0  # the link has lasted
+            run_until(bench.loop, lambda: not bench.is_linked("a"))
+            run_until(bench.loop, lambda: bench.loop.until_next_timer() is not None)
+        for _ in range(3):
+            assert len(no_links_told(caplog)) == outages
+            retry_after(bench)
+        bench.serve("a").start()
+        bench.clock.now += 1.0
+        run_until(bench.loop, lambda: bench.is_linked("a"))
+
+
+def test_no_thread_to_connect_in_is_one_line_and_a_retry(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.serve("a").start()
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        bench.start("a")
+        assert retry_after(bench) == 0.02
+        assert not bench.is_linked("a")
+    assert no_links_told(caplog) == ["no link: can't start new thread"]
+    retry_after(bench, fails=False)
+    assert bench.is_linked("a")
+
+
+def test_a_socket_that_appears_is_connected_to_at_once(bench: Bench) -> None:
+    bench.start("a")
+    while retry_after(bench) < 1.0:
+        pass
+    bench.clock.now += 0.5
+    bench.serve("a").start()
+    run_until(bench.loop, lambda: bench.is_linked("a"))
+
+
+def test_a_socket_that_appears_while_one_is_tried_is_tried_as_well(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.start("a")
+    while retry_after(bench) < 1.0:
+        pass
+    proxy = bench.proxies["a"]
+    connect = proxy.connect
+
+    def connect_in_vain() -> None:
+        monkeypatch.setattr(proxy, "connect", connect)
+        bench.serve("a").start()
+        raise PeerGone("nobody was there yet")
+
+    monkeypatch.setattr(proxy, "connect", connect_in_vain)
+    bench.clock.now += 1.0
+    run_until(bench.loop, lambda: proxy.reason == "no link: nobody was there yet")
+    bench.loop.step()
+    bench.clock.now += 0.02
+    run_until(bench.loop, lambda: bench.is_linked("a"))
+
+
+def test_a_socket_that_appears_again_and_again_is_not_tried_as_often(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.start("a")
+    while retry_after(bench) < 1.0:
+        pass
+    proxy = bench.proxies["a"]
+    connect = proxy.connect
+    attempts: list[float] = []
+
+    def counted() -> None:
+        attempts.append(bench.clock.now)
+        connect()
+
+    monkeypatch.setattr(proxy, "connect", counted)
+    path = Path(proxy.path)
+    for _ in range(100):
+        bench.clock.now += 0.001
+        path.touch()
+        path.unlink()
+        bench.loop.step()
+        run_until(bench.loop, lambda: bench.loop.until_next_timer() is not None)
+    assert 2 <= len(attempts) <= 5, "one in 20 ms"
+
+
+def test_a_remote_that_crashes_and_comes_again_is_not_tried_more_often_for_it(bench: Bench) -> None:
+    pirq = hanging_up(bench)
+    bench.start("a")
+    run_until(bench.loop, lambda: not bench.is_linked("a"))
+    for _ in range(6):
+        run_until(bench.loop, lambda: bench.loop.until_next_timer() is not None)
+        links, due = pirq.links, bench.loop.until_next_timer()
+        path = bench.proxies["a"].path
+        os.rename(path, f"{path}.away")
+        os.rename(f"{path}.away", path)
+        for _ in range(3):
+            bench.loop.step()
+        assert (pirq.links, bench.loop.until_next_timer()) == (links, due)
+        retry_after(bench)
+
+
 def test_a_remote_that_hangs_holds_up_nobody_else(tmp_path: Path) -> None:
     """Its listener takes connections, as a stopped process's does; the round trip has no end."""
     bench = Bench(tmp_path, real_time=True)
@@ -165,7 +280,7 @@ def test_who_is_linked_is_in_the_log_and_so_is_who_does_not_serve(
     caplog.set_level(logging.INFO)
     bench.start("a", "b")
     with socket.socket(socket.AF_UNIX) as other:
-        other.connect(bench.proxies["a"]._connect.args[0])  # type: ignore[attr-defined]
+        other.connect(bench.proxies["a"].path)
         us = str(peer_credentials(other))
     hang_up(bench)
     lines = {

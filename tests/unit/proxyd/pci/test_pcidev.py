@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +13,6 @@ import pytest
 
 from common import pci
 from common.errors import PeerGone, ProtocolError
-from common.link import Client
 from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
@@ -89,10 +87,15 @@ class Bench:
         return function
 
     def proxy(self, *, is_powered_on: bool = False) -> PciProxy:
-        connect = partial(Client.connect, str(self._directory / "line.sock"), 20.0)
-        log = logging.getLogger("test")
         return PciProxy(
-            "line", DEVFN, connect, self.irqchip, log, self.lost.append, is_powered_on=is_powered_on
+            "line",
+            DEVFN,
+            str(self._directory / "line.sock"),
+            self.irqchip,
+            logging.getLogger("test"),
+            self.lost.append,
+            deadline=20.0,
+            is_powered_on=is_powered_on,
         )
 
     def is_requested(self) -> bool:

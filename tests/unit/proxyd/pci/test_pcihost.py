@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from common.link import Client
 from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
@@ -57,9 +55,14 @@ class Bus:
         self.remote.start()
         self.loop = Loop()
         irqchip = SoftIrqchip(self.loop)
-        connect = partial(Client.connect, self.remote.path("witness"), 20.0)
         self.proxy = PciProxy(
-            "witness", DEVFN, connect, irqchip, logging.getLogger("test"), lambda _proxy: None
+            "witness",
+            DEVFN,
+            self.remote.path("witness"),
+            irqchip,
+            logging.getLogger("test"),
+            lambda _proxy: None,
+            deadline=20.0,
         )
         self.host = PciHost(irqchip, [self.proxy])
         self.proxy.connect()

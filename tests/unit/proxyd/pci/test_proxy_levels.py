@@ -11,7 +11,6 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, note, settings
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 
 from common import pci
 from common.errors import PeerGone
-from common.link import Client
 from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
@@ -66,10 +64,11 @@ class World:
             function.name: PciProxy(
                 function.name,
                 function.devfn,
-                partial(Client.connect, str(directory / f"{function.name}.sock"), 20.0),
+                str(directory / f"{function.name}.sock"),
                 self._irqchip,
                 logging.getLogger("test"),
                 lambda _proxy: None,
+                deadline=20.0,
             )
             for function in self.functions
         }

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A 16550A UART as a plain object: registers and characters in, interrupt line and characters out.
 
-Registers, bits and their names are those of linux/serial_reg.h and of the PC16550D data sheet (National
-Semiconductor, 1995, section 8). Where the two leave a choice this answers as QEMU 7.2's hw/char/serial.c:
-characters leave at once, the interrupt line isn't gated by OUT2, loopback doesn't set delta bits. Different on
-purpose:
+The registers are those of the PC16550D data sheet (National Semiconductor, 1995, section 8). Where it leaves a
+choice, this does what QEMU 7.2's hw/char/serial.c does: the FIFO control's clearing of the transmitter, and
+switching the FIFOs on or off, raise the THRE interrupt; SCR is 0 and the divisor 12 after a reset.
 
-- a reset also disables the FIFOs, as the chip's does;
-- in loopback the receiver is off the line: can_receive() is 0 until it ends.
+Like QEMU's and unlike the chip:
 
-A line without wires has no breaks, and no parity or framing errors.
+- a character leaves at once, unless the line is busy: THRE and TEMT are on otherwise;
+- characters have 8 bits, whatever word length LCR holds, and there are no parity errors, framing errors and
+  breaks: the line is a stream of bytes;
+- OUT2 is on after a reset. It doesn't gate the interrupt line, as on a PCI board;
+- a character for a full transmitter FIFO replaces the oldest one.
 """
 
 from __future__ import annotations
@@ -18,55 +20,44 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from common.serial_reg import (
+    UART_FCR,
+    UART_FCR_CLEAR_RCVR,
+    UART_FCR_CLEAR_XMIT,
+    UART_FCR_ENABLE_FIFO,
+    UART_IER,
+    UART_IER_MSI,
+    UART_IER_RDI,
+    UART_IER_RLSI,
+    UART_IER_THRI,
+    UART_IIR,
+    UART_IIR_FIFO_ENABLED,
+    UART_IIR_MSI,
+    UART_IIR_NO_INT,
+    UART_IIR_RDI,
+    UART_IIR_RLSI,
+    UART_IIR_RX_TIMEOUT,
+    UART_IIR_THRI,
+    UART_LCR,
+    UART_LCR_DLAB,
+    UART_LCR_PARITY,
+    UART_LCR_STOP,
+    UART_LCR_WLEN,
+    UART_LSR,
+    UART_LSR_DR,
+    UART_LSR_OE,
+    UART_LSR_TEMT,
+    UART_LSR_THRE,
+    UART_MCR,
+    UART_MSR,
+    UART_MSR_ANY_DELTA,
+    UART_RX,
+    UART_SCR,
+    UART_TX,
+)
+from common.uart_modem import ModemLines
+
 __all__ = ["Timer", "Uart16550"]
-
-UART_RX = UART_TX = UART_DLL = 0
-UART_IER = UART_DLM = 1
-UART_IIR = UART_FCR = 2
-UART_LCR = 3
-UART_MCR = 4
-UART_LSR = 5
-UART_MSR = 6
-UART_SCR = 7
-
-UART_IER_RDI = 0x01
-UART_IER_THRI = 0x02
-UART_IER_RLSI = 0x04
-UART_IER_MSI = 0x08
-
-UART_IIR_MSI = 0x00
-UART_IIR_NO_INT = 0x01
-UART_IIR_THRI = 0x02
-UART_IIR_RDI = 0x04
-UART_IIR_RLSI = 0x06
-UART_IIR_RX_TIMEOUT = 0x0C
-UART_IIR_FIFO_ENABLED = 0xC0
-
-UART_FCR_ENABLE_FIFO = 0x01
-UART_FCR_CLEAR_RCVR = 0x02
-UART_FCR_CLEAR_XMIT = 0x04
-
-UART_LCR_STOP = 0x04
-UART_LCR_PARITY = 0x08
-UART_LCR_DLAB = 0x80
-
-UART_MCR_DTR = 0x01
-UART_MCR_RTS = 0x02
-UART_MCR_OUT1 = 0x04
-UART_MCR_OUT2 = 0x08
-UART_MCR_LOOP = 0x10
-
-UART_LSR_DR = 0x01
-UART_LSR_OE = 0x02
-UART_LSR_THRE = 0x20
-UART_LSR_TEMT = 0x40
-
-UART_MSR_ANY_DELTA = 0x0F
-UART_MSR_TERI = 0x04
-UART_MSR_CTS = 0x10
-UART_MSR_DSR = 0x20
-UART_MSR_RI = 0x40
-UART_MSR_DCD = 0x80
 
 FIFO_SIZE = 16
 BASE_BAUD = 115200
@@ -110,7 +101,7 @@ class Uart16550:
         self._timeout: Timer | None = None
         self._rx_fifo: deque[int] = deque()
         self._tx_fifo: deque[int] = deque()
-        self._msr = UART_MSR_DCD | UART_MSR_DSR | UART_MSR_CTS
+        self._modem = ModemLines()
         self.irq = False
         """the level of INTR"""
         self._power_on()
@@ -128,9 +119,8 @@ class Uart16550:
         self._ier = 0
         self._iir = UART_IIR_NO_INT
         self._lcr = 0
-        self._mcr = UART_MCR_OUT2
+        self._modem.power_on()
         self._lsr = UART_LSR_THRE | UART_LSR_TEMT
-        self._msr &= ~UART_MSR_ANY_DELTA
         self._scr = 0
         self._fifo_enabled = False
         self._divisor = _RESET_DIVISOR
@@ -165,7 +155,7 @@ class Uart16550:
             return self._read_msr()
         if offset == UART_LCR:
             return self._lcr
-        return self._mcr if offset == UART_MCR else self._scr
+        return self._modem.mcr if offset == UART_MCR else self._scr
 
     def write(self, offset: int, value: int) -> None:
         """Writes the low byte of ``value``. LSR and MSR can't be written."""
@@ -188,8 +178,7 @@ class Uart16550:
             self._lcr = value
             self._line_changed()
         elif offset == UART_MCR:
-            self._mcr = value & 0x1F
-            self._input_ready()
+            self._write_mcr(value)
         elif offset == UART_SCR:
             self._scr = value
 
@@ -199,7 +188,7 @@ class Uart16550:
         With FIFOs that is what is missing to the trigger level: filling them up at once would override the
         level that the guest has set (serial_can_receive() in QEMU).
         """
-        if self._mcr & UART_MCR_LOOP:
+        if self._modem.is_loopback:
             return 0
         if not self._fifo_enabled:
             return 0 if self._lsr & UART_LSR_DR else 1
@@ -223,16 +212,12 @@ class Uart16550:
         self._update_irq()
 
     def set_modem_lines(self, lines: int) -> None:
-        """Sets the modem inputs: those of UART_MSR_CTS, _DSR, _RI and _DCD that are on.
+        """Sets the modem input pins: those of UART_MSR_CTS, _DSR, _RI and _DCD that are on.
 
         Each that changes sets its delta bit; RI only when it goes off (trailing edge). After power-on all but
-        RI are on.
+        RI are on. In loopback the pins are disconnected.
         """
-        changed = (self._msr ^ lines) & 0xF0
-        deltas = changed >> 4
-        if lines & UART_MSR_RI:
-            deltas &= ~UART_MSR_TERI
-        self._msr = self._msr & UART_MSR_ANY_DELTA | lines & 0xF0 | deltas
+        self._modem.set_pins(lines)
         self._update_irq()
 
     def transmit_ready(self) -> None:
@@ -257,14 +242,8 @@ class Uart16550:
         return value
 
     def _read_msr(self) -> int:
-        mcr = self._mcr
-        if mcr & UART_MCR_LOOP:
-            # OUT2, OUT1, DTR and RTS are wired to DCD, RI, DSR and CTS.
-            return (mcr & 0x0C) << 4 | (mcr & UART_MCR_DTR) << 5 | (mcr & UART_MCR_RTS) << 3
-        value = self._msr
-        if value & UART_MSR_ANY_DELTA:
-            self._msr &= ~UART_MSR_ANY_DELTA
-            self._update_irq()
+        value = self._modem.read_msr()
+        self._update_irq()
         return value
 
     def _write_thr(self, value: int) -> None:
@@ -286,8 +265,18 @@ class Uart16550:
             self._thre_pending = bool(value & UART_IER_THRI and self._lsr & UART_LSR_THRE)
         self._update_irq()
 
+    def _write_mcr(self, value: int) -> None:
+        self._modem.write_mcr(value)
+        self._update_irq()
+        if self._modem.is_loopback:
+            # What a busy line has refused goes round, or a driver's test of the loop would wait for the line.
+            self.transmit_ready()
+        self._input_ready()
+
     def _write_fcr(self, value: int) -> None:
         enable = bool(value & UART_FCR_ENABLE_FIFO)
+        if not enable:
+            value = 0  # the other bits count only together with this one
         if enable is not self._fifo_enabled:
             value |= UART_FCR_CLEAR_RCVR | UART_FCR_CLEAR_XMIT
         if value & UART_FCR_CLEAR_RCVR:
@@ -311,7 +300,9 @@ class Uart16550:
     def _line_changed(self) -> None:
         """Divisor or line control was written: a character takes another time."""
         lcr = self._lcr
-        bits = 1 + 5 + (lcr & 3) + bool(lcr & UART_LCR_PARITY) + (2 if lcr & UART_LCR_STOP else 1)
+        word = 5 + (lcr & UART_LCR_WLEN)
+        stop_bits = (1.5 if word == 5 else 2) if lcr & UART_LCR_STOP else 1
+        bits = 1 + word + bool(lcr & UART_LCR_PARITY) + stop_bits
         baud = BASE_BAUD / self._divisor if self._divisor else _BAUD_OF_DIVISOR_ZERO
         self._character_seconds = bits / baud
 
@@ -327,7 +318,7 @@ class Uart16550:
                     self._lsr |= UART_LSR_THRE
                     self._thre_pending = True
                     self._update_irq()
-            if self._mcr & UART_MCR_LOOP:
+            if self._modem.is_loopback:
                 self.receive(bytes((self._tsr,)))
             elif not self._transmit(self._tsr):
                 self._tsr_held = True
@@ -370,7 +361,7 @@ class Uart16550:
             source = UART_IIR_RDI
         elif ier & UART_IER_THRI and self._thre_pending:
             source = UART_IIR_THRI
-        elif ier & UART_IER_MSI and self._msr & UART_MSR_ANY_DELTA:
+        elif ier & UART_IER_MSI and self._modem.msr & UART_MSR_ANY_DELTA:
             source = UART_IIR_MSI
         else:
             source = UART_IIR_NO_INT

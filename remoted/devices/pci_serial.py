@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from common.chardev import open_chardev
-from common.uart import UART_MSR_CTS, UART_MSR_DCD, UART_MSR_DSR, Uart16550
+from common.serial_reg import UART_MSR_CTS, UART_MSR_DCD, UART_MSR_DSR
+from common.uart import Uart16550
 from remoted.device import Bar, BarKind, Host, PciFunction, UsageError
 
 __all__ = ["PciSerial"]

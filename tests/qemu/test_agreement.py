@@ -19,8 +19,10 @@ from common import pci
 from common.disposal import Disposal
 from common.link import Client
 from common.mpqemu import BAR, CONFIG, ERROR, Command
-from common.uart import (
+from common.serial_reg import (
     UART_FCR,
+    UART_FCR_CLEAR_RCVR,
+    UART_FCR_CLEAR_XMIT,
     UART_IIR,
     UART_IIR_NO_INT,
     UART_LCR,
@@ -31,10 +33,15 @@ from common.uart import (
     UART_LSR_THRE,
     UART_MCR,
     UART_MCR_LOOP,
+    UART_MSR,
+    UART_MSR_DCTS,
+    UART_MSR_DDCD,
+    UART_MSR_DDSR,
     UART_TX,
 )
 from remoted.devices.pci_serial import PciSerial
 from tests.support.remotebench import Peer, RemoteBench
+from tests.support.uartbench import random_write
 from tests.support.xremote import StockRemote
 
 pytestmark = pytest.mark.usefixtures("requires_qemu")
@@ -172,6 +179,25 @@ DIFFERENCES = {
         UART_LSR_DR | UART_LSR_OE | UART_LSR_THRE | UART_LSR_TEMT,
         "the chip's reset disables them, so that the second character overruns the first",
     ),
+    "changes of the modem inputs in loopback": Difference(
+        (*PLACE, port_write(PORT + UART_MCR, 1, UART_MCR_LOOP)),
+        port_read(PORT + UART_MSR, 1),
+        0,
+        UART_MSR_DDCD | UART_MSR_DDSR | UART_MSR_DCTS,
+        "the chip's inputs change when they are wired to its outputs, and it interrupts",
+    ),
+    "FIFO resets without the enable bit": Difference(
+        (
+            *PLACE,
+            port_write(PORT + UART_MCR, 1, UART_MCR_LOOP),
+            port_write(PORT + UART_TX, 1, 1),
+            port_write(PORT + UART_FCR, 1, UART_FCR_CLEAR_RCVR | UART_FCR_CLEAR_XMIT),
+        ),
+        port_read(PORT + UART_LSR, 1),
+        UART_LSR_THRE | UART_LSR_TEMT,
+        UART_LSR_DR | UART_LSR_THRE | UART_LSR_TEMT,
+        "the chip ignores the other bits without it; a received character is lost otherwise",
+    ),
 }
 
 
@@ -286,8 +312,7 @@ def _random_access(rng: random.Random, base: int) -> Access:
         port = base + rng.randint(0, BAR_SIZE - size)
     if choice < 0.65:
         return port_read(port, size)
-    register = port - base
-    return port_write(port, size, _register_value(rng, register) if size == 1 else rng.getrandbits(8 * size))
+    return port_write(port, size, random_write(rng, port - base, size))
 
 
 def _random_placing(rng: random.Random) -> Access:
@@ -299,16 +324,3 @@ def _random_placing(rng: random.Random) -> Access:
     if choice < 0.9:
         return config_write(pci.PCI_BASE_ADDRESS_0, 4, rng.randrange(IO_SPACE))
     return config_write(pci.PCI_BASE_ADDRESS_0, 4, rng.choice((0, 0xFFFFFFFF, rng.getrandbits(32))))
-
-
-def _register_value(rng: random.Random, register: int) -> int:
-    """A byte; for LCR and MCR mostly one without DLAB and loopback, which hide everything else."""
-    value = rng.getrandbits(8)
-    if rng.random() < 0.7:
-        if register == UART_LCR:
-            value &= 0x7F
-        elif register == UART_MCR:
-            value &= ~UART_MCR_LOOP
-        elif register == UART_FCR:
-            value |= 1
-    return value

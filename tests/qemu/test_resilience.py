@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from common.uart import UART_IER, UART_IER_RDI, UART_RX
+from common.serial_reg import (
+    UART_IER,
+    UART_IER_RDI,
+    UART_RX,
+)
 from tests.support.monitorclient import CommandRefused, MonitorClient
 from tests.support.qemu import PATIENCE
 from tests.support.stockproxy import HAMMER_ADDR, Remoted, StockGuest, start_hammer

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from common import uart as u
+import random
+
+from common import serial_reg as u
 from common.uart import Uart16550
 from tests.support.clock import FakeClock
 
@@ -32,6 +34,29 @@ class UartBench:
 
     def _input_ready(self) -> None:
         self.input_ready += 1
+
+
+def random_write(rng: random.Random, offset: int, size: int) -> int:
+    """A little-endian value to write at the offset, which may be outside of the registers.
+
+    Without what QEMU's UART takes otherwise: loopback, and FCR's other bits without its enable bit. LCR is mostly
+    without DLAB, which hides everything else, and FCR mostly with the FIFOs on.
+    """
+    return int.from_bytes([_random_byte(rng, offset + i) for i in range(size)], "little")
+
+
+def _random_byte(rng: random.Random, offset: int) -> int:
+    value = rng.getrandbits(8)
+    if offset == u.UART_LCR and rng.random() < 0.7:
+        value &= ~u.UART_LCR_DLAB
+    elif offset == u.UART_MCR:
+        value &= ~u.UART_MCR_LOOP
+    elif offset == u.UART_FCR:
+        if rng.random() < 0.7:
+            value |= u.UART_FCR_ENABLE_FIFO
+        if not value & u.UART_FCR_ENABLE_FIFO:
+            value = 0
+    return value
 
 
 def fifos(uart: Uart16550, trigger: int = 0) -> None:

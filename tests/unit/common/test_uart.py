@@ -5,9 +5,17 @@ from __future__ import annotations
 
 import pytest
 
-from common import uart as u
+from common import serial_reg as u
 from common.uart import Uart16550
-from tests.support.uartbench import NONE, UartBench, fifos, read_all
+from tests.support.uartbench import CHARACTER, NONE, RDA, RLS, TIMEOUT, UartBench, fifos, read_all
+
+LOOP_WIRES = (
+    (u.UART_MCR_DTR, u.UART_MSR_DSR, 0x02),
+    (u.UART_MCR_RTS, u.UART_MSR_CTS, 0x01),
+    (u.UART_MCR_OUT1, u.UART_MSR_RI, 0x04),
+    (u.UART_MCR_OUT2, u.UART_MSR_DCD, 0x08),
+)
+"""each modem output, the input that it is in loopback, and that one's delta bit (PC16550D, 8.6)"""
 
 
 @pytest.fixture
@@ -87,6 +95,26 @@ class TestFifos:
         assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT
         uart.receive(b"d")
         assert read_all(uart) == b"d"
+
+    @pytest.mark.parametrize("fcr", range(0, 0x100, 2))
+    def test_without_the_enable_bit_no_other_counts(
+        self, uart: Uart16550, bench: UartBench, fcr: int
+    ) -> None:
+        """PC16550D, 8.4, bit 0: nothing is cleared, nothing interrupts, no trigger level is set."""
+        uart.write(u.UART_IER, u.UART_IER_THRI)
+        uart.read(u.UART_IIR)
+        bench.busy = True
+        for byte in b"ab":
+            uart.write(u.UART_TX, byte)
+        uart.receive(b"x")
+        uart.write(u.UART_FCR, fcr)
+        assert not uart.irq
+        assert uart.read(u.UART_IIR) == u.UART_IIR_NO_INT
+        assert read_all(uart) == b"x"
+        bench.busy = False
+        uart.transmit_ready()
+        assert bench.sent == b"ab"
+        assert uart.can_receive() == 1
 
     def test_a_clear_bit_clears_only_its_fifo(self, uart: Uart16550, bench: UartBench) -> None:
         fifos(uart)
@@ -202,20 +230,111 @@ class TestLoopback:
         assert read_all(uart) == b"loop"
         assert bench.sent == b""
 
-    @pytest.mark.parametrize(
-        ("output", "line"),
-        [
-            (u.UART_MCR_DTR, u.UART_MSR_DSR),
-            (u.UART_MCR_RTS, u.UART_MSR_CTS),
-            (u.UART_MCR_OUT1, u.UART_MSR_RI),
-            (u.UART_MCR_OUT2, u.UART_MSR_DCD),
-        ],
-    )
-    def test_modem_outputs_are_the_inputs(self, uart: Uart16550, output: int, line: int) -> None:
+    @pytest.mark.parametrize(("output", "line", "delta"), LOOP_WIRES)
+    def test_modem_outputs_are_the_inputs(self, uart: Uart16550, output: int, line: int, delta: int) -> None:
+        """With their deltas, each of which a read of MSR clears."""
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        uart.read(u.UART_MSR)
         uart.write(u.UART_MCR, u.UART_MCR_LOOP | output)
+        assert uart.read(u.UART_MSR) == line | (delta & ~u.UART_MSR_TERI)
         assert uart.read(u.UART_MSR) == line
-        uart.write(u.UART_MCR, output)
-        assert uart.read(u.UART_MSR) == 0xB0, "the real inputs are back, without deltas"
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        assert uart.read(u.UART_MSR) == delta, "RI counts when it goes off"
+        assert uart.read(u.UART_MSR) == 0
+
+    @pytest.mark.parametrize("pins", range(0, 0x100, 0x10))
+    @pytest.mark.parametrize("mcr", range(0x10))
+    def test_entering_and_leaving_it_changes_the_inputs(self, uart: Uart16550, pins: int, mcr: int) -> None:
+        """Those that differ between pins and outputs have changed."""
+        uart.write(u.UART_MCR, mcr)
+        uart.set_modem_lines(pins)
+        uart.read(u.UART_MSR)
+        looped = sum(line for output, line, _ in LOOP_WIRES if mcr & output)
+        for before, after, value in ((pins, looped, mcr | u.UART_MCR_LOOP), (looped, pins, mcr)):
+            uart.write(u.UART_MCR, value)
+            changed = sum(
+                delta
+                for _, line, delta in LOOP_WIRES
+                if (before ^ after) & line and not (line == u.UART_MSR_RI and after & line)
+            )
+            assert uart.read(u.UART_MSR) == after | changed
+            assert uart.read(u.UART_MSR) == after
+
+    def test_the_pins_are_disconnected(self, uart: Uart16550) -> None:
+        """They neither interrupt nor show; what they are at its end counts."""
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP | 0x0B)
+        uart.write(u.UART_IER, u.UART_IER_MSI)
+        uart.read(u.UART_MSR)
+        for pins in (0, 0xF0, 0x40, 0xB0, 0x30):
+            uart.set_modem_lines(pins)
+            assert not uart.irq
+            assert uart.read(u.UART_MSR) == 0xB0
+        uart.write(u.UART_MCR, 0x0B)
+        assert uart.irq
+        assert uart.read(u.UART_MSR) == 0x38
+        assert not uart.irq
+
+    def test_modem_interrupt(self, uart: Uart16550) -> None:
+        """From the outputs, under the control of IER; an enabled one that is pending rises."""
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        uart.read(u.UART_MSR)
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP | u.UART_MCR_RTS)
+        assert not uart.irq
+        uart.write(u.UART_IER, u.UART_IER_MSI)
+        assert uart.irq
+        assert uart.read(u.UART_IIR) == u.UART_IIR_MSI
+        assert uart.read(u.UART_MSR) == u.UART_MSR_CTS | 0x01
+        assert not uart.irq
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        assert uart.irq
+
+    def test_reset_ends_it(self, uart: Uart16550) -> None:
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        uart.reset()
+        assert uart.read(u.UART_MSR) == 0xB0, "without deltas"
+        assert uart.can_receive() == 1
+
+    def test_fifo_and_overrun_in_it(self, uart: Uart16550, bench: UartBench) -> None:
+        """The receiver's trigger level, timeout and error, and the transmitter's status."""
+        fifos(uart, trigger=1)
+        uart.write(u.UART_IER, u.UART_IER_RDI | u.UART_IER_RLSI)
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        for count in range(1, 5):
+            assert not uart.irq
+            uart.write(u.UART_TX, count)
+            assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT | u.UART_LSR_DR
+        assert uart.read(u.UART_IIR) == RDA
+        uart.read(u.UART_RX)
+        assert not uart.irq
+        bench.clock.advance(5 * CHARACTER)
+        assert uart.read(u.UART_IIR) == TIMEOUT
+        for count in range(14):
+            uart.write(u.UART_TX, count)
+        assert uart.read(u.UART_IIR) == RLS
+        assert uart.read(u.UART_LSR) & u.UART_LSR_OE
+        assert read_all(uart) == bytes([2, 3, 4, *range(13)])
+
+    def test_break_stays_outside(self, uart: Uart16550) -> None:
+        """The break control acts on the output pin alone (8.1, bit 6)."""
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        uart.write(u.UART_LCR, 0x43)
+        uart.write(u.UART_TX, ord("x"))
+        assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT | u.UART_LSR_DR
+        assert uart.read(u.UART_RX) == ord("x")
+
+    def test_what_a_busy_line_has_refused_goes_round(self, uart: Uart16550, bench: UartBench) -> None:
+        """A driver's test of the loop doesn't wait for the line, which gets nothing of it afterwards."""
+        fifos(uart)
+        bench.busy = True
+        for byte in b"abc":
+            uart.write(u.UART_TX, byte)
+        uart.write(u.UART_MCR, u.UART_MCR_LOOP)
+        assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT | u.UART_LSR_DR
+        assert read_all(uart) == b"abc"
+        bench.busy = False
+        uart.write(u.UART_MCR, 0)
+        uart.transmit_ready()
+        assert bench.sent == b""
 
     def test_interrupts_work(self, uart: Uart16550) -> None:
         uart.write(u.UART_MCR, u.UART_MCR_LOOP)

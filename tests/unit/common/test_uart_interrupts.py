@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from common import uart as u
+from common import serial_reg as u
 from common.uart import Uart16550
 from tests.support.uartbench import CHARACTER, MS, NONE, RDA, RLS, THRE, TIMEOUT, UartBench, fifos, read_all
 
@@ -153,6 +153,7 @@ class TestTimeout:
             (1, 0x03, 40 / 115200),
             (96, 0x00, 28 / 1200),
             (96, 0x1F, 48 / 1200),
+            (96, 0x04, 30 / 1200),
             (0, 0x03, 40 / 3500),
         ],
     )

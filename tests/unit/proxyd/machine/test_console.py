@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
-from common.uart import (
-    FIFO_SIZE,
+from common.serial_reg import (
     UART_FCR,
     UART_FCR_ENABLE_FIFO,
     UART_IER,
@@ -31,6 +30,7 @@ from common.uart import (
     UART_RX,
     UART_TX,
 )
+from common.uart import FIFO_SIZE
 from proxyd.machine.console import COM1_PORTS, Console
 from tests.support.fds import no_fd_is_left
 from tests.support.remotebench import Clock

@@ -14,7 +14,7 @@ import pytest
 
 from common import pci
 from common.errors import UsageError
-from common.uart import (
+from common.serial_reg import (
     UART_FCR,
     UART_IER,
     UART_IIR,
@@ -263,6 +263,24 @@ class TestCarrier:
             bench.write(UART_IER, 1, 0x08)
         run_until(loop, lambda: bench.line)
         assert bench.read(UART_MSR, 1) == 0x1A
+
+    def test_a_client_does_not_show_in_loopback(
+        self, create: Create, loop: CountingLoop, tmp_path: Path
+    ) -> None:
+        bench = create(chardev=f"unix:{tmp_path}/line", carrier="on")
+        bench.write(UART_IER, 1, 0x08)
+        bench.write(UART_MCR, 1, 0x1B)
+        assert bench.read(UART_MSR, 1) == 0xBA
+        assert not bench.line
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/line")
+            run_until(loop, lambda: bench.function._chardev.connected)
+            assert not bench.line
+            bench.write(UART_MCR, 1, 0x08)
+            assert bench.read(UART_MSR, 1) == 0xB0, "pins and outputs are alike"
+        run_until(loop, lambda: bench.line)
+        assert bench.read(UART_MSR, 1) == 0x1A
+        assert not bench.line
 
     def test_null_and_file_are_always_there(self, create: Create, tmp_path: Path) -> None:
         for spec in ("null", f"file:{tmp_path}/log"):

@@ -106,7 +106,7 @@ class _Client:
         self._end = -1  # where the zero byte of the first message in it is
         self._output = bytearray()
         self._events = EPOLLIN
-        loop.add(sock.fileno(), self._on_ready, EPOLLIN)
+        loop.add(sock.fileno(), self._on_ready, in_turn=True)
 
     def close(self) -> None:
         """Hangs up. Called once."""

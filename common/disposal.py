@@ -12,6 +12,7 @@ take SCM_MAX_FD, or below the process's limit of open files. That one can still 
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
@@ -24,7 +25,7 @@ from collections.abc import Iterable
 
 from common.notifier import is_eventfd
 
-__all__ = ["ANCILLARY_SIZE", "Disposal", "is_memory", "receive_urgent_inline", "refuse_fds"]
+__all__ = ["ANCILLARY_SIZE", "Disposal", "count_unread", "is_memory", "receive_urgent_inline", "refuse_fds"]
 
 _SCM_MAX_FD = 253
 """fds in one message at most (include/net/scm.h)"""
@@ -80,7 +81,7 @@ class Disposal:
 
         Unless it was shut down before, something may still arrive meanwhile. A second call does nothing.
         """
-        if sock.fileno() != -1 and _has_unread(sock):
+        if sock.fileno() != -1 and count_unread(sock.fileno()):
             self._hand_over(sock.detach())
         else:
             sock.close()
@@ -140,7 +141,8 @@ def receive_urgent_inline(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
-def _has_unread(sock: socket.socket) -> bool:
-    unread = bytearray(4)
+def count_unread(sock: int) -> int:
+    """How many bytes lie unread in a UNIX stream socket (SIOCINQ, unix_ioctl() in net/unix/af_unix.c)."""
+    unread = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, unread)
-    return any(unread)
+    return unread[0]

@@ -80,6 +80,9 @@ class UnixListener:
             self._sock.close()
             raise
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def hold(self) -> None:
         """Lets clients wait, until resume()."""
         if self._pause is not None:
@@ -92,7 +95,7 @@ class UnixListener:
     def resume(self) -> None:
         """Takes clients after hold()."""
         self._pause = None
-        self._loop.add(self._sock.fileno(), self._on_ready)
+        self._loop.add(self._sock.fileno(), self._on_ready, in_turn=True)
         self._is_watched = True
 
     def close(self) -> None:

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The event loop of both daemons: one thread, one epoll, timers, signals.
 
-Handlers are level-triggered and must take a spurious call: within one pass a handler may close another's fd
-and the number may be reused before its turn.
+A handler must take a spurious call: within one pass another handler may close its fd, and the number may be
+reused before its turn.
 
-What is registered with ``first`` (the links) goes before everything else (the resamplefds): a message that
-was received before a resample must be seen before the resample is judged, or an acknowledged line would be
-asserted again. As long as a pass finds links readable it asks the kernel again, within bounds, before it
-turns to the rest.
+One pass asks epoll once and calls the handler of each fd that is ready, so that no edge-triggered event is lost.
+There are two exceptions, both for level-triggered fds, which epoll reports again:
+
+- The fds that are served ``in_turn`` (links and whatever else takes requests) get one call each, those first that
+  have waited longest, and the pass ends when some ten microseconds are over. One call takes one request. So
+  clients that send without pause delay interrupts by little more than one request.
+- An fd that is ordered after a link (the resamplefd of its function) waits until that link has nothing left to
+  read, or has been called often enough to have read all that was queued when the wait began. A message that was
+  received before a resample must be handled before the resample is judged: it may have lowered the line, which
+  would be asserted again. So what is queued on one link delays only what is ordered after it.
 """
 
 from __future__ import annotations
@@ -23,20 +29,22 @@ from collections.abc import Callable
 from select import EPOLLIN
 from typing import Protocol
 
+from common.disposal import count_unread
+
 __all__ = ["EventLoop", "Loop", "Timer"]
 
 Handler = Callable[[int], None]
 
 _COMPACT_TIMERS = 64
 """the number of timers from which on cancelled ones are weeded out"""
-_SETTLE_ROUNDS = 64
-"""How often one pass goes back to links that stay readable, so that a flood on one can't starve the rest."""
+_TURNS_SECONDS = 50e-6
+"""how long one pass gives turns: enough for some register accesses, or for one request that takes longer"""
 
 
 class EventLoop(Protocol):
     """What a device uses of a loop."""
 
-    def add(self, fd: int, callback: Handler, events: int = EPOLLIN, *, first: bool = False) -> None:
+    def add(self, fd: int, callback: Handler, events: int = EPOLLIN, *, in_turn: bool = False) -> None:
         """See Loop."""
 
     def modify(self, fd: int, events: int) -> None:
@@ -75,7 +83,13 @@ class Loop:
         self._epoll = select.epoll()
         self._poll = self._epoll.poll
         self._handlers: dict[int, Handler] = {}
-        self._first: dict[int, Handler] = {}
+        self._turn = 0
+        self._turns: dict[int, int] = {}
+        """of each fd that is served in turn, the number of its last one"""
+        self._after: dict[int, int] = {}
+        """the fd after which another is ordered"""
+        self._owed: dict[int, int] = {}
+        """how many calls of that fd one that waits now has yet to wait for"""
         self._timers: list[Timer] = []
         self._compact_at = _COMPACT_TIMERS
         self._stopped = False
@@ -84,15 +98,23 @@ class Loop:
         self._wake_r, self._wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.add(self._wake_r, self._on_wake)
 
-    def add(self, fd: int, callback: Handler, events: int = EPOLLIN, *, first: bool = False) -> None:
+    def add(self, fd: int, callback: Handler, events: int = EPOLLIN, *, in_turn: bool = False) -> None:
         """Calls ``callback(events)`` whenever the fd is ready; EPOLLHUP and EPOLLERR are always reported.
 
+        One that is served ``in_turn`` is level-triggered, and its callback takes one request of a client at most.
         Raises OSError (EPERM for an fd that can't be polled, EEXIST for one that is registered).
         """
         self._epoll.register(fd, events)
         self._handlers[fd] = callback
-        if first:
-            self._first[fd] = callback
+        if in_turn:
+            self._turns[fd] = 0
+
+    def order(self, fd: int, after: int) -> None:
+        """Lets a level-triggered fd wait for what lies unread in ``after`` when it becomes ready.
+
+        ``after`` is a UNIX stream socket that is served in turn, and whose callback reads at least one byte.
+        """
+        self._after[fd] = after
 
     def modify(self, fd: int, events: int) -> None:
         """Waits for other events on a registered fd."""
@@ -101,7 +123,10 @@ class Loop:
     def remove(self, fd: int) -> None:
         """Forgets the fd, which must happen before its close: a dup would keep the epoll entry alive."""
         del self._handlers[fd]
-        self._first.pop(fd, None)
+        self._after.pop(fd, None)
+        self._owed.pop(fd, None)
+        if self._turns.pop(fd, None) is not None:
+            self._after = {other: after for other, after in self._after.items() if after != fd}
         self._epoll.unregister(fd)
 
     def time(self) -> float:
@@ -165,10 +190,10 @@ class Loop:
         if self._timers:
             timeout = self.until_next_timer(timeout)
         events = self._poll(timeout)
-        if len(events) == 1:
+        if len(events) == 1 and not self._owed:
             fd, mask = events[0]
             self._handlers[fd](mask)
-        elif events:
+        elif events or self._owed:
             self._handle_many(events)
         if self._timers:
             self._run_timers()
@@ -194,21 +219,36 @@ class Loop:
         os.close(self._wake_r)
 
     def _handle_many(self, events: list[tuple[int, int]]) -> None:
-        first = self._first
-        rest = [event for event in events if event[0] not in first]
-        for _ in range(_SETTLE_ROUNDS):
-            links = [event for event in events if event[0] in first]
-            if not links:
-                break
-            for fd, mask in links:
-                handler = first.get(fd)
+        ready = {fd: mask for fd, mask in events if fd in self._turns}
+        owed, self._owed = self._owed, {}
+        for fd, mask in events:
+            after = self._after.get(fd, -1)
+            if after in ready:
+                # One call reads a byte at least, and one more may find the end of the stream.
+                calls = owed[fd] if fd in owed else count_unread(after) + 1
+                if calls:
+                    self._owed[fd] = calls
+                    ready.pop(fd, None)
+                    continue
+            if fd not in ready:
+                handler = self._handlers.get(fd)
                 if handler is not None:
                     handler(mask)
-            events = self._poll(0)
-        for fd, mask in rest:
-            handler = self._handlers.get(fd)
-            if handler is not None:
-                handler(mask)
+        if ready:
+            self._give_turns(ready)
+
+    def _give_turns(self, ready: dict[int, int]) -> None:
+        end = self._clock() + _TURNS_SECONDS
+        for fd in sorted(ready, key=lambda fd: self._turns.get(fd, 0)):
+            if fd in self._turns:
+                self._turn += 1
+                self._turns[fd] = self._turn
+                for waiting, calls in self._owed.items():
+                    if self._after.get(waiting) == fd:
+                        self._owed[waiting] = calls - 1
+                self._handlers[fd](ready[fd])
+                if self._clock() >= end:
+                    break
 
     def _run_timers(self) -> None:
         now = self._clock()

@@ -43,7 +43,7 @@ class GuardedLoop:
         self._failures = failures
 
     def add(
-        self, fd: int, callback: Callable[[int], None], events: int = EPOLLIN, *, first: bool = False
+        self, fd: int, callback: Callable[[int], None], events: int = EPOLLIN, *, in_turn: bool = False
     ) -> None:
         """As Loop.add(); an fd whose callback fails is watched no more, or it would fail for ever."""
 
@@ -55,7 +55,7 @@ class GuardedLoop:
                 with contextlib.suppress(KeyError, OSError):  # it may have gone before it failed
                     self._loop.remove(fd)
 
-        self._loop.add(fd, guarded, events, first=first)
+        self._loop.add(fd, guarded, events, in_turn=in_turn)
 
     def modify(self, fd: int, events: int) -> None:
         """As Loop.modify()."""

@@ -58,6 +58,9 @@ class DeviceServer:
         self.session = Session(
             self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal
         )
+        if self._listener is not None:
+            # The next client may come together with the end of this one.
+            self._loop.order(self._listener.fileno(), after=self.session.fileno())
         self._is_refusal_told = False
         self._log.info("connected", peer=self.session.client)
 

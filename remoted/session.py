@@ -68,7 +68,11 @@ class Session:
             Command.SET_IRQFD: self._set_irqfd,
             Command.DEVICE_RESET: self._device_reset,
         }
-        loop.add(self._link.fileno(), self._on_readable, first=True)
+        loop.add(self._link.fileno(), self._on_readable, in_turn=True)
+
+    def fileno(self) -> int:
+        """The link's fd."""
+        return self._link.fileno()
 
     def close(self) -> None:
         """Ends the session: link and eventfds are closed, guest RAM is unmapped. A second call does nothing."""
@@ -144,6 +148,7 @@ class Session:
             self._link.discard(fds)
             return
         self._pirq.set_irqfd(irqfd, resamplefd)
+        self._loop.order(resamplefd.fd, after=self._link.fileno())
 
     def _sync_sysmem(self) -> None:
         fds = self._link.take_fds()

@@ -20,13 +20,13 @@ class CountingLoop(Loop):
         super().__init__(clock)
 
     def add(
-        self, fd: int, callback: Callable[[int], None], events: int = EPOLLIN, *, first: bool = False
+        self, fd: int, callback: Callable[[int], None], events: int = EPOLLIN, *, in_turn: bool = False
     ) -> None:
         def counted(mask: int) -> None:
             self.calls += 1
             callback(mask)
 
-        super().add(fd, counted, events, first=first)
+        super().add(fd, counted, events, in_turn=in_turn)
 
 
 def run_until(loop: Loop, condition: Callable[[], object]) -> None:

@@ -44,13 +44,13 @@ def loop(clock: Clock) -> Iterator[Loop]:
 class Event:
     """An eventfd in the loop that notes when its turn comes."""
 
-    def __init__(self, loop: Loop, name: str, order: list[str], *, first: bool = False) -> None:
+    def __init__(self, loop: Loop, name: str, order: list[str], *, in_turn: bool = False) -> None:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._loop = loop
         self._name = name
         self._order = order
         self.also: Callable[[], None] = lambda: None
-        loop.add(self.fd, self._ready, first=first)
+        loop.add(self.fd, self._ready, in_turn=in_turn)
 
     def set(self, count: int = 1) -> None:
         os.eventfd_write(self.fd, count)
@@ -78,8 +78,8 @@ def order() -> list[str]:
 def event(loop: Loop, order: list[str]) -> Iterator[Callable[..., Event]]:
     events: list[Event] = []
 
-    def make(name: str, *, first: bool = False) -> Event:
-        events.append(Event(loop, name, order, first=first))
+    def make(name: str, *, in_turn: bool = False) -> Event:
+        events.append(Event(loop, name, order, in_turn=in_turn))
         return events[-1]
 
     yield make
@@ -125,53 +125,187 @@ def test_fd_cant_be_added_twice_nor_a_file_at_all(loop: Loop, event: Make) -> No
     assert unfit.value.errno == errno.EPERM
 
 
-@pytest.mark.parametrize("added", list(itertools.permutations(["link", "other", "resample"])), ids="-".join)
-def test_links_go_first(loop: Loop, event: Make, order: list[str], added: tuple[str, ...]) -> None:
-    """Whatever the order in which they were added and became ready."""
-    events = {name: event(name, first=name == "link") for name in added}
-    for names in itertools.permutations(added):
-        order.clear()
-        for name in names:
-            events[name].set()
+class Link:
+    """A socket that is served in turn, one byte at a call, and its peer."""
+
+    def __init__(self, loop: Loop, name: str, order: list[str]) -> None:
+        self.ours, self.peer = socket.socketpair()
+        self._loop = loop
+        self._name = name
+        self._order = order
+        self.also: Callable[[], None] = lambda: None
+        loop.add(self.fd, self._ready, in_turn=True)
+
+    @property
+    def fd(self) -> int:
+        return self.ours.fileno()
+
+    def close(self) -> None:
+        if self.fd != -1:
+            self._loop.remove(self.fd)
+            self.ours.close()
+        self.peer.close()
+
+    def _ready(self, _events: int) -> None:
+        data = self.ours.recv(1)
+        self._order.append(f"{self._name} {data.decode()}" if data else f"{self._name} end")
+        self.also()
+        if not data:
+            self.close()
+
+
+@pytest.fixture
+def link(loop: Loop, order: list[str]) -> Iterator[Callable[[str], Link]]:
+    links: list[Link] = []
+
+    def make(name: str) -> Link:
+        links.append(Link(loop, name, order))
+        return links[-1]
+
+    yield make
+    for one in links:
+        one.close()
+
+
+MakeLink = Callable[[str], Link]
+QUEUED = 200
+
+
+@pytest.mark.parametrize("is_link_first", [True, False])
+def test_what_was_queued_on_a_link_goes_before_what_is_ordered_after_it(
+    loop: Loop, event: Make, link: MakeLink, order: list[str], is_link_first: bool
+) -> None:
+    """However much it is, whichever was added first, and although more comes all the time."""
+    if is_link_first:
+        busy, resample = link("link"), event("resample")
+    else:
+        resample, busy = event("resample"), link("link")
+    loop.order(resample.fd, after=busy.fd)
+    busy.peer.send(b"a" * QUEUED)
+    resample.set()
+    busy.also = lambda: busy.peer.sendall(b"b")
+    while "resample" not in order:
         loop.step()
-        assert order[0] == "link"
-        assert sorted(order) == sorted(added)
+        assert len(order) < 3 * QUEUED
+    before = order[: order.index("resample")]
+    assert before.count("link a") == QUEUED
+    assert before.count("link b") <= 1
 
 
-def test_links_that_have_more_to_read_go_before_the_rest(loop: Loop, event: Make, order: list[str]) -> None:
-    link, resample = event("link", first=True), event("resample")
-    resample.set()
-    link.set(5)
-    loop.step()
-    assert order == ["link"] * 5 + ["resample"]
-
-
-def test_link_that_becomes_ready_meanwhile_goes_before_the_rest(
-    loop: Loop, event: Make, order: list[str]
+def test_the_end_of_a_link_goes_before_what_is_ordered_after_it(
+    loop: Loop, event: Make, link: MakeLink, order: list[str]
 ) -> None:
-    one, two, resample = event("one", first=True), event("two", first=True), event("resample")
-    one.also = two.set
+    """As a client's end does before the next client."""
+    ending, listener = link("link"), event("listener", in_turn=True)
+    loop.order(listener.fd, after=ending.fd)
+    listener.set()
+    ending.peer.send(b"a")
+    ending.peer.close()
+    for _ in range(3):
+        loop.step()
+    assert order == ["link a", "link end", "listener"]
+
+
+def test_a_wait_that_is_over_doesnt_shorten_the_next(
+    loop: Loop, event: Make, link: MakeLink, order: list[str]
+) -> None:
+    busy, resample = link("link"), event("resample")
+    loop.order(resample.fd, after=busy.fd)
+    for _ in range(3):
+        busy.peer.send(b"a" * 10)
+        resample.set()
+        loop.step()
+        os.eventfd_read(resample.fd)  # by somebody else
+        loop.step()
+        busy.peer.send(b"a" * 10)
+        resample.set()
+        while "resample" not in order:
+            loop.step()
+        assert order == ["link a"] * 20 + ["resample"]
+        order.clear()
+
+
+def test_the_order_ends_with_the_link(loop: Loop, event: Make, link: MakeLink, order: list[str]) -> None:
+    """The next fd of its number is another matter."""
+    old, resample = link("old"), event("resample")
+    loop.order(resample.fd, after=old.fd)
+    number = old.fd
+    old.close()
+    new = link("new")
+    assert new.fd == number
+    new.peer.send(b"a" * 10)
     resample.set()
-    one.set()
     loop.step()
-    assert order == ["one", "two", "resample"]
+    assert order[0] == "resample"
 
 
-def test_flood_on_a_link_cant_starve_the_rest(loop: Loop, event: Make, order: list[str]) -> None:
-    flood, resample, other = event("flood", first=True), event("resample"), event("other", first=True)
-    flood.set(1 << 40)
-    resample.set()
-    other.set()
+def test_links_that_are_busy_delay_nothing_but_what_is_ordered_after_them(
+    loop: Loop, event: Make, link: MakeLink, order: list[str]
+) -> None:
+    busy = [link(f"link{number}") for number in range(24)]
+    idle, resample, other = link("idle"), event("resample"), event("other")
+    loop.order(resample.fd, after=idle.fd)
+    for one in busy:
+        one.peer.send(b"a" * QUEUED)
+    for _ in range(QUEUED // 2):
+        order.clear()
+        resample.set()
+        other.set()
+        loop.step()
+        assert order[:2] == ["resample", "other"]
+
+
+def test_a_pass_with_slow_links_ends_after_one_and_they_take_turns(
+    loop: Loop, clock: Clock, link: MakeLink, order: list[str]
+) -> None:
+    links = [link(f"link{number}") for number in range(4)]
+
+    def take_long() -> None:
+        clock.now += 0.001
+
+    for one in links:
+        one.also = take_long
+        one.peer.send(b"a" * 10)
+    for _ in range(5):
+        order.clear()
+        for count in range(1, 5):
+            loop.step()
+            assert len(order) == count
+        assert sorted(order) == [f"link{number} a" for number in range(4)]
+
+
+def test_quick_links_get_one_turn_each_in_a_pass(loop: Loop, link: MakeLink, order: list[str]) -> None:
+    links = [link(f"link{number}") for number in range(4)]
+    for one in links:
+        one.peer.send(b"aa")
     loop.step()
-    assert order.count("resample") == 1
-    assert order.count("other") == 1
+    assert sorted(order) == [f"link{number} a" for number in range(4)]
 
 
-@pytest.mark.parametrize("first", [False, True])
+def test_no_edge_is_lost_while_links_are_busy(loop: Loop, event: Make, link: MakeLink) -> None:
+    """Neither one that is there when the pass begins nor one that comes while the links are served."""
+    ours, theirs = socket.socketpair()
+    edges: list[int] = []
+    loop.add(ours.fileno(), edges.append, select.EPOLLIN | select.EPOLLET)
+    one, two = link("one"), link("two")
+    one.also = lambda: theirs.sendall(b"x")
+    for busy in (one, two):
+        busy.peer.send(b"a" * 10)
+    for count in range(1, 11):
+        loop.step()
+        assert len(edges) == count - 1
+    loop.step()
+    assert len(edges) == 10
+    loop.remove(ours.fileno())
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
 def test_handler_removed_within_a_pass_isnt_called(
-    loop: Loop, event: Make, order: list[str], first: bool
+    loop: Loop, event: Make, order: list[str], in_turn: bool
 ) -> None:
-    one, two = event("one", first=first), event("two", first=first)
+    one, two = event("one", in_turn=in_turn), event("two", in_turn=in_turn)
     one.also, two.also = two.close, one.close
     one.set()
     two.set()
@@ -180,29 +314,31 @@ def test_handler_removed_within_a_pass_isnt_called(
     assert order in (["one"], ["two"])
 
 
-def test_link_may_remove_what_comes_after_it(loop: Loop, event: Make, order: list[str]) -> None:
+def test_link_may_remove_what_waits_for_it(loop: Loop, event: Make, link: MakeLink, order: list[str]) -> None:
     """As a session that ends does with its resamplefd."""
-    link, resample = event("link", first=True), event("resample")
-    link.also = resample.close
-    link.set()
+    ending, resample = link("link"), event("resample")
+    loop.order(resample.fd, after=ending.fd)
+    ending.also = resample.close
+    ending.peer.send(b"a")
     resample.set()
-    loop.step()
-    assert order == ["link"]
+    for _ in range(3):
+        loop.step()
+    assert order == ["link a"]
 
 
 def test_handler_may_remove_itself(loop: Loop, event: Make, order: list[str]) -> None:
-    one, two = event("one", first=True), event("two")
+    one, two = event("one", in_turn=True), event("two")
     one.also, two.also = one.close, two.close
     one.set(2)
     two.set(2)
     loop.step()
     loop.step()
-    assert order == ["one", "two"]
+    assert sorted(order) == ["one", "two"]
 
 
 def test_fd_is_reused_within_a_pass(loop: Loop, event: Make, order: list[str]) -> None:
     """The new handler may be called for nothing, and must not be called later for the old one."""
-    link, old = event("link", first=True), event("old")
+    link, old = event("link"), event("old")
     added: list[Event] = []
 
     def replace() -> None:

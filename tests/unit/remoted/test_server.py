@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from common.errors import UsageError
+from common.mpqemu import BAR, Command
 from remoted.server import adopt_connection
 from tests.support.fds import count_fds, no_more_fds
-from tests.support.remotebench import LineDevice, Peer, RemoteBench
+from tests.support.remotebench import MEM_BASE, LineDevice, Peer, RemoteBench
 
 
 def works(peer: Peer) -> bool:
@@ -49,6 +50,20 @@ def test_successor_that_connects_before_the_end_of_the_first_was_seen_is_served(
     with Peer(bench, sock) as second:
         assert works(second)
     assert bench.servers["dev0"].refused == 0
+
+
+def test_successor_waits_for_all_that_the_first_has_sent(bench: RemoteBench) -> None:
+    function = bench.add(LineDevice, "dev", 8)
+    first = bench.connect("dev")
+    first.enable()
+    for number in range(100):
+        first.send(Command.BAR_WRITE, BAR.pack(MEM_BASE + 8, number, 4, True))
+    first.sock.shutdown(socket.SHUT_WR)
+    with bench.connect("dev") as second:
+        assert function.registers[1, 8] == 99
+        assert not second.has_ended
+    first.close()
+    assert bench.servers["dev"].refused == 0
 
 
 def test_devices_are_served_side_by_side(bench: RemoteBench) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from common.mpqemu import BAR, CONFIG, Command, request_frame
 from tests.support.fds import count_fds
-from tests.support.remotebench import IO_BASE, Pair, Peer, RemoteBench
+from tests.support.remotebench import IO_BASE, LineDevice, Pair, Peer, RemoteBench
 
 FULL = (1 << 64) - 2
 
@@ -87,6 +87,30 @@ def test_acknowledgement_behind_other_messages_and_in_pieces_counts(
         bench.settle()
         assert pair.written() == 0
         assert [peer.receive() for _ in range(12)] == [0x00421B36] * 10 + [0, None]
+
+
+def test_acknowledgement_behind_a_full_queue_counts_and_delays_no_other_function(
+    bench: RemoteBench, peer: Peer, pair: Pair
+) -> None:
+    bench.add(LineDevice, "other", 0x48)
+    other = bench.connect("other")
+    other.enable()
+    others_pair = other.set_irqfd()
+    other.drive(True)
+    others_pair.written()
+    peer.drive(True)
+    pair.written()
+    for _ in range(100):
+        peer.send(Command.SYNC_SYSMEM, bytes(192))
+    peer.queue_line(False)
+    pair.resamplefd.set()
+    others_pair.resamplefd.set()
+    bench.loop.step()
+    assert others_pair.written() == 1
+    bench.settle()
+    assert pair.written() == 0
+    assert peer.receive() == 0
+    other.close()
 
 
 def test_acknowledgements_of_all_functions_count_before_the_resample_of_their_gsi(

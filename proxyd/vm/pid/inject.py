@@ -22,7 +22,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from ctypes import Structure, c_int, c_size_t, c_uint64, sizeof
 from dataclasses import dataclass
@@ -39,13 +39,17 @@ from proxyd.kvm.kvm_h import (
     kvm_irqfd,
 )
 from proxyd.vm.pid import ptrace
-from proxyd.vm.pid.landmarks import find_landmarks
+from proxyd.vm.pid.bounded import run_bounded
+from proxyd.vm.pid.landmarks import Landmarks, find_landmarks
 from proxyd.vm.pid.process import Process
 from proxyd.vm.pid.remotecall import StoppedThread, Syscall, run_stopped
 
 __all__ = ["Line", "Target"]
 
 _T = TypeVar("_T")
+
+_LOOK_SECONDS = 10.0
+"""for a first look at a process: there may be hundreds of megabytes of code, and other processes that are busy"""
 
 
 class iovec(Structure):
@@ -106,11 +110,10 @@ class Target:
         """
         self._process = process
         status = process.refuse_unfit()
-        with process.explained(UsageError):
-            process.refuse_foreign_architecture()
-            self._vm_fd = process.find_vm(int(status["FDSize"]))
-            self._landmarks = find_landmarks(process.pid)
         try:
+            self._vm_fd, self._landmarks = run_bounded(
+                f"look at process {process.pid}", _LOOK_SECONDS, lambda: _look_at(process, status)
+            )
             self._run(self._check_irqchip)
         except IohubError as error:
             raise UsageError(str(error)) from error
@@ -142,11 +145,8 @@ class Target:
         """
         if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
             raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
-        with ExitStack() as copies:
-            (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi, copies))
-            pair = adopt_pair(irqfd, resamplefd)
-            copies.pop_all()
-        return Line(gsi, *pair, seconds)
+        (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi), _close_pair)
+        return Line(gsi, irqfd, resamplefd, seconds)
 
     def detach(self, line: Line) -> float:
         """Has the process deassign the irqfd, whoever holds a copy of it, and closes the line in any case.
@@ -161,7 +161,9 @@ class Target:
         """Lets go of the process; lines stay as they are."""
         self._process.close()
 
-    def _run(self, body: Callable[[StoppedThread], _T]) -> tuple[_T, float]:
+    def _run(
+        self, body: Callable[[StoppedThread], _T], discard: Callable[[_T], None] = lambda _result: None
+    ) -> tuple[_T, float]:
         def checked(thread: StoppedThread) -> _T:
             # By way of the pidfd, so it also tells whether the one that was stopped is still that process.
             self._process.check_vm(self._vm_fd)
@@ -169,7 +171,7 @@ class Target:
 
         self._process.refuse_unfit()
         with self._process.explained(IohubError):
-            return run_stopped(self.pid, self._landmarks, checked)
+            return run_stopped(self.pid, self._landmarks, checked, discard)
 
     def _vm_ioctl(self, thread: StoppedThread, request: Request, argument: Structure) -> None:
         try:
@@ -186,21 +188,27 @@ class Target:
     def _check_irqchip(self, thread: StoppedThread) -> None:
         self._vm_ioctl(thread, Request.KVM_GET_IRQCHIP, kvm_irqchip(KVM_IRQCHIP_PIC_MASTER))
 
-    def _assign(self, thread: StoppedThread, gsi: int, copies: ExitStack) -> tuple[int, int]:
-        """Our copies of the irqfd and the resamplefd; ``copies`` closes them."""
-        with ExitStack() as theirs:
-            pair = []
-            ours = []
-            for _ in range(2):
-                fd = thread.call(Syscall.eventfd2, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                theirs.enter_context(thread.closing(fd))
-                pair.append(fd)
-                copy = ptrace.pidfd_getfd(self._process.pidfd, fd)
-                copies.callback(os.close, copy)
-                ours.append(copy)
-            resamplefd, irqfd = pair  # the irqfd is the first to be closed
-            self._vm_ioctl(thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, gsi, IrqfdFlag.RESAMPLE, resamplefd))
-        return ours[1], ours[0]
+    def _assign(self, thread: StoppedThread, gsi: int) -> tuple[EventNotifier, EventNotifier]:
+        """Our copies of the irqfd and the resamplefd."""
+        with ExitStack() as copies:
+            with ExitStack() as theirs:
+                pair = []
+                ours = []
+                for _ in range(2):
+                    fd = thread.call(Syscall.eventfd2, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                    theirs.enter_context(thread.closing(fd))
+                    pair.append(fd)
+                    copy = ptrace.pidfd_getfd(self._process.pidfd, fd)
+                    copies.callback(os.close, copy)
+                    ours.append(copy)
+                # Another thread of the process may have put anything where the eventfds were.
+                notifiers = adopt_pair(ours[1], ours[0])
+                resamplefd, irqfd = pair  # the irqfd is the first to be closed
+                self._vm_ioctl(
+                    thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, gsi, IrqfdFlag.RESAMPLE, resamplefd)
+                )
+            copies.pop_all()
+        return notifiers
 
     def _deassign(self, thread: StoppedThread, line: Line) -> None:
         with ExitStack() as theirs:
@@ -214,8 +222,15 @@ class Target:
         thread.call(Syscall.socketpair, socket.AF_UNIX, kind, 0, ends)
         near, far = struct.unpack("ii", thread.get(ends, 2 * sizeof(c_int)))
         theirs.enter_context(thread.closing(near, far))
-        with socket.socket(fileno=ptrace.pidfd_getfd(self._process.pidfd, near)) as sender:
-            socket.send_fds(sender, [b"\0"], [fd])
+        copy = ptrace.pidfd_getfd(self._process.pidfd, near)
+        try:
+            sender = socket.socket(fileno=copy)
+        except OSError as error:
+            os.close(copy)
+            raise self._replaced() from error
+        with sender:
+            thread.check_time()
+            self._send_fd(sender, fd)
         buffer = thread.put(bytes(1))
         control = thread.put(bytes(sizeof(rights)))
         header = user_msghdr(
@@ -230,3 +245,31 @@ class Target:
             raise IohubError(f"pid:{self.pid}: it can't open another file to deassign the irqfd")
         theirs.enter_context(thread.closing(received.fd))
         return int(received.fd)
+
+    def _send_fd(self, sender: socket.socket, fd: int) -> None:
+        """Sends a copy of an fd, without waiting.
+
+        The process has told the socket's number, and may have changed its flags and filled it.
+        """
+        if (sender.family, sender.type) != (socket.AF_UNIX, socket.SOCK_DGRAM):
+            raise self._replaced()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+        try:
+            sender.sendmsg([b"\0"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError as error:
+            raise IohubError(f"pid:{self.pid}: it has filled its socket pair") from error
+
+    def _replaced(self) -> IohubError:
+        return IohubError(f"pid:{self.pid}: it has put another file in place of its socket pair")
+
+
+def _look_at(process: Process, status: Mapping[str, str]) -> tuple[int, Landmarks]:
+    """The fd of its VM, and where it has code. Raises IohubError."""
+    with process.explained(UsageError):
+        process.refuse_foreign_architecture()
+        return process.find_vm(int(status["FDSize"])), find_landmarks(process.pid)
+
+
+def _close_pair(pair: tuple[EventNotifier, EventNotifier]) -> None:
+    for notifier in pair:
+        notifier.close()

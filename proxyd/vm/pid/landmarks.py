@@ -15,6 +15,7 @@ __all__ = [
     "Landmarks",
     "find_landmarks",
     "find_stack",
+    "find_vdso",
     "is_restore_rt",
     "match_gadgets",
 ]
@@ -23,6 +24,8 @@ SYSCALL_RET = b"\x0f\x05\xc3"
 _RESTORE_RT = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")
 RESTORE_RT_MAX = len(_RESTORE_RT[0])
 _CHUNK = 1 << 20
+_MAX_CODE = 1 << 30
+"""bytes that are looked through: a mapping can have any size"""
 
 
 class Landmarks(NamedTuple):
@@ -74,16 +77,25 @@ def find_stack(pid: int) -> range:
     raise IohubError(f"process {pid} has no main stack in its address space")
 
 
+def find_vdso(pid: int) -> int | None:
+    """Where the kernel's vdso is, None if the process has none. Raises OSError."""
+    return next((_range(fields).start for fields in _mappings(pid) if fields[5:] == ["[vdso]\n"]), None)
+
+
 def _mappings(pid: int) -> list[list[str]]:
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
         return [line.split(maxsplit=5) for line in file]
 
 
 def _executable_code(pid: int) -> Iterator[tuple[int, bytes]]:
+    left = _MAX_CODE
     for fields in reversed(_mappings(pid)):
         if fields[1] != "r-xp" or fields[4] == "0":
             continue  # of the others only files' are sure to be readable and to stay
         where = _range(fields)
+        if len(where) > left:
+            continue
+        left -= len(where)
         for address in range(where.start, where.stop, _CHUNK):
             # A pattern may begin in one chunk and end in the next.
             size = min(where.stop - address, _CHUNK + RESTORE_RT_MAX - 1)

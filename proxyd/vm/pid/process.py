@@ -15,6 +15,7 @@ from typing import Self
 
 from common.errors import IohubError, PeerGone, UsageError
 from proxyd.vm.pid import ptrace
+from proxyd.vm.pid.landmarks import find_vdso
 
 __all__ = ["Process"]
 
@@ -55,12 +56,9 @@ class Process:
 
     def refuse_foreign_architecture(self) -> None:
         """Raises UsageError unless it is an x86-64 program, OSError if it can't be read."""
-        with open(f"/proc/{self.pid}/maps", encoding="utf-8", errors="replace") as file:
-            vdso = next((line for line in file if line.rstrip().endswith("[vdso]")), None)
-        if vdso is not None:
-            start = int(vdso.partition("-")[0], 16)
-            if ptrace.read_memory(self.pid, start, len(_ELF_64)) != _ELF_64:
-                raise UsageError(f"pid:{self.pid}: isn't an x86-64 program")
+        vdso = find_vdso(self.pid)
+        if vdso is not None and ptrace.read_memory(self.pid, vdso, len(_ELF_64)) != _ELF_64:
+            raise UsageError(f"pid:{self.pid}: isn't an x86-64 program")
 
     def find_vm(self, table_size: int) -> int:
         """The number of its kvm-vm fd. ``table_size`` bounds its fd numbers (FDSize of /proc/PID/status).

@@ -22,7 +22,8 @@ isn't, an interrupted call is restarted even if a handler runs. (A program with 
 way home: the ``ret`` would kill it.)
 
 For the same reason a call that hangs can be left behind at any time: ptrace belongs to a thread, so the work
-is done in one of its own, and its end releases the traced thread.
+is done in one of its own, and its end releases the traced thread. One deadline bounds all of a stop, however the
+process delays its parts.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from common.errors import IohubError, PeerGone
 from proxyd.vm.pid import ptrace, sigframe
+from proxyd.vm.pid.bounded import run_bounded
 from proxyd.vm.pid.interrupted import leave_critical_section, make_restartable, restarted
 from proxyd.vm.pid.landmarks import RESTORE_RT_MAX, SYSCALL_RET, Landmarks, find_stack, is_restore_rt
 from proxyd.vm.pid.ptrace import user_regs_struct
@@ -45,7 +46,10 @@ from proxyd.vm.pid.ptrace import user_regs_struct
 __all__ = ["StoppedThread", "Syscall", "run_stopped"]
 
 STOP_DEADLINE = 5.0
-"""Seconds that a thread gets to come to each stop; in uninterruptible sleep it can't."""
+"""Seconds from the request to stop until the release; in uninterruptible sleep a thread doesn't even stop."""
+
+_TRACER_SECONDS = 5.0
+"""what the tracer may take beyond that, if the process holds up an access to its memory"""
 
 LOOK_SECONDS = 0.1
 """How soon a stop is seen whose SIGCHLD went to another thread, so all of them should block it. Looking every
@@ -94,6 +98,7 @@ class StoppedThread:
         self._in_call = False  # stopped where the kernel is about to make the call that orig_rax names
         self._lost: IohubError | None = None  # why the thread is no longer known to be stopped
         self._began = 0.0
+        self._expires = 0.0
         self.seconds = 0.0
         """For how long the thread was stopped, at most; known after release()."""
 
@@ -163,8 +168,7 @@ class StoppedThread:
         Raises OSError with the call's errno, PeerGone if the process exits, IohubError if the call doesn't
         end in time: release() then leaves the thread to get home by itself.
         """
-        if self._lost is not None:
-            raise self._lost
+        self.check_time()
         ptrace.setregs(self.pid, self._calling(number, *arguments))
         ptrace.cont_to_syscall(self.pid)
         self._wait(ptrace.cont_to_syscall, _is_syscall_stop)
@@ -177,6 +181,16 @@ class StoppedThread:
         if -4096 < result < 0:
             raise OSError(-result, os.strerror(-result), f"{number.name} in process {self.pid}")
         return result
+
+    def check_time(self) -> None:
+        """Raises IohubError when the time for this stop is over, PeerGone when the process has exited.
+
+        Nothing may be given to the process after that: nobody waits for this thread any more.
+        """
+        if self._lost is None and time.monotonic() > self._expires:
+            self._lost = IohubError(f"process {self.pid} didn't stop within {STOP_DEADLINE:g} s")
+        if self._lost is not None:
+            raise self._lost
 
     @contextlib.contextmanager
     def closing(self, *fds: int) -> Iterator[None]:
@@ -254,6 +268,7 @@ class StoppedThread:
         ptrace.seize(self.pid, ptrace.PTRACE_O_TRACESYSGOOD)
         self._seized = True
         self._began = time.monotonic()
+        self._expires = self._began + STOP_DEADLINE
         ptrace.interrupt(self.pid)
         self._wait(ptrace.cont, _is_event_stop)
         regs = ptrace.getregs(self.pid)
@@ -273,9 +288,8 @@ class StoppedThread:
 
     def _wait(self, resume: Callable[[int, int], None], wanted: Callable[[int], bool]) -> None:
         """Waits for a stop of the kind; resumes the thread from any other."""
-        deadline = time.monotonic() + STOP_DEADLINE
         while True:
-            status = _wait_status(self.pid, deadline)
+            status = _wait_status(self.pid, self._expires)
             if status is None:
                 self._lost = IohubError(f"process {self.pid} didn't stop within {STOP_DEADLINE:g} s")
                 raise self._lost
@@ -320,45 +334,43 @@ def _run_beside(pid: int) -> None:
         os.sched_setaffinity(0, {int(fields[_STAT_PROCESSOR])})
 
 
-class _Tracer(threading.Thread, Generic[_T]):
-    """Does its work and ends, and the kernel releases what it still traces."""
-
-    def __init__(self, pid: int, landmarks: Landmarks, body: Callable[[StoppedThread], _T]) -> None:
-        super().__init__(name=f"tracer-{pid}")
-        self.thread = StoppedThread(pid, landmarks)
-        self.body = body
-        self.result: list[_T] = []
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.thread.stop()
-            self.result.append(self.body(self.thread))
-        except BaseException as error:  # noqa: BLE001 - run_stopped() raises it in the caller's thread
-            self.error = error
-        try:
-            self.thread.release()
-        except BaseException as error:  # noqa: BLE001
-            self.error = self.error or error
+def _keep(_result: object) -> None:
+    """For results that need no disposal."""
 
 
-def run_stopped(pid: int, landmarks: Landmarks, body: Callable[[StoppedThread], _T]) -> tuple[_T, float]:
+def run_stopped(
+    pid: int,
+    landmarks: Landmarks,
+    body: Callable[[StoppedThread], _T],
+    discard: Callable[[_T], None] = _keep,
+) -> tuple[_T, float]:
     """Stops the main thread of a process, lets ``body`` make calls in it, and lets it go.
 
     Returns what ``body`` returned and the seconds for which the thread was stopped, at most. Raises what
-    ``body`` and StoppedThread's methods raise; the process runs on in any case.
+    ``body`` and StoppedThread's methods raise; the process runs on in any case. ``discard`` gets what ``body``
+    returned if the release failed, or came too late.
     """
-    tracer = _Tracer(pid, landmarks, body)
+    thread = StoppedThread(pid, landmarks)
+
+    def work() -> tuple[_T, float]:
+        try:
+            thread.stop()
+            result = body(thread)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to be told
+                thread.release()
+            raise
+        try:
+            thread.release()
+        except BaseException:
+            discard(result)
+            raise
+        return result, thread.seconds
+
     # The tracer inherits the mask, and waits for the signal.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
-        try:
-            tracer.start()
-        except RuntimeError as error:
-            raise IohubError(f"no thread to trace process {pid} with: {error}") from error
-        tracer.join()
+        seconds = 2 * STOP_DEADLINE + _TRACER_SECONDS  # the first half for a thread on another stack
+        return run_bounded(f"trace process {pid}", seconds, work, lambda done: discard(done[0]))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if tracer.error is not None:
-        raise tracer.error
-    return tracer.result[0], tracer.thread.seconds

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
-from common.errors import PeerGone, ProtocolError
+from common.errors import PeerGone, ProtocolError, ShortageError
 from common.mpqemu import HEADER, Command
 from common.peer import PeerCredentials, peer_credentials
 
@@ -74,7 +74,7 @@ class Link:
     def receive(self) -> int:
         """The command of the next whole frame, or -1 when it isn't here yet. Never blocks.
 
-        Raises ProtocolError (after which the stream is out of step) and PeerGone.
+        Raises ProtocolError and ShortageError (after which the stream is out of step) and PeerGone.
         """
         if self._frame:
             if self._have == self._frame:
@@ -100,7 +100,8 @@ class Link:
         if ancillary:
             self._take_ancillary(ancillary, wanted=self._have < _HEADER_SIZE)
         if flags & socket.MSG_CTRUNC:
-            raise ProtocolError("a message's file descriptors are lost: too many files are open here")
+            # The control buffer takes all that fit into a message, so there was no fd left for the rest.
+            raise ShortageError("a message's file descriptors are lost: too many files are open here")
         if not count:
             raise PeerGone("the peer closed the link" + (" within a frame" if self._have else ""))
         self._have += count

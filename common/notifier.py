@@ -9,11 +9,12 @@ read goes through preadv2 with RWF_NOWAIT, a write happens only when poll says t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 from typing import Self
 
-from common.errors import ProtocolError
+from common.errors import ProtocolError, ShortageError
 
 __all__ = ["EventNotifier", "adopt_pair", "is_eventfd"]
 
@@ -70,7 +71,8 @@ class EventNotifier:
 def adopt_pair(irqfd: int, resamplefd: int) -> tuple[EventNotifier, EventNotifier]:
     """Takes ownership of a received irqfd and resamplefd.
 
-    Raises ProtocolError, with both still the caller's, unless they are two eventfds without EFD_SEMAPHORE. Of a
+    Raises ProtocolError, with both still the caller's, unless they are two eventfds without EFD_SEMAPHORE, and
+    ShortageError, likewise, when there is no fd left to have a look at them. Of a
     semaphore KVM would consume one of n events and find the rest at the next assign (virt/kvm/eventfd.c); one
     eventfd as both it accepts, and then re-asserts the line after every EOI, for ever.
     """
@@ -88,7 +90,10 @@ def is_eventfd(fd: int) -> bool:
 
 
 def _identify(fd: int) -> str | None:
-    """The number of an eventfd, None where the kernel doesn't tell. Raises ProtocolError for an unfit fd."""
+    """The number of an eventfd, None where the kernel doesn't tell.
+
+    Raises ProtocolError for an unfit fd, and ShortageError.
+    """
     try:
         kind = _kind(fd)
         if kind != _EVENTFD:
@@ -96,7 +101,10 @@ def _identify(fd: int) -> str | None:
         # The file is asked for its fdinfo only now: a stranger's filesystem might not answer.
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
             fields = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    except OSError as error:  # no fd is left for the look at it, or its path is too long
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise ShortageError(f"an eventfd can't be examined: {error.strerror}") from error
+        # Its path is too long.
         raise ProtocolError(f"can't examine an eventfd: {error.strerror}") from error
     if fields.get("eventfd-semaphore", "0") != "0":  # kernels before 6.5 don't tell
         raise ProtocolError("an eventfd with EFD_SEMAPHORE can't carry interrupts")

@@ -15,6 +15,7 @@ EOI for a line that nobody asserted.
 
 from __future__ import annotations
 
+from common.errors import ShortageError
 from common.loop import Loop
 from common.notifier import EventNotifier
 from common.pci import PCI_DEVFN_MAX
@@ -61,10 +62,18 @@ class Pirq:
             self.level -= 1
 
     def set_irqfd(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
-        """Replaces the eventfds, and takes ownership of the new ones; a level that is high asserts the line."""
+        """Replaces the eventfds, and takes ownership of the new ones; a level that is high asserts the line.
+
+        Raises ShortageError when the loop can't watch the resamplefd: then the line has no eventfds.
+        """
         self.drop_irqfd()
+        try:
+            self._loop.add(resamplefd.fd, self._on_resample)
+        except OSError as error:
+            irqfd.close()
+            resamplefd.close()
+            raise ShortageError(f"the resamplefd can't be watched: {error.strerror}") from error
         self._irqfd, self._resamplefd = irqfd, resamplefd
-        self._loop.add(resamplefd.fd, self._on_resample)
         if self.level:
             # The peer may have kicked already, to have the level looked at: that is done here, once.
             self.resamples += resamplefd.test_and_clear()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from common.config import DeviceConfig, VmConfig, parse_remoted
 from common.control import ControlServer
-from common.errors import UsageError
+from common.errors import IohubError, UsageError
 from common.journal import device_log, printable, setup
 from common.loop import Loop
 from common.pci import format_devfn
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup(PROGRAM, config.name)
         config.make_runtime_dir()
         remoted = Remoted(config)
-    except (UsageError, OSError) as error:
+    except (IohubError, OSError) as error:
         print(f"{PROGRAM}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
     try:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guest RAM as SYNC_SYSMEM describes it, and DMA to it.
 
-A client sends the whole table each time, up to eight regions with one fd each; what it replaces is unmapped
-before the next message is looked at. One memory serves one client: with its session the mappings go.
+A client sends the whole table each time, up to eight regions with one fd each; what it replaces goes before the
+next message is looked at. One memory serves one client: with its session the files go.
 
-The files stay the client's, which may truncate them at any time. A process that touches a page that is gone
-dies of SIGBUS, while the kernel, copying on its behalf, answers EFAULT: so bytes go through a file of our own,
-and RAM itself is only shown where a seal keeps it from shrinking (memfd_create(2), fcntl(2)). Huge pages from
-hugetlbfs are not shown at all: their owner may still punch a hole, and the pool that fills it again may be empty
-(hugetlb_no_page() in mm/hugetlb.c).
+The files stay the client's, which may truncate them at any time, make them larger than any address space, or leave
+them sparse. So what a client can make this process hold is bounded: RAM is read with pread(2), and mapped for a
+write, or while a device looks at it, in the pages concerned only. A process that touches a mapped page that is
+gone dies of SIGBUS, while the kernel, copying on its behalf, answers EFAULT: so bytes are copied into a mapping
+from a file of our own, and RAM itself is only shown where a seal keeps it from shrinking (memfd_create(2),
+fcntl(2)). pwrite(2) would take the file's lock, which fallocate(2) in the client may hold for seconds. Huge pages
+from hugetlbfs are not shown at all: their owner may still punch a hole, and the pool that fills it again may be
+empty (hugetlb_no_page() in mm/hugetlb.c).
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ from typing import NamedTuple
 
 from common import mpqemu
 from common.disposal import is_memory
-from common.errors import IohubError, ProtocolError
+from common.errors import IohubError, ProtocolError, ShortageError
 
 __all__ = ["DmaError", "GuestMemory"]
 
 
-_COPY_SIZE = 1 << 16
+_CHUNK = 1 << 16
+_F_SEAL_FUTURE_WRITE = 0x0010  # include/uapi/linux/fcntl.h
+_READ_ONLY_SEALS = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
 
 
 class DmaError(IohubError):
@@ -40,13 +45,17 @@ class DmaError(IohubError):
 class _Region(NamedTuple):
     start: int
     end: int
-    ram: mmap.mmap
+    fd: int
+    offset: int
+    """of the start in the file"""
+    page_size: int
+    """of the filesystem"""
     can_vanish: bool
     """whether its file's owner can take pages away for good"""
 
 
 class _Piece(NamedTuple):
-    """A part of a region: offsets into it."""
+    """A part of a region: offsets into its file."""
 
     region: _Region
     start: int
@@ -60,49 +69,44 @@ class GuestMemory:
         self._regions: list[_Region] = []
         self._starts: list[int] = []
         self._copy = -1
-        """a memfd that bytes go through, as long as there is RAM"""
+        """a memfd that bytes to be written go through, as long as there is RAM"""
 
     @property
     def regions(self) -> list[tuple[int, int]]:
         """Start and size of every region, by address."""
         return [(region.start, region.end - region.start) for region in self._regions]
 
-    def sync(self, payload: bytes | memoryview, fds: Sequence[int]) -> None:
-        """Replaces all regions by those of a SYNC_SYSMEM payload, one for each fd; the fds stay the caller's.
+    def sync(self, payload: bytes | memoryview, fds: Sequence[int]) -> list[int]:
+        """Replaces all regions by those of a SYNC_SYSMEM payload, one for each fd.
 
-        Raises ProtocolError, with everything as it was, unless each region is page-aligned, lies within its
-        file, which is on tmpfs or hugetlbfs as memfds are, and none overlaps another.
+        Takes ownership of the fds, and returns those that it had before for the caller to close. Raises
+        ProtocolError unless each region is page-aligned and lies within its file, which can be written and is on
+        tmpfs or hugetlbfs as memfds are, and none overlaps another; ShortageError. After both everything is as it
+        was, and the fds are the caller's.
         """
         table = mpqemu.SYSMEM.unpack_from(payload)
         limit = mpqemu.MAX_FDS
         wanted = [(table[i], table[limit + i], table[2 * limit + i], fd) for i, fd in enumerate(fds)]
-        for start, size, offset, fd in wanted:
-            _check_region(start, size, offset, fd)
-        wanted.sort()
-        for (start, size, _, _), (following, _, _, _) in pairwise(wanted):
-            if start + size > following:
-                raise ProtocolError(f"RAM regions overlap at {following:#x}")
-        regions: list[_Region] = []
-        try:
-            for start, size, offset, fd in wanted:
-                ram = mmap.mmap(fd, size, offset=offset)
-                regions.append(_Region(start, start + size, ram, _can_vanish(fd)))
-            if self._copy == -1 and regions:
+        regions = sorted(_check_region(start, size, offset, fd) for start, size, offset, fd in wanted)
+        for region, following in pairwise(regions):
+            if region.end > following.start:
+                raise ProtocolError(f"RAM regions overlap at {following.start:#x}")
+        if self._copy == -1 and regions:
+            try:
                 self._copy = os.memfd_create("dma", os.MFD_CLOEXEC)
-        except (OSError, ValueError, OverflowError) as error:
-            _unmap(regions)
-            raise ProtocolError(f"RAM at {start:#x}: {error}") from error
+            except OSError as error:
+                raise ShortageError(f"no buffer for DMA: {error.strerror}") from error
         old, self._regions = self._regions, regions
         self._starts = [region.start for region in regions]
-        _unmap(old)
+        return [region.fd for region in old]
 
-    def clear(self) -> None:
-        """Unmaps everything."""
+    def clear(self) -> list[int]:
+        """Forgets all regions. Returns their fds for the caller to close."""
         old, self._regions, self._starts = self._regions, [], []
-        _unmap(old)
         copy, self._copy = self._copy, -1
         if copy != -1:
             os.close(copy)
+        return [region.fd for region in old]
 
     def read(self, address: int, size: int) -> bytes:
         """Copies bytes out of RAM; they may span regions that adjoin. Raises DmaError, for all or nothing."""
@@ -127,7 +131,7 @@ class GuestMemory:
         memory-backend-memfd is, by default), or consists of huge pages from hugetlbfs.
 
         Valid until the device's handler returns, and to be released by then (use it in a with statement): a view
-        that is kept keeps an old mapping alive.
+        that is kept keeps its pages mapped.
         """
         pieces = self._pieces(address, size)
         if len(pieces) != 1:
@@ -135,8 +139,8 @@ class GuestMemory:
         region, start, end = pieces[0]
         if region.can_vanish:
             raise DmaError(f"RAM at {address:#x} may be taken away, it can't be viewed")
-        with memoryview(region.ram) as whole:
-            return whole[start:end]
+        with _as_dma_error(address):
+            return _map(region, start, end)
 
     def _pieces(self, address: int, size: int) -> list[_Piece]:
         """The parts of regions that make up a range, which must be covered without a gap."""
@@ -148,36 +152,39 @@ class GuestMemory:
                 raise DmaError(f"no RAM at {position:#x}")
             region = self._regions[index]
             stop = min(end, region.end)
-            pieces.append(_Piece(region, position - region.start, stop - region.start))
+            base = region.offset - region.start
+            pieces.append(_Piece(region, base + position, base + stop))
             position = stop
         return pieces
 
     def _read_piece(self, piece: _Piece) -> bytes:
         region, start, end = piece
         chunks = []
-        with memoryview(region.ram) as ram:
-            for offset in range(start, end, _COPY_SIZE):
-                with ram[offset : min(offset + _COPY_SIZE, end)] as chunk, _as_dma_error(region, offset):
-                    _expect(os.pwrite(self._copy, chunk, 0), len(chunk))
-                    chunks.append(os.pread(self._copy, len(chunk), 0))
+        for offset in range(start, end, _CHUNK):
+            size = min(_CHUNK, end - offset)
+            with _as_dma_error(region.start + offset - region.offset):
+                chunk = os.pread(region.fd, size, offset)
+                _expect(len(chunk), size)
+            chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _write_piece(self, piece: _Piece, data: memoryview) -> None:
         region, start, end = piece
-        with memoryview(region.ram) as ram:
-            for offset in range(start, end, _COPY_SIZE):
-                with ram[offset : min(offset + _COPY_SIZE, end)] as chunk, _as_dma_error(region, offset):
-                    done = offset - start
-                    os.pwrite(self._copy, data[done : done + len(chunk)], 0)
-                    _expect(os.preadv(self._copy, [chunk], 0), len(chunk))
+        for offset in range(start, end, _CHUNK):
+            size = min(_CHUNK, end - offset)
+            with _as_dma_error(region.start + offset - region.offset):
+                os.pwrite(self._copy, data[offset - start : offset - start + size], 0)
+                with _map(region, offset, offset + size) as chunk:
+                    _expect(os.preadv(self._copy, [chunk], 0), size)
 
 
 @contextlib.contextmanager
-def _as_dma_error(region: _Region, offset: int) -> Iterator[None]:
+def _as_dma_error(address: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DmaError(f"RAM at {region.start + offset:#x} is gone: {error.strerror}") from error
+        what = "is gone" if error.errno == errno.EFAULT else "can't be reached"
+        raise DmaError(f"RAM at {address:#x} {what}: {error.strerror}") from error
 
 
 def _expect(copied: int, wanted: int) -> None:
@@ -185,14 +192,22 @@ def _expect(copied: int, wanted: int) -> None:
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 
-def _can_vanish(fd: int) -> bool:
-    """Whether the file, one that has seals, lacks the one that is wanted, or is made of huge pages."""
-    is_sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-    # st_blksize is that of huge pages on tmpfs, too, where transparent ones are enabled.
-    return not is_sealed or os.fstatvfs(fd).f_bsize != mmap.PAGESIZE
+def _map(region: _Region, start: int, end: int) -> memoryview:
+    """The bytes between two offsets of the file, mapped until the view is released. Raises OSError."""
+    first = start - start % region.page_size
+    length = end - first
+    length += -length % region.page_size
+    try:
+        pages = mmap.mmap(region.fd, length, offset=first)
+    except ValueError as error:  # the file was truncated
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT)) from error
+    pages.madvise(mmap.MADV_DONTDUMP)
+    with memoryview(pages) as whole:
+        return whole[start - first : end - first]
 
 
-def _check_region(start: int, size: int, offset: int, fd: int) -> None:
+def _check_region(start: int, size: int, offset: int, fd: int) -> _Region:
+    """Raises ProtocolError."""
     where = f"RAM at {start:#x}, {size:#x} bytes from offset {offset:#x}"
     if size == 0 or offset < 0 or start + size > 1 << 64:
         raise ProtocolError(f"{where}: impossible")
@@ -203,10 +218,11 @@ def _check_region(start: int, size: int, offset: int, fd: int) -> None:
     file_size = os.fstat(fd).st_size
     if offset + size > file_size:
         raise ProtocolError(f"{where}: the file has only {file_size:#x} bytes")
-
-
-def _unmap(regions: list[_Region]) -> None:
-    for region in regions:
-        # A device that has kept a view keeps its mapping, until it lets go.
-        with contextlib.suppress(BufferError):
-            region.ram.close()
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    is_writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    if not is_writable or seals & _READ_ONLY_SEALS:
+        raise ProtocolError(f"{where}: the file can only be read")
+    # st_blksize is that of huge pages on tmpfs, too, where transparent ones are enabled.
+    page_size = os.fstatvfs(fd).f_bsize
+    can_vanish = not seals & fcntl.F_SEAL_SHRINK or page_size != mmap.PAGESIZE
+    return _Region(start, start + size, fd, offset, page_size, can_vanish)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 
 from common.disposal import Disposal
-from common.errors import UsageError
+from common.errors import ShortageError, UsageError
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.loop import Loop
@@ -54,7 +54,7 @@ class DeviceServer:
         self.function.host.log.info("listening on %s", path)
 
     def serve(self, sock: socket.socket) -> None:
-        """Serves a connected socket, which it owns from here on."""
+        """Serves a connected socket, which it owns from here on. Raises ShortageError."""
         self.session = Session(
             self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal
         )
@@ -78,7 +78,11 @@ class DeviceServer:
 
     def _on_client(self, sock: socket.socket) -> None:
         if self.session is None:
-            self.serve(sock)
+            client = str(peer_credentials(sock))
+            try:
+                self.serve(sock)
+            except ShortageError as error:
+                self._log.warning("can't be served: %s", error, peer=client)
             return
         self.refused += 1
         if not self._is_refusal_told:  # once: who is refused may try again each second

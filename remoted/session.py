@@ -4,7 +4,9 @@
 A client's mistake costs it its session at most. Out-of-range accesses are answered with all ones, as an error
 is on this wire. Requests without a reply (SYNC_SYSMEM, SET_IRQFD) that are unfit are dropped whole. Only what
 puts the stream out of step ends the session: a wrong size, an unknown command, more fds than fit, a flood
-whose replies nobody reads, a frame that doesn't end.
+whose replies nobody reads, a frame that doesn't end. A shortage on this side, such as of file descriptors, ends
+the session as well: the client would wait in vain for the interrupts of a SET_IRQFD that was dropped, while one
+that connects again sends a new one.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import socket
 from collections.abc import Callable
 
 from common.disposal import Disposal
-from common.errors import PeerGone, ProtocolError
+from common.errors import PeerGone, ProtocolError, ShortageError
 from common.journal import RateLimited
 from common.link import Link
 from common.loop import Loop, Timer
@@ -44,7 +46,8 @@ class Session:
     ) -> None:
         """Takes ownership of the connected socket; ``on_end`` is called once, whoever ends the session.
 
-        ``log`` outlives the session: its limit must hold for a client that comes again and again.
+        ``log`` outlives the session: its limit must hold for a client that comes again and again. Raises
+        ShortageError when the loop can't watch the socket, which is closed then.
         """
         self.peer = peer_credentials(sock)
         self.client = str(self.peer)
@@ -56,6 +59,7 @@ class Session:
         self._pirq = pirq
         self._on_end = on_end
         self._log = log
+        self._disposal = disposal
         self._link = Link(sock, disposal)
         self._receive = self._link.receive
         self._partial: Timer | None = None
@@ -68,14 +72,18 @@ class Session:
             Command.SET_IRQFD: self._set_irqfd,
             Command.DEVICE_RESET: self._device_reset,
         }
-        loop.add(self._link.fileno(), self._on_readable, in_turn=True)
+        try:
+            loop.add(self._link.fileno(), self._on_readable, in_turn=True)
+        except OSError as error:
+            self._link.close()
+            raise ShortageError(f"the link can't be watched: {error.strerror}") from error
 
     def fileno(self) -> int:
         """The link's fd."""
         return self._link.fileno()
 
     def close(self) -> None:
-        """Ends the session: link and eventfds are closed, guest RAM is unmapped. A second call does nothing."""
+        """Ends the session: link, eventfds and guest RAM are closed. A second call does nothing."""
         if self._link.closed:
             return
         if self._partial is not None:
@@ -83,7 +91,7 @@ class Session:
         self._loop.remove(self._link.fileno())
         self._link.close()
         self._pirq.drop_irqfd()
-        self._function.host.memory.clear()
+        self._disposal.close_fds(self._function.host.memory.clear())
         self._on_end(self)
 
     def _on_readable(self, _events: int) -> None:
@@ -103,6 +111,9 @@ class Session:
             self.close()
         except ProtocolError as error:
             self._reject(error)
+            self.close()
+        except ShortageError as error:
+            self._log.warning("the session ends, the client can connect again: %s", error, peer=self.client)
             self.close()
         else:
             if link.is_partial and self._partial is None:
@@ -147,13 +158,16 @@ class Session:
             self._reject(ProtocolError(f"SET_IRQFD: {error}"))
             self._link.discard(fds)
             return
+        except ShortageError:
+            self._link.discard(fds)
+            raise
         self._pirq.set_irqfd(irqfd, resamplefd)
         self._loop.order(resamplefd.fd, after=self._link.fileno())
 
     def _sync_sysmem(self) -> None:
         fds = self._link.take_fds()
         try:
-            self._function.host.memory.sync(self._link.payload, fds)
+            fds = self._function.host.memory.sync(self._link.payload, fds)
         except ProtocolError as error:
             self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"))
         finally:

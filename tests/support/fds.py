@@ -64,12 +64,13 @@ def no_fd_is_left() -> Iterator[None]:
 
 
 @contextmanager
-def no_more_fds() -> Iterator[None]:
-    """Lets every attempt to open one more fd fail with EMFILE, by the process's limit."""
+def no_more_fds(spare: int = 0) -> Iterator[None]:
+    """Lets every attempt to open more than ``spare`` fds fail with EMFILE, by the process's limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    free = [os.dup(0) for _ in range(spare + 1)]
+    for fd in free:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], hard))
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.disposal import Disposal
-from common.errors import PeerGone, ProtocolError
+from common.errors import PeerGone, ProtocolError, ShortageError
 from common.link import Link, peer_credentials
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
 from tests.support.fds import count_fds, identity, no_more_fds, send_fds
@@ -278,7 +278,7 @@ def test_fds_that_are_lost_for_want_of_room_are_told(bench: Bench) -> None:
     fd = os.eventfd(0)
     send_fds(bench.peer, SET_IRQFD, [fd, fd])
     os.close(fd)
-    with no_more_fds(), pytest.raises(ProtocolError, match="too many files are open here"):
+    with no_more_fds(), pytest.raises(ShortageError, match="too many files are open here"):
         bench.receive()
 
 

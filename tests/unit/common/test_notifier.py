@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ProtocolError
+from common.errors import ProtocolError, ShortageError
 from common.notifier import EventNotifier, adopt_pair, is_eventfd
 from tests.support.fds import count_fds, no_more_fds
 
@@ -178,7 +178,7 @@ def test_pair() -> None:
 
 def test_pair_is_refused_when_no_fd_is_left_to_examine_it() -> None:
     fds = [os.eventfd(0), os.eventfd(0)]
-    with no_more_fds(), pytest.raises(ProtocolError, match="can't examine an eventfd: Too many open files"):
+    with no_more_fds(), pytest.raises(ShortageError, match="an eventfd can't be examined: Too many open files"):
         adopt_pair(*fds)
     for fd in fds:
         os.close(fd)

@@ -45,12 +45,17 @@ class Bench:
         self.ram = mmap.mmap(self._fd, RAM_SIZE)
         rest = [0] * 7
         table = SYSMEM.pack(ram_start, *rest, RAM_SIZE, *rest, 0, *rest)
-        self.edu.function.host.memory.sync(table, [self._fd])
+        self.edu.function.host.memory.sync(table, [os.dup(self._fd)])
 
     def close(self) -> None:
-        self.edu.function.host.memory.clear()
+        self.lose_ram()
         self.ram.close()
         os.close(self._fd)
+
+    def lose_ram(self) -> None:
+        """As with the end of a session."""
+        for fd in self.edu.function.host.memory.clear():
+            os.close(fd)
 
     def start(self, source: int, destination: int, count: int, command: int) -> None:
         self.edu.write(SOURCE, 8, source)
@@ -254,7 +259,7 @@ def test_reset_clears_the_buffer_and_stops_the_transfer(
 
 def test_ram_that_goes_with_its_client(bench: Bench, loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
     bench.start(RAM_START, BUFFER, 4096, RAISE_IRQ)
-    bench.edu.function.host.memory.clear()
+    bench.lose_ram()
     run_until(loop, lambda: bench.edu.line)
     assert messages(caplog) == [f"DMA failed: no RAM at {RAM_START:#x}"]
 

@@ -30,6 +30,9 @@ class FunctionState(Protocol):
     def pin(self) -> int | None: ...
 
     @property
+    def answer_times(self) -> tuple[float, float] | None: ...
+
+    @property
     def gsi(self) -> int | None: ...
 
     @property
@@ -83,6 +86,9 @@ def _function_status(proxy: FunctionState) -> dict[str, object]:
         "reconnects": proxy.reconnects,
         "amiss": proxy.amiss.texts(),
     }
+    times = proxy.answer_times
+    if times is not None:
+        status["answer_mean_us"], status["answer_max_us"] = (round(seconds * 1e6) for seconds in times)
     if pin is not None:
         status["pin"] = pin
     if gsi is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from common import mpqemu, pci
@@ -30,6 +31,7 @@ from proxyd.pci.bars import Window, decoded_windows
 from proxyd.pci.intxpair import IntxPair
 from proxyd.pci.ram import Ram
 from proxyd.pci.remoteconfig import Identity, identify, read_registers, write_registers
+from proxyd.pci.waitbudget import WaitBudget
 
 __all__ = ["PciProxy"]
 
@@ -86,6 +88,8 @@ class PciProxy:
         self._ram = ram
         self.log = RateLimited(log)
         self._on_lost = on_lost
+        self._budget = WaitBudget()
+        self.amiss.add(self._budget.amiss)
         self._lock = threading.RLock()
         self._client: Client | None = None
         self._connecting: Client | None = None
@@ -125,6 +129,14 @@ class PciProxy:
         identity = self.identity
         return bool(self.windows) if identity is not None and identity.bars else None
 
+    @property
+    def answer_times(self) -> tuple[float, float] | None:
+        """Seconds that the guest's CPU has waited for an answer, on average and at most, in the last two minutes.
+
+        None if it has asked nothing.
+        """
+        return self._budget.times
+
     def fileno(self) -> int:
         """The link's fd; readable without a request under way it has ended, or should."""
         client = self._client  # the vCPU's thread may lose it at any time
@@ -139,22 +151,25 @@ class PciProxy:
         """
         with self._lock:
             generation, reset_due, shadow = self._generation, self._reset_due, self._shadow[:]
+        self._budget.check()
         client = Client.connect(self.path, self._deadline)
         self._connecting = client
         if self._aborted:
             raise PeerGone("the daemon ends")
+        # On a budget of its own, since the guest doesn't wait: who uses that up would use up the guest's as well.
+        request = partial(WaitBudget().request, client)
         if self._ram is not None:
             client.send(Command.SYNC_SYSMEM, self._ram.sysmem, (self._ram.fd,))
-        identity = identify(client)
+        identity = identify(request)
         if self.identity not in (None, identity):
             raise ProtocolError("another function than before the connection was lost")
         if reset_due:
-            client.request(Command.DEVICE_RESET)
+            request(Command.DEVICE_RESET, b"")
         if reset_due or self.identity is None:
-            registers = read_registers(client)
+            registers = read_registers(request)
         else:
             registers = None
-            write_registers(client, shadow)
+            write_registers(request, shadow)
         self._found = _Found(identity, generation, registers)
 
     def attach(self) -> None:
@@ -276,9 +291,10 @@ class PciProxy:
             self._routes = _NO_ROUTES
             self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
             if self._client is not None:
+                request = partial(self._budget.request, self._client)
                 try:
-                    self._client.request(Command.DEVICE_RESET)
-                    self._shadow = read_registers(self._client)
+                    request(Command.DEVICE_RESET, b"")
+                    self._shadow = read_registers(request)
                     self._reset_due = False
                 except (PeerGone, ProtocolError) as error:
                     self._lose(error)
@@ -298,7 +314,7 @@ class PciProxy:
             if self._client is None:
                 return _ALL_ONES
             try:
-                return self._client.request(command, payload)
+                return self._budget.request(self._client, command, payload)
             except (PeerGone, ProtocolError) as error:
                 self._lose(error)
                 return _ALL_ONES

@@ -9,6 +9,7 @@ PIRQs as in QEMU's hw/i386/pc_piix.c.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import ClassVar
@@ -116,8 +117,7 @@ class PciHost:
         """
         for proxy in self._proxies.values():
             proxy.quiesce()
-        for proxy in self._proxies.values():
-            proxy.reset()
+        _reset_at_once(self._proxies.values())
         self._irqchip.reset()
         self._isa_bridge.reset()
         self._address = 0
@@ -171,6 +171,31 @@ class PciHost:
                 if window.start <= addr < window.end and window.memory is memory:
                     proxy.bar_write(memory, addr, size, value)
                     return
+
+
+def _reset_at_once(proxies: Iterable[PciProxy]) -> None:
+    """Resets the functions in a thread each, so that all of those that hang take no longer than one does."""
+    errors: list[BaseException] = []
+
+    def reset(proxy: PciProxy) -> None:
+        try:
+            proxy.reset()
+        except BaseException as error:  # noqa: BLE001 - a bug: it is the caller's to raise
+            errors.append(error)
+
+    threads = []
+    for proxy in proxies:
+        thread = threading.Thread(target=reset, args=(proxy,), name=f"reset {proxy.name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no room for one more
+            reset(proxy)
+        else:
+            threads.append(thread)
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _ones(size: int) -> int:

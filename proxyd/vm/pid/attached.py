@@ -34,6 +34,9 @@ _ROUND_TRIP_SECONDS = 2.0
 class _Function:
     """One device at remoted and its GSI."""
 
+    answer_times = None
+    """the guest asks a device nothing"""
+
     def __init__(
         self,
         device: DeviceConfig,

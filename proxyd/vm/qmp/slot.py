@@ -75,6 +75,9 @@ class Function:
     gsi = None
     """both are QEMU's to know"""
 
+    answer_times = None
+    """QEMU knows"""
+
     def __init__(self, config: DeviceConfig, path: str, loop: Loop, log: Log) -> None:
         """``path`` is its device's socket."""
         self.name = config.id

@@ -183,6 +183,7 @@ class Unlinked:
     def __init__(self, reason: str) -> None:
         self.reason = reason
         self.amiss = Amiss()
+        self.answer_times = None
 
 
 def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:

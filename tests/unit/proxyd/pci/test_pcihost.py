@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -221,3 +222,52 @@ def test_without_the_enable_bit_the_data_port_is_a_port_like_others(bus: Bus) ->
     bus.host.pio_write(CONFIG_DATA, 4, 0xCF8)
     bus.config(0x00, DEVICE & ~ENABLE)
     assert bus.host.pio_read(CONFIG_DATA, 4) == 0x07060504
+
+
+class Meeting(PciFunction):
+    """A reset in mid-life waits until that of the others has begun."""
+
+    VENDOR_ID = 0x1234
+    DEVICE_ID = 0x5679
+    others: ClassVar[threading.Barrier | None] = None
+
+    def reset(self) -> None:
+        if self.others is not None:
+            self.others.wait(5.0)
+
+
+@pytest.mark.parametrize("threads", ["enough", "none"])
+def test_a_reset_of_the_machine_waits_for_all_functions_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    loop = Loop()
+    irqchip = SoftIrqchip(loop)
+    remotes, proxies = [], []
+    for slot in (5, 6, 7):
+        remote = RemoteThread(tmp_path)
+        remote.add(Meeting, f"m{slot}", slot << 3)
+        remote.start()
+        remotes.append(remote)
+        path, log = remote.path(f"m{slot}"), logging.getLogger("test")
+        proxies.append(PciProxy(f"m{slot}", slot << 3, path, irqchip, log, lambda _proxy: None, deadline=20.0))
+    for proxy in proxies:
+        proxy.connect()
+        proxy.attach()
+    host = PciHost(irqchip, proxies)
+    if threads == "enough":
+        monkeypatch.setattr(Meeting, "others", threading.Barrier(len(proxies)))
+    else:
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    host.reset()
+    assert Meeting.others is None or not Meeting.others.broken
+    for proxy in proxies:
+        assert proxy.remote is not None
+        assert not proxy._reset_due
+        proxy.close()
+    for remote in remotes:
+        remote.close()
+    loop.close()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""For how long a guest's CPU may wait for one function: not only for one answer, but over time.
+
+A remote that always answers just within the deadline of a round trip would hold up the guest at each access. So
+the waiting is counted as in a leaky bucket: what an answer takes beyond a tolerance goes in, a tenth of the time
+that passes goes out, and a link whose bucket runs over counts as lost. In the long run a guest waits for a
+function no more than a tenth of the time, apart from the tolerance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from common.errors import PeerGone
+from common.link import Client
+from common.mpqemu import Command
+
+__all__ = ["WaitBudget"]
+
+_TOLERANCE_SECONDS = 0.1
+"""an answer that takes no longer costs nothing"""
+_SLOW_SECONDS = 0.5
+"""an answer that takes longer is told"""
+_CAPACITY_SECONDS = 4.0
+_LEAK = 0.1
+_PAGE_SECONDS = 60.0
+
+
+class _Page:
+    """The answers of a minute."""
+
+    __slots__ = ("count", "maximum", "total")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = 0.0
+        self.maximum = 0.0
+
+
+class WaitBudget:
+    """The budget of one function; and how long its answers took in the last minute or two.
+
+    One thread at a time may wait. The times may be asked for by any thread.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._level = 0.0
+        self._leaked_at = clock()
+        self._page, self._last_page = _Page(), _Page()
+        self._turned_at = clock()
+
+    def request(self, client: Client, command: Command, payload: bytes = b"") -> int:
+        """Client.request(), on this budget. Raises PeerGone also when that is used up, and ProtocolError."""
+        began = self._clock()
+        try:
+            value = client.request(command, payload)
+        finally:
+            now = self._clock()
+            took = now - began
+            if now - self._turned_at >= _PAGE_SECONDS:
+                self._turn(now)
+            page = self._page
+            page.count += 1
+            page.total += took
+            if took > page.maximum:
+                page.maximum = took
+            if took > _TOLERANCE_SECONDS:
+                self._leak(now)
+                self._level += took - _TOLERANCE_SECONDS
+        if self._level > _CAPACITY_SECONDS and took > _TOLERANCE_SECONDS:
+            raise PeerGone(f"too slow: the answer to {command.name} took {took:.1f} s, and others before it")
+        return value
+
+    def check(self) -> None:
+        """Raises PeerGone as long as less than half of the budget is there."""
+        self._leak(self._clock())
+        missing = self._level - _CAPACITY_SECONDS / 2
+        if missing > 0:
+            raise PeerGone(f"too slow before: the next link is made in {missing / _LEAK:.0f} s")
+
+    @property
+    def times(self) -> tuple[float, float] | None:
+        """Seconds that an answer took on average, and at most, in the last minute or two; None without any.
+
+        One that didn't come counts with the time for which it was waited.
+        """
+        pages = self._pages()
+        count = sum(page.count for page in pages)
+        if not count:
+            return None
+        return sum(page.total for page in pages) / count, max(page.maximum for page in pages)
+
+    def amiss(self) -> Iterator[str]:
+        """See Amiss.add()."""
+        mean, longest = self.times or (0.0, 0.0)
+        if longest > _SLOW_SECONDS:
+            yield (
+                f"the guest's CPU has waited up to {longest:.1f} s for an answer in the last two minutes, "
+                f"{mean * 1000:.3g} ms on average"
+            )
+
+    def _leak(self, now: float) -> None:
+        self._level = max(0.0, self._level - (now - self._leaked_at) * _LEAK)
+        self._leaked_at = now
+
+    def _pages(self) -> tuple[_Page, _Page]:
+        now = self._clock()
+        if now - self._turned_at >= _PAGE_SECONDS:
+            self._turn(now)
+        return self._page, self._last_page
+
+    def _turn(self, now: float) -> None:
+        is_recent = now - self._turned_at < 2 * _PAGE_SECONDS
+        self._last_page = self._page if is_recent else _Page()
+        self._page = _Page()
+        self._turned_at = now

@@ -55,12 +55,8 @@ $(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml
 	}
 	needed() {
 		$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
-		$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
-			echo python3-dev
 		command -v gcc >/dev/null || echo gcc
 		test -e /usr/include/stdio.h || echo libc6-dev
-		command -v pkg-config >/dev/null || echo pkg-config
-		pkg-config --exists libsystemd 2>/dev/null || echo libsystemd-dev
 	}
 	wanted() {
 		test $(@F) = demo.stamp || command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86

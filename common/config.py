@@ -99,6 +99,8 @@ class VmConfig:
     devices: tuple[DeviceConfig, ...]
     unplug_on_exit: bool = False
     """for proxyd with ``qmp:``: whether the devices leave QEMU together with it"""
+    verbose: bool = False
+    """whether messages for debugging are logged as well"""
 
     def socket_path(self, device: DeviceConfig) -> str:
         """Where the device listens: its ``socket=``, or ID.sock in the runtime directory."""
@@ -176,7 +178,7 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
             top[key] = Value(text, f"--{key}")
     name, runtime_dir, vm = _top_level(top)
     _override(devices, (parse_device(role, text) for text in options.device))
-    config = VmConfig(name, runtime_dir, vm, _build(role, devices))
+    config = VmConfig(name, runtime_dir, vm, _build(role, devices), verbose=options.verbose)
     _check_sockets(role, config, devices)
     if not role.has_models:
         _check_meant(vm, devices)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Logging: structured records to the journal if stderr goes there, plain lines on stderr otherwise.
 
-A record is one line, whatever a peer put into it; a traceback adds lines of its own. Records reach journald
-through a socket that never blocks: sd_journal_send(3) waits for a journald that has stalled, and a daemon
-whose interrupts hang on a log line is worse than one whose line is lost.
+A record is one line, whatever a peer put into it; a traceback adds lines of its own. No record waits for its
+reader: journald gets them through a non-blocking socket, as sd_journal_send(3) waits for a journald that has
+stalled, and stderr through a thread (stdio.py). A lost line costs less than an interrupt that waits for one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from common.stdio import detach_stdio
 
 __all__ = ["JournalHandler", "RateLimited", "StderrFormatter", "device_log", "printable", "setup"]
 
@@ -39,19 +42,22 @@ def device_log(program: str, device: str) -> logging.LoggerAdapter[logging.Logge
     return logging.LoggerAdapter(logging.getLogger(program), {"device": device})
 
 
-def setup(program: str, vm: str, journal_socket: str = JOURNAL_SOCKET) -> None:
+def setup(program: str, vm: str, *, verbose: bool = False, journal_socket: str = JOURNAL_SOCKET) -> None:
     """Sends what the process logs to its stderr, or to the journal when that is where stderr goes.
 
-    ``vm`` is the VM's name, or empty. The program's own loggers speak from INFO on, libraries from WARNING.
+    ``vm`` is the VM's name, or empty. The program's own loggers speak from INFO on, or from DEBUG on if it is
+    ``verbose``, libraries from WARNING. From here on neither stdout nor stderr blocks (see detach_stdio()).
     """
+    stderr = StderrFormatter(program, vm)
+    detach_stdio(stderr.describe_loss)
     handler: logging.Handler
     if stderr_is_journal(os.environ):
         handler = JournalHandler(program, vm, journal_socket)
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(StderrFormatter(program, vm))
+        handler.setFormatter(stderr)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger(program).setLevel(logging.INFO)
+    logging.getLogger(program).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def stderr_is_journal(environ: Mapping[str, str]) -> bool:
@@ -64,7 +70,7 @@ def stderr_is_journal(environ: Mapping[str, str]) -> bool:
 
 
 class StderrFormatter(logging.Formatter):
-    """``iohub-remoted[vm1] edu0: text``; the level is shown from WARNING on."""
+    """``2026-01-31T12:00:00.123+00:00 iohub-remoted[vm1] edu0: warning: text``; INFO is not shown as a level."""
 
     def __init__(self, program: str, vm: str) -> None:
         super().__init__()
@@ -72,10 +78,16 @@ class StderrFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         context = _context(record)
-        head = f"{self._head} {context}" if context else f"{self._head}: "
-        if record.levelno >= logging.WARNING:
+        head = f"{_iso_time(record.created)} {self._head}"
+        head += f" {context}" if context else ": "
+        if record.levelno != logging.INFO:
             head += f"{record.levelname.lower()}: "
         return "\n".join(head + line for line in _lines(record))
+
+    def describe_loss(self, lines: int) -> str:
+        """The line that stands where so many could not be written."""
+        now = _iso_time(time.time())
+        return f"{now} {self._head}: warning: lines lost here, as they could not be written: {lines}\n"
 
 
 class JournalHandler(logging.Handler):
@@ -193,6 +205,10 @@ def _lines(record: logging.LogRecord) -> list[str]:
     if record.exc_info:
         lines += logging.Formatter().formatException(record.exc_info).splitlines()[-_MAX_TRACEBACK:]
     return [printable(line[:_MAX_LINE])[:_MAX_LINE] for line in lines]
+
+
+def _iso_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
 
 
 def _priority(level: int) -> int:

@@ -141,7 +141,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def make_parser(role: Role) -> Parser:
-    """The options that both daemons have: --version, --name, --config, --runtime-dir, --device."""
+    """The options that both daemons have: --version, --name, --config, --runtime-dir, --verbose, --device."""
     parser = Parser(
         prog=role.program,
         description=role.summary,
@@ -158,6 +158,7 @@ def make_parser(role: Role) -> Parser:
         help="where the sockets are (default: /run/iohub/VM, or "
         "$XDG_RUNTIME_DIR/iohub/VM for users other than root)",
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log messages for debugging as well")
     parser.add_argument("--device", metavar=role.device, action="append", default=[], help=role.device_help)
     return parser
 

@@ -5,17 +5,79 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import resource
-
-from systemd import daemon
+import socket
+import threading
 
 __all__ = ["freeze_heap", "notify", "raise_fd_limit"]
 
 
+class _Notifier:
+    """Sends states to the service manager: at once, or from a thread while the manager's queue is full."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._unsent: dict[str, str] = {}
+        """the latest assignment of each variable that has not been sent"""
+        self._has_thread = False
+
+    def send(self, address: str, state: str) -> None:
+        with self._lock:
+            for assignment in state.splitlines():
+                name = assignment.partition("=")[0]
+                self._unsent.pop(name, None)  # the manager goes by the order
+                self._unsent[name] = assignment
+            if self._has_thread:
+                return
+            try:
+                _send(address, "\n".join(self._unsent.values()), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._has_thread = True
+                try:
+                    threading.Thread(target=self._run, args=(address,), name="notify", daemon=True).start()
+                except RuntimeError:  # no thread is to be had now; the next state tries again
+                    self._has_thread = False
+            else:
+                self._unsent.clear()
+
+    def _run(self, address: str) -> None:
+        while True:
+            with self._lock:
+                if not self._unsent:
+                    self._has_thread = False
+                    return
+                state = "\n".join(self._unsent.values())
+                self._unsent.clear()
+            _send(address, state, 0)
+
+
+_notifier = _Notifier()
+
+
 def notify(state: str) -> None:
-    """Tells the manager, if there is one; one that doesn't listen (any more) is no reason to fail."""
-    with contextlib.suppress(OSError):
-        daemon.notify(state)
+    """Tells the manager at ``$NOTIFY_SOCKET``, if there is one, such as ``READY=1``; lines are assignments.
+
+    Never blocks: what finds the manager's queue full is sent as soon as there is room. Of several values of one
+    variable the manager may then see only the last. One that doesn't listen (any more) is no reason to fail.
+    """
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith(("/", "@")):
+        _notifier.send(address, state)
+
+
+def _send(address: str, state: str, flags: int) -> None:
+    """Sends one datagram. Raises BlockingIOError if it had to wait, and flags tell not to."""
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address)
+            sock.send(state.encode(), flags)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def raise_fd_limit() -> None:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         raise_fd_limit()
         config = parse_proxyd(argv)
-        setup(PROGRAM, config.name)
+        setup(PROGRAM, config.name, verbose=config.verbose)
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")
         config.make_runtime_dir()

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_remoted(argv)
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")
-        setup(PROGRAM, config.name)
+        setup(PROGRAM, config.name, verbose=config.verbose)
         config.make_runtime_dir()
         remoted = Remoted(config)
     except (IohubError, OSError) as error:

@@ -59,7 +59,7 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
     # No setup: a device that had been plugged anew would have lost its addresses.
     bench.check_interrupts()
     assert monitor.plugged() == PLUGGED
-    assert bench.log("proxyd").count("found plugged at 05.0, served by") == 2
+    bench.wait_log("proxyd", "found plugged at 05.0, served by", 2)
     assert (settled_fds(bench.remoted.process.pid), settled_fds(bench.guest.pid)) == fds
 
 
@@ -120,7 +120,7 @@ def test_replaces_what_it_finds_plugged_without_a_link(bench: QmpBench, monitor:
     bench.remoted.kill()
     bench.start_remoted()
     bench.start_proxyd()
-    assert bench.log("proxyd").count("found plugged without a link") == 2
+    bench.wait_log("proxyd", "found plugged without a link", 2)
     bench.eject(5, 6)
     bench.wait_linked(1)
     bench.run_guest()

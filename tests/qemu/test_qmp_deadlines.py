@@ -68,7 +68,7 @@ def test_says_that_the_guest_does_not_consent(unplugged: Unplugged) -> None:
     bench, monitor = unplugged.running
     assert unplugged.statuses[0] == 0
     line = "the guest hasn't let it go in 5 s: it stays plugged until the guest does, or is reset"
-    assert bench.log("proxyd").count(line) == 2
+    bench.wait_log("proxyd", line, 2)
     assert set(monitor.plugged()) == {"edu0", "com1"}
     bench.check_interrupts()
     monitor.execute("system_reset")
@@ -79,7 +79,7 @@ def test_says_that_a_stopped_guest_can_not_consent(unplugged: Unplugged) -> None
     bench, monitor = unplugged.stopped
     assert unplugged.statuses[1] == 0
     line = "the guest is paused and can't let it go in 5 s: it stays plugged until the guest does, or is reset"
-    assert bench.log("proxyd").count(line) == 2
+    bench.wait_log("proxyd", line, 2)
     assert set(monitor.plugged()) == {"edu0", "com1"}
 
 
@@ -95,7 +95,7 @@ def busy(vms: Callable[[str], Vm]) -> Iterator[list[Vm]]:
 
 def test_a_busy_monitor_is_told_and_waited_for(busy: list[Vm]) -> None:
     bench, other = busy[0]
-    assert f"QEMU's monitor {bench.monitor_path} doesn't answer" in bench.log("proxyd")
+    bench.wait_log("proxyd", f"QEMU's monitor {bench.monitor_path} doesn't answer")
     other.close()
     bench.wait_linked(0)
     bench.run_guest()
@@ -104,5 +104,5 @@ def test_a_busy_monitor_is_told_and_waited_for(busy: list[Vm]) -> None:
 
 def test_sigterm_ends_it_while_the_monitor_is_busy(busy: list[Vm]) -> None:
     bench, _ = busy[1]
-    assert f"QEMU's monitor {bench.monitor_path} doesn't answer" in bench.log("proxyd")
+    bench.wait_log("proxyd", f"QEMU's monitor {bench.monitor_path} doesn't answer")
     assert bench.end_proxyd() == 0

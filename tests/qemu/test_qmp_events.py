@@ -34,7 +34,7 @@ def test_waits_for_qemu_and_for_the_next_one(bench: QmpBench) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(bench.monitor_path))
     bench.start_proxyd()
-    assert "Connection refused" in bench.log("proxyd")
+    bench.wait_log("proxyd", "Connection refused")
     waiting = f"no QEMU ({bench.monitor_path}: Connection refused): waiting for one"
     assert qemu_of(bench) == (None, waiting)
     assert {f["reason"] for f in bench.status("proxyd").values()} == {"not plugged: there is no QEMU"}

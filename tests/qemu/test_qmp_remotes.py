@@ -44,7 +44,7 @@ def bench(tmp_path: Path) -> Iterator[QmpBench]:
 def test_waits_for_remoted(bench: QmpBench) -> None:
     bench.start_guest()
     bench.start_proxyd()
-    assert f"edu0: warning: not plugged yet: {bench.directory}/edu0.sock: No such file" in bench.log("proxyd")
+    bench.wait_log("proxyd", f"edu0: warning: not plugged yet: {bench.directory}/edu0.sock: No such file")
     bench.start_remoted()
     bench.wait_linked(0)
     bench.run_guest()
@@ -76,7 +76,7 @@ def test_keeps_from_qemu_what_its_proxy_can_not_stand_for(
     bench.start_remoted()
     monitor = bench.start_guest()
     bench.start_proxyd()
-    assert f"odd0: warning: not plugged yet: {reason}" in bench.log("proxyd")
+    bench.wait_log("proxyd", f"odd0: warning: not plugged yet: {reason}")
     assert monitor.plugged() == {}
 
 

@@ -13,6 +13,7 @@ from common.ctl.children import Child
 from common.ctl.guestconsole import Record, Reply
 from common.link import Client
 from common.mpqemu import CONFIG, Command
+from tests.support.asleep import settled_log
 from tests.support.fds import count_fds
 from tests.support.monitorclient import MonitorClient
 from tests.support.qemu import GUESTS, Qemu, build_guests, kvm_machine
@@ -63,7 +64,7 @@ class Remoted:
 
     @property
     def log(self) -> str:
-        return self.child.log.read_text()
+        return settled_log(self.child)
 
 
 class StockGuest:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,9 @@ def stderr_text(level: int, message: str, device: str = "", peer: str = "", vm: 
         record.device = device
     if peer:
         record.peer = peer
-    return StderrFormatter(PROGRAM, vm).format(record)
+    when, text = StderrFormatter(PROGRAM, vm).format(record).split(" ", 1)
+    assert datetime.fromisoformat(when).timestamp() == pytest.approx(record.created, abs=0.001)
+    return text
 
 
 def test_a_record_has_its_fields(journald: Journald, log: logging.Logger) -> None:
@@ -202,6 +206,7 @@ def test_a_record_that_does_not_format_ends_nobody(
         (stderr_text(logging.INFO, "text", "edu0", "qemu[12]"), "iohub-test[vm1] edu0: qemu[12]: text"),
         (stderr_text(logging.WARNING, "text", "edu0"), "iohub-test[vm1] edu0: warning: text"),
         (stderr_text(logging.ERROR, "text"), "iohub-test[vm1]: error: text"),
+        (stderr_text(logging.DEBUG, "text"), "iohub-test[vm1]: debug: text"),
         (stderr_text(logging.INFO, HOSTILE, "edu0"), f"iohub-test[vm1] edu0: {ESCAPED}"),
         (stderr_text(logging.INFO, "text", peer="a\nb"), r"iohub-test[vm1] a\nb: text"),
     ],
@@ -210,18 +215,18 @@ def test_lines_on_stderr(text: str, expected: str) -> None:
     assert text == expected
 
 
-def run_setup(stderr: int, environ: dict[str, str], journal: Path) -> None:
+def run_setup(stderr: int, environ: dict[str, str], journal: Path, *verbose: str) -> None:
     """A process of its own whose program and whose library log a line of each kind."""
     code = (
         "import logging, sys; from common.journal import device_log, setup\n"
-        "setup('iohub-test', 'vm1', sys.argv[1])\n"
+        "setup('iohub-test', 'vm1', verbose=len(sys.argv) > 2, journal_socket=sys.argv[1])\n"
         "device_log('iohub-test', 'edu0').info('ready')\n"
         "logging.getLogger('iohub-test').debug('detail')\n"
         "logging.getLogger('library').info('chatter')\n"
         "logging.getLogger('library').warning('odd')\n"
     )
     subprocess.run(
-        [sys.executable, "-c", code, str(journal)],
+        [sys.executable, "-c", code, str(journal), *verbose],
         stderr=stderr,
         env={**os.environ, **environ},
         check=True,
@@ -233,7 +238,12 @@ def test_setup_on_a_plain_stderr(tmp_path: Path, path: Path, journald: Journald)
         run_setup(stderr.fileno(), {"JOURNAL_STREAM": "1:1"}, path)
         stderr.seek(0)
         lines = stderr.read().decode().splitlines()
-    assert lines == ["iohub-test[vm1] edu0: ready", "iohub-test[vm1]: warning: odd"]
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        "iohub-test[vm1] edu0: ready",
+        "iohub-test[vm1]: warning: odd",
+    ]
+    for line in lines:
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d ", line)
     assert journald.receive_all() == []
 
 
@@ -244,6 +254,17 @@ def test_setup_below_journald(tmp_path: Path, path: Path, journald: Journald) ->
         stderr.seek(0)
         assert stderr.read() == b""
     assert [record["MESSAGE"] for record in journald.receive_all()] == ["vm1 edu0: ready", "vm1 odd"]
+
+
+def test_verbose_shows_what_is_for_debugging_of_the_program_only(
+    tmp_path: Path, path: Path, journald: Journald
+) -> None:
+    with open(tmp_path / "stderr", "w+b") as stderr:
+        status = os.fstat(stderr.fileno())
+        environ = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        run_setup(stderr.fileno(), environ, path, "verbose")
+    messages = [record["MESSAGE"] for record in journald.receive_all()]
+    assert messages == ["vm1 edu0: ready", "vm1 detail", "vm1 odd"]
 
 
 class Clock:

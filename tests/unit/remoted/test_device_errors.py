@@ -21,6 +21,7 @@ from common import mpqemu, pci
 from common.ctl.children import Child
 from common.link import Client
 from common.mpqemu import ERROR, Command
+from tests.support.asleep import settled_log
 
 DEADLINE = 20.0
 BASE = 0xFEB00000
@@ -208,8 +209,9 @@ def scratch(daemon: Child) -> Iterator[Function]:
 
 def failures(daemon: Child, device: str) -> list[str]:
     """What the device's code failed at; each was logged with a traceback into the device's file."""
-    head = f"iohub-remoted[vm] {device}: error: "
-    lines = [line.removeprefix(head) for line in daemon.log.read_text().splitlines() if line.startswith(head)]
+    head = f" iohub-remoted[vm] {device}: error: "
+    parts = [line.partition(head) for line in settled_log(daemon).splitlines()]
+    lines = [text for _time, found, text in parts if found]
     nothing, *records = "\n".join(lines).split("the device's code failed: ")
     assert not nothing
     for record in records:

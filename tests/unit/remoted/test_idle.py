@@ -19,8 +19,8 @@ from common.link import Client
 from common.mpqemu import CONFIG, Command
 from common.notifier import EventNotifier
 from common.pci import format_devfn
+from tests.support.asleep import switches, wait_asleep
 from tests.support.checkout import ROOT
-from tests.support.wait import wait_until
 
 FUNCTIONS = 256
 CLIENTS = 128
@@ -53,33 +53,6 @@ def remoted(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def switches(pid: int) -> dict[str, tuple[str, ...]]:
-    """State and context switches of every thread."""
-    found: dict[str, tuple[str, ...]] = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        lines = (task / "status").read_text(encoding="utf-8").splitlines()
-        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-        found[task.name] = (
-            fields["State"],
-            fields["voluntary_ctxt_switches"],
-            fields["nonvoluntary_ctxt_switches"],
-        )
-    return found
-
-
-def when_asleep(pid: int) -> dict[str, tuple[str, ...]]:
-    """As soon as every thread sleeps and has done so at the look before, too."""
-    last: dict[str, tuple[str, ...]] = {}
-
-    def settled() -> bool:
-        nonlocal last
-        before, last = last, switches(pid)
-        return before == last and all(state.startswith("S") for state, _, _ in last.values())
-
-    wait_until(settled, "remoted goes to sleep")
-    return last
-
-
 def test_idle_remoted_with_256_functions_is_never_woken(
     remoted: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
@@ -93,7 +66,7 @@ def test_idle_remoted_with_256_functions_is_never_woken(
             for notifier in pair:
                 notifier.close()
             assert client.request(Command.PCI_CFGREAD, CONFIG.pack(0, 0, 4)) == 0x11E81234
-        before = when_asleep(remoted.pid)
+        before = wait_asleep(remoted.pid)
         pidfd = os.pidfd_open(remoted.pid)
         # This wait is the measurement itself.
         ended = select.select([pidfd], [], [], SECONDS)[0]

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The service manager's end of $NOTIFY_SOCKET (sd_notify(3))."""
+
+from __future__ import annotations
+
+import select
+import socket
+
+__all__ = ["Manager"]
+
+_FILLER = b"X=1"
+
+
+class Manager:
+    """Receives what daemons tell."""
+
+    def __init__(self, address: str) -> None:
+        """Listens there; an abstract address begins with a null byte."""
+        self._address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address)
+        self._socket.settimeout(20.0)
+
+    def fill(self) -> int:
+        """Fills its queue, as other services might; returns the number of messages."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as other:
+            count = 0
+            try:
+                while True:
+                    other.sendto(_FILLER, self._address)
+                    count += 1
+            except BlockingIOError:
+                return count
+
+    def receive(self) -> str:
+        """The next message that is not a filler."""
+        while (message := self._socket.recv(1000)) == _FILLER:
+            pass
+        return message.decode()
+
+    def is_quiet(self) -> bool:
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def close(self) -> None:
+        self._socket.close()

@@ -21,16 +21,20 @@ class Manager:
         self._socket.bind(address)
         self._socket.settimeout(20.0)
 
-    def fill(self) -> int:
-        """Fills its queue, as other services might; returns the number of messages."""
+    def fill(self) -> None:
+        """Fills its queue, as other services might, up to net.unix.max_dgram_qlen: 10, or 512 below systemd."""
+        while self._fill_from_one():
+            pass  # that one's send buffer was full; another's is not
+
+    def _fill_from_one(self) -> bool:
+        has_sent = False
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as other:
-            count = 0
             try:
                 while True:
                     other.sendto(_FILLER, self._address)
-                    count += 1
+                    has_sent = True
             except BlockingIOError:
-                return count
+                return has_sent
 
     def receive(self) -> str:
         """The next message that is not a filler."""

@@ -466,7 +466,7 @@ def test_version(module: str, program: str) -> None:
     if "." not in module:
         script = script.replace(module, f"{module}.main")
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert shown.stdout == f"{program} {version('iohub')}\n"
+    assert shown.stdout == f"{program} {version('qemu-iohub')}\n"
 
 
 @pytest.mark.parametrize("module", ["remoted", "proxyd"])

@@ -10,7 +10,7 @@ import pytest
 from common import pci
 from common.errors import ProtocolError
 from common.pci import Bar, BarKind
-from proxyd.pci.bars import ROM, DecodedBar, size_bars
+from proxyd.pci.bars import ROM, DecodedBar, Window, decoded_windows, size_bars
 
 COMMAND = pci.PCI_COMMAND_IO | pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER | pci.PCI_COMMAND_INTX_DISABLE
 ADDRESSES = 0xA5A5_5A5A
@@ -172,3 +172,37 @@ IMPOSSIBLE = {
 def test_an_impossible_bar_is_refused(registers: dict[int, Register], line: str) -> None:
     with pytest.raises(ProtocolError, match=line):
         probe(registers)
+
+
+IO_BAR, MEMORY_BAR, LONG_BAR = (
+    DecodedBar(0, 0x10, Bar(BarKind.IO, 32)),
+    DecodedBar(1, 0x14, Bar(BarKind.MEM32, 4096)),
+    DecodedBar(2, 0x18, Bar(BarKind.MEM64, 1 << 16, True)),
+)
+EXPANSION_ROM = DecodedBar(ROM, 0x30, Bar(BarKind.MEM32, 2048))
+IO_ON, MEMORY_ON = pci.PCI_COMMAND_IO, pci.PCI_COMMAND_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("bar", "command", "register", "window"),
+    [
+        (IO_BAR, IO_ON, 0xC021, Window(False, 0xC020, 0xC040)),
+        (IO_BAR, MEMORY_ON, 0xC021, None),
+        (IO_BAR, IO_ON, 0x0001, None),
+        (MEMORY_BAR, MEMORY_ON, 0xE0000000, Window(True, 0xE0000000, 0xE0001000)),
+        (MEMORY_BAR, IO_ON, 0xE0000000, None),
+        (MEMORY_BAR, MEMORY_ON, 0, None),
+        (LONG_BAR, MEMORY_ON, 0x12_8000000C, Window(True, 0x12_80000000, 0x12_80010000)),
+        (LONG_BAR, 0, 0x12_8000000C, None),
+        (EXPANSION_ROM, MEMORY_ON, 0xE0000001, Window(True, 0xE0000000, 0xE0000800)),
+        (EXPANSION_ROM, MEMORY_ON, 0xE0000000, None),
+        (EXPANSION_ROM, IO_ON, 0xE0000001, None),
+    ],
+)
+def test_a_bar_decodes_where_it_is_placed_and_while_it_is_enabled(
+    bar: DecodedBar, command: int, register: int, window: Window | None
+) -> None:
+    config = bytearray(pci.PCI_CONFIG_SIZE)
+    config[pci.PCI_COMMAND] = command
+    config[bar.offset : bar.offset + bar.width] = register.to_bytes(bar.width, "little")
+    assert decoded_windows([bar], config) == (() if window is None else (window,))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from common import pci
 from common.errors import PeerGone, ProtocolError
 from common.loop import Loop
+from common.notifier import EventNotifier
 from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
 from proxyd.vm.soft.softirqchip import SoftIrqchip
@@ -257,6 +259,99 @@ def test_another_function_at_the_same_socket_is_not_linked(bench: Bench, model: 
     bench.serve()
     link(proxy)
     assert proxy.config_read(0, 2) == LineDevice.VENDOR_ID
+    proxy.close()
+    bench.remote.close()
+
+
+class SlowIrqchip(SoftIrqchip):
+    """Each assign takes until the remote has handled all that it was sent."""
+
+    remote: RemoteThread
+
+    def assign(self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
+        super().assign(gsi, irqfd, resamplefd)
+        settle(self.remote)
+
+
+def settle(remote: RemoteThread) -> None:
+    """What was sent to the remote has been handled: what a pass finds besides the call, at its end."""
+    for _ in range(2):
+        done = threading.Event()
+        remote._loop.call_soon_threadsafe(done.set)
+        assert done.wait(20.0)
+
+
+def test_a_line_that_is_high_when_it_is_linked_asserts_once(bench: Bench) -> None:
+    """The remote has the pair and the kick at the same time, and takes them for one question."""
+    function = bench.serve()
+    former = bench.proxy()
+    link(former)
+    use(former, function)
+    former.close()
+    bench.irqchip = SlowIrqchip(bench.loop)
+    bench.irqchip.remote = bench.remote
+    proxy = bench.proxy(is_powered_on=True)
+    proxy.set_routes([GSI, None, None, None])
+    pirq = bench.remote.hub.pirqs[DEVFN]
+    before = pirq.reasserts
+    link(proxy)
+    settle(bench.remote)
+    assert pirq.reasserts == before + 1
+    proxy.close()
+    bench.remote.close()
+
+
+def test_a_link_that_ends_while_it_is_put_into_use_leaves_no_irqfd_behind(bench: Bench) -> None:
+    bench.serve()
+    proxy = bench.proxy()
+    proxy.set_routes([GSI, None, None, None])
+    proxy.connect()
+    bench.remote.close()
+    with pytest.raises(PeerGone):
+        proxy.attach()
+    assert proxy.gsi is None
+    bench.irqchip.reset()  # which an irqfd that is still assigned would prevent
+    proxy.reap()
+    assert proxy.config_read(0, 4) == 0xFFFFFFFF
+    bench.serve()
+    link(proxy)
+    assert proxy.gsi == GSI
+    proxy.close()
+    bench.remote.close()
+
+
+def test_what_a_guest_has_programmed_is_there_after_a_reconnect(bench: Bench) -> None:
+    programmed = {
+        (pci.PCI_CACHE_LINE_SIZE, 1): 0x10,
+        (pci.PCI_INTERRUPT_LINE, 1): 0x0B,
+        (BAR0, 4): 0xC001,
+        (BAR0 + 4, 4): 0xE0000000,
+        (BAR0 + 8, 4): 0x8000_000C,
+        (BAR0 + 12, 4): 0x12,
+        (pci.PCI_COMMAND, 2): RUNNING | pci.PCI_COMMAND_MASTER | pci.PCI_COMMAND_INTX_DISABLE,
+    }
+    bench.serve()
+    proxy = bench.proxy()
+    link(proxy)
+    for (offset, size), value in programmed.items():
+        proxy.config_write(offset, size, value)
+    bench.remote.close()
+    proxy.check_link()
+    proxy.reap()
+    bench.serve()
+    link(proxy)
+    assert {where: proxy.config_read(*where) for where in programmed} == programmed
+    proxy.close()
+    bench.remote.close()
+
+
+def test_an_abort_ends_a_connection_that_is_being_made(bench: Bench) -> None:
+    """Also one that it comes too early for: the thread that connects has no link yet that could be shut down."""
+    bench.serve()
+    proxy = bench.proxy()
+    proxy.abort()
+    with pytest.raises(PeerGone, match="the daemon ends"):
+        proxy.connect()
     proxy.close()
     bench.remote.close()
 

@@ -58,6 +58,19 @@ def test_an_event_that_is_pending_at_assign_asserts_without_the_loop(
     assert irqchip.pic.intr
 
 
+def test_what_was_written_before_the_eoi_is_over_with_it(
+    irqchip: SoftIrqchip, irqfd: EventNotifier, resamplefd: EventNotifier
+) -> None:
+    """KVM consumes a write when it is made, not when a loop gets round to it."""
+    irqchip.assign(11, irqfd, resamplefd)
+    irqfd.set()
+    irqchip.poll()
+    irqfd.set()
+    irqchip.pic.port_out(0xA0, 1, IRQ11_EOI)
+    irqchip.poll()
+    assert irqchip.pic.port_in(0xA0, 1) == 0
+
+
 def test_a_deassigned_irqfd_is_out_of_the_loop(
     loop: Loop, irqchip: SoftIrqchip, irqfd: EventNotifier, resamplefd: EventNotifier
 ) -> None:

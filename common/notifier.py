@@ -3,7 +3,7 @@
 
 The other end of an eventfd is a peer that may clear O_NONBLOCK (QEMU does so to every fd it receives, and the
 flag belongs to the shared open file), read it first, or fill its counter. So O_NONBLOCK is never trusted: a
-read goes through preadv2 with RWF_NOWAIT, a write happens only when poll says that the counter has room.
+read goes through preadv2 with RWF_NOWAIT, which eventfds don't have for a write; for that see eventsignal.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 from typing import Self
 
 from common.errors import ProtocolError, ShortageError
+from common.eventsignal import EventSignal
 
 __all__ = ["EventNotifier", "adopt_pair", "is_eventfd"]
 
@@ -24,34 +24,32 @@ _EVENTFD = "anon_inode:[eventfd]"
 class EventNotifier:
     """Owner of an eventfd; ``fd`` is -1 once closed."""
 
-    __slots__ = ("_buffers", "_fd", "_writable")
+    __slots__ = ("_buffers", "_fd", "_send", "_signal")
 
     def __init__(self, fd: int) -> None:
+        """Takes ownership of an eventfd. Raises OSError, upon which it stays the caller's; see EventSignal."""
+        self._signal = EventSignal(fd)
         self._fd = fd
         self._buffers = [bytearray(8)]
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        self._writable = poll.poll
+        self._send = self._signal.send
 
     @classmethod
     def create(cls) -> Self:
         """A new eventfd with a zero counter, close-on-exec and non-blocking. Raises OSError."""
-        return cls(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            return cls(fd)
+        except OSError:
+            os.close(fd)
+            raise
 
     @property
     def fd(self) -> int:
         return self._fd
 
-    def set(self) -> bool:
-        """Adds one event. False when the counter is full and can't take it: an event is pending anyway."""
-        ready = self._writable(0)
-        if not ready or not ready[0][1] & select.POLLOUT:
-            return False
-        try:
-            os.eventfd_write(self._fd, 1)
-        except BlockingIOError:  # the peer has filled the counter since
-            return False
-        return True
+    def set(self) -> None:
+        """Adds one event; a counter at its maximum stays there. Raises OSError after close()."""
+        self._send()
 
     def test_and_clear(self) -> bool:
         """Whether events were pending, any number of them; none is afterwards."""
@@ -65,6 +63,7 @@ class EventNotifier:
         """Closes the eventfd; a second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd != -1:
+            self._signal.disarm()
             os.close(fd)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
+from common import eventsignal
 from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
 from common.journal import device_log, setup
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     loop = Loop()
     try:
         raise_fd_limit()
+        eventsignal.prepare()
         config = parse_proxyd(argv)
         setup(PROGRAM, config.name, verbose=config.verbose)
         if not config.devices:

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from common import eventsignal
 from common.config import DeviceConfig, VmConfig, parse_remoted
 from common.control import ControlServer
 from common.errors import IohubError, UsageError
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, or 2 for bad usage."""
     try:
         raise_fd_limit()
+        eventsignal.prepare()
         config = parse_remoted(argv)
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")

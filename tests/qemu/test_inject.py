@@ -73,7 +73,7 @@ def acknowledged(line: Line) -> bool:
 
 def serve_one(guest: CountGuest, line: Line) -> None:
     """One interrupt, from the assertion to the acknowledgement."""
-    assert line.irqfd.set()
+    line.irqfd.set()
     assert acknowledged(line)
     assert guest.served() == line.gsi
 

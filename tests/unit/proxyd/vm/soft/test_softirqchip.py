@@ -88,9 +88,9 @@ def test_the_line_is_low_before_anyone_is_told(
     seen = []
 
     class Witness(EventNotifier):
-        def set(self) -> bool:
+        def set(self) -> None:
             seen.append(irqchip.pic.port_in(0xA0, 1))
-            return super().set()
+            super().set()
 
     witness = Witness.create()
     with_witness, other = (irqfd, witness), (EventNotifier.create(), resamplefd)

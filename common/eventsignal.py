@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Signalling an eventfd whose other end is hostile, without ever blocking.
+
+A write(2) to an eventfd waits while its counter is full, unless O_NONBLOCK is set. That flag belongs to the open
+file, so who shares the eventfd may clear it, and fill the counter between a poll and the write. The kernel itself
+signals by eventfd_signal(), which never waits: a full counter stays at its maximum. An asynchronous I/O request
+with IOCB_FLAG_RESFD makes it do so when the request completes (aio_complete() in fs/aio.c; io_submit(2)). KVM
+takes such a signal as it takes a write. The request writes no bytes to /dev/null, so it completes within
+io_submit().
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from functools import cache, partial
+
+from common.errors import UsageError
+
+__all__ = ["EventSignal", "prepare"]
+
+# asm/unistd_64.h on x86-64, asm-generic/unistd.h elsewhere
+_IO_SETUP, _IO_GETEVENTS, _IO_SUBMIT = (206, 208, 209) if os.uname().machine == "x86_64" else (0, 4, 2)
+_IOCB_CMD_PWRITE = 1
+_IOCB_FLAG_RESFD = 1
+_NO_FD = 0xFFFF_FFFF
+
+# PyDLL keeps the interpreter's lock: the calls take a microsecond, and never wait.
+_syscall = ctypes.PyDLL(None, use_errno=True).syscall
+_syscall.restype = ctypes.c_long
+
+
+class _Iocb(ctypes.Structure):
+    """struct iocb of linux/aio_abi.h, little-endian."""
+
+    _fields_ = (
+        ("aio_data", ctypes.c_uint64),
+        ("aio_key", ctypes.c_uint32),
+        ("aio_rw_flags", ctypes.c_int32),
+        ("aio_lio_opcode", ctypes.c_uint16),
+        ("aio_reqprio", ctypes.c_int16),
+        ("aio_fildes", ctypes.c_uint32),
+        ("aio_buf", ctypes.c_uint64),
+        ("aio_nbytes", ctypes.c_uint64),
+        ("aio_offset", ctypes.c_int64),
+        ("aio_reserved2", ctypes.c_uint64),
+        ("aio_flags", ctypes.c_uint32),
+        ("aio_resfd", ctypes.c_uint32),
+    )
+
+
+class _Context:
+    """The process's AIO context, and the file that requests go to. Any thread may use it."""
+
+    def __init__(self) -> None:
+        """Raises OSError: EAGAIN when other processes have reserved all requests that fs.aio-max-nr allows."""
+        context = ctypes.c_ulong(0)
+        if _syscall(ctypes.c_long(_IO_SETUP), ctypes.c_uint(1), ctypes.byref(context)) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), "io_setup")
+        self.number = ctypes.c_long(context.value)
+        self.null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        events = ctypes.create_string_buffer(128 * 32)  # of struct io_event
+        zero, room = ctypes.c_long(0), ctypes.c_long(128)
+        self.reap = partial(
+            _syscall, ctypes.c_long(_IO_GETEVENTS), self.number, zero, room, events, ctypes.c_void_p(None)
+        )
+        """makes room for the results of more requests"""
+
+
+_context = cache(_Context)
+
+
+def prepare() -> None:
+    """Gets what EventSignal needs once in a process, so that no later one can fail. Raises UsageError."""
+    try:
+        _context()
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}"
+        raise UsageError(f"no asynchronous I/O, which signals interrupts ({reason}; see aio-max-nr)") from error
+
+
+class EventSignal:
+    """Signals one eventfd, which stays its owner's."""
+
+    __slots__ = ("_reap", "_request", "_requests", "_submit")
+
+    def __init__(self, eventfd: int) -> None:
+        """Raises OSError as prepare() does UsageError, if that wasn't called before."""
+        context = _context()
+        self._request = _Iocb(
+            aio_lio_opcode=_IOCB_CMD_PWRITE,
+            aio_fildes=context.null,
+            aio_flags=_IOCB_FLAG_RESFD,
+            aio_resfd=eventfd,
+        )
+        self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
+        self._submit = partial(
+            _syscall, ctypes.c_long(_IO_SUBMIT), context.number, ctypes.c_long(1), self._requests
+        )
+        self._reap = context.reap
+
+    def send(self) -> None:
+        """Adds 1 to the counter, unless that is at its maximum. Raises OSError after disarm()."""
+        if self._submit() == 1:
+            return
+        code = ctypes.get_errno()
+        if code == errno.EAGAIN:
+            self._reap()
+            if self._submit() == 1:
+                return
+            code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "io_submit")
+
+    def disarm(self) -> None:
+        """Forgets the eventfd: its number may be another file's soon."""
+        self._request.aio_resfd = _NO_FD

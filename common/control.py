@@ -1,62 +1,79 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The control socket of a daemon: a Varlink service (varlink.org) on the daemon's own event loop.
 
-The varlink package parses interfaces, dispatches calls and makes them; its servers want a thread or a process
-per client, so the transport is here. A message is a JSON object that ends with a zero byte. One message is
-handled per client and pass of the loop, and the next one only when its reply has left: a client that floods,
-or doesn't read, waits for itself. What is no call costs its sender the connection.
+asyncvarlink describes interfaces, converts types and finds methods; its transport needs an asyncio loop and bounds
+neither messages nor replies, so the transport is here. A message is a JSON object that ends with a zero byte. One
+message is answered per pass of the loop, whoever sent it, and the next one of a client only when its reply has
+left: a client that floods, or doesn't read, waits for itself. What is no call costs its sender the connection.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import socket
-from pathlib import Path
+import time
 from select import EPOLLIN, EPOLLOUT
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from varlink import Interface, Service, SimpleClientInterfaceHandler
+from asyncvarlink import (
+    GenericVarlinkErrorReply,
+    VarlinkErrorReply,
+    VarlinkInterface,
+    VarlinkInterfaceRegistry,
+    VarlinkMethodCall,
+    VarlinkMethodReply,
+)
+from asyncvarlink.conversion import ConversionError
+from asyncvarlink.serviceinterface import InvalidParameter, VarlinkServiceInterface
 
+from common.disposal import refuse_fds
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited
-from common.link import peer_credentials
 from common.listen import SocketInUse, UnixListener
 from common.loop import Loop
+from common.peer import peer_credentials
+from common.trust import Trust
+from common.version import package_version
 
-__all__ = ["INTERFACE_DIR", "MAX_MESSAGE", "ControlServer", "call"]
+if TYPE_CHECKING:
+    from asyncvarlink.types import JSONObject
 
-INTERFACE_DIR = Path(__file__).parent
-"""where the interfaces' definitions are, ``NAME.varlink``"""
+__all__ = ["MAX_MESSAGE", "ControlServer", "call"]
 
-MAX_MESSAGE = 64 << 10
-"""bytes of the longest call, without its zero byte"""
+MAX_MESSAGE = 4 << 10
+"""bytes of the longest call, without its zero byte: calls name a device at most, and parsing takes time"""
+
+MAX_REPLY = 4 << 20
+"""bytes of the longest reply that call() takes, without its zero byte; 256 functions, all amiss, need less"""
 
 _MAX_CLIENTS = 16
 
-_MAX_NESTING = 16
-"""objects and arrays within each other; what Python itself bounds differs by version"""
-
 _CALL_SECONDS = 5.0
-"""how long call() waits: both for the daemon to take the connection and for its reply"""
+"""how long call() takes at most"""
 
 
 class ControlServer:
     """Answers calls to one interface at a listening socket, for several clients at once."""
 
-    def __init__(self, loop: Loop, path: str, interface: str, handler: object, log: logging.Logger) -> None:
-        """``handler`` has a method for each of the interface's, and raises VarlinkError for its errors.
+    def __init__(self, loop: Loop, path: str, interface: VarlinkInterface, log: logging.Logger) -> None:
+        """``log``'s name is the product's in org.varlink.service.GetInfo.
 
         Raises UsageError when the path can't be listened at, or is that of a daemon that runs already: whoever
         makes this before it takes anything else disturbs that one in nothing.
         """
         self._loop = loop
         self._log = RateLimited(log)
-        self._service = Service(vendor="iohub", product=log.name, interface_dir=str(INTERFACE_DIR))
-        self._service.interface(interface)(lambda: handler)
+        self._registry = VarlinkInterfaceRegistry()
+        self._registry.register_interface(
+            VarlinkServiceInterface("iohub", log.name, package_version() or "unknown", "", self._registry)
+        )
+        self._registry.register_interface(interface)
         self._clients: dict[_Client, None] = {}  # the one that has been silent for longest comes first
+        self._callers: dict[_Client, None] = {}  # those with a call to be answered, in their order
         try:
             self._listener = UnixListener(loop, path, self._on_client, self._log)
         except SocketInUse as error:
@@ -70,13 +87,20 @@ class ControlServer:
         for client in list(self._clients):
             client.close()
 
-    def answer(self, client: _Client, message: bytes) -> bytes:
+    def enqueue(self, client: _Client) -> None:
+        """A client has a whole message; its answer() is called when it is its turn."""
+        if not self._callers:
+            self._loop.call_later(0, self._answer_next)
+        self._callers[client] = None
+
+    def answer(self, message: bytes) -> bytes:
         """The reply to one message, with its zero byte; empty for a one-way call. Raises ProtocolError."""
-        self._clients.pop(client)
-        self._clients[client] = None
-        one_way = _check_call(message)
-        replies = b"".join(reply + b"\0" for reply in self._service.handle(message))
-        return b"" if one_way else replies
+        call = _parse(message)
+        try:
+            reply = self._call(call)
+        except VarlinkErrorReply as error:
+            reply = error.toreply()
+        return b"" if call.oneway else json.dumps(reply.tojson()).encode() + b"\0"
 
     def rejected(self, client: _Client, error: ProtocolError) -> None:
         """A client broke the protocol."""
@@ -85,6 +109,26 @@ class ControlServer:
     def forget(self, client: _Client) -> None:
         """A client has gone."""
         del self._clients[client]
+        self._callers.pop(client, None)
+
+    def _answer_next(self) -> None:
+        client = next(iter(self._callers), None)
+        if client is not None:
+            del self._callers[client], self._clients[client]
+            self._clients[client] = None
+            if self._callers:
+                self._loop.call_later(0, self._answer_next)
+            client.answer()
+
+    def _call(self, call: VarlinkMethodCall) -> VarlinkMethodReply:
+        """Raises VarlinkErrorReply, the interface's own errors and those of org.varlink.service."""
+        method, signature = self._registry.lookup_method(call)
+        try:
+            parameters = signature.parameter_type.fromjson(call.parameters)
+        except ConversionError as error:
+            raise InvalidParameter(parameter=str(error.location[0])) from error
+        result = method(**parameters)
+        return VarlinkMethodReply(signature.return_type.tojson(result.parameters))
 
     def _on_client(self, sock: socket.socket) -> None:
         if len(self._clients) >= _MAX_CLIENTS:
@@ -114,27 +158,50 @@ class _Client:
         self._sock.close()
         self._server.forget(self)
 
-    def _on_ready(self, _events: int) -> None:
+    def answer(self) -> None:
+        """Answers the first message of those that are here."""
+        message = bytes(self._input[: self._end])
+        del self._input[: self._end + 1]
+        self._end = self._input.find(0)
         try:
-            if self._end < 0 and not self._output and not self._receive():
+            self._output += self._server.answer(message)
+        except ProtocolError as error:
+            self._reject(error)
+            return
+        self._go_on()
+
+    def _on_ready(self, _events: int) -> None:
+        # The end of the stream is noticed even while a message waits for its turn: that comes within a few passes.
+        if self._end < 0 and not self._output:
+            try:
+                if not self._receive():
+                    self.close()
+                    return
+            except OSError:
                 self.close()
                 return
+            except ProtocolError as error:
+                self._reject(error)
+                return
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Sends what is to be sent, then asks for a turn, and only then reads on."""
+        try:
             self._flush()
-            if self._end >= 0 and not self._output:
-                self._answer()
-                self._flush()
         except OSError:
             self.close()
             return
-        except ProtocolError as error:
-            self._server.rejected(self, error)
-            self.close()
-            return
-        # A message that is here already waits for the socket to be writable: its reply needs that anyway.
-        events = EPOLLOUT if self._output or self._end >= 0 else EPOLLIN
+        if self._end >= 0 and not self._output:
+            self._server.enqueue(self)
+        events = EPOLLOUT if self._output else 0 if self._end >= 0 else EPOLLIN
         if events != self._events:
             self._events = events
             self._loop.modify(self._sock.fileno(), events)
+
+    def _reject(self, error: ProtocolError) -> None:
+        self._server.rejected(self, error)
+        self.close()
 
     def _receive(self) -> bool:
         """Reads at most the rest of one message of full length. False at the end of the stream."""
@@ -149,61 +216,81 @@ class _Client:
             raise ProtocolError(f"a message of more than {MAX_MESSAGE} bytes")
         return bool(data)
 
-    def _answer(self) -> None:
-        message = bytes(self._input[: self._end])
-        del self._input[: self._end + 1]
-        self._end = self._input.find(0)
-        self._output += self._server.answer(self, message)
-
     def _flush(self) -> None:
         if self._output:
             with contextlib.suppress(BlockingIOError):
                 del self._output[: self._sock.send(self._output)]
 
 
-def _check_call(message: bytes) -> bool:
-    """Raises ProtocolError unless Service.handle() can cope with the message. Whether the call is one-way."""
+def _parse(message: bytes) -> VarlinkMethodCall:
+    """Raises ProtocolError for what is no call."""
+    if not message.lstrip().startswith(b"{"):  # told without parsing what may be a flood of something else
+        raise ProtocolError(f"a message that is no object ({len(message)} bytes)")
     try:
         call = json.loads(message.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a message that is no JSON ({len(message)} bytes)") from error
-    if not isinstance(call, dict) or not isinstance(call.get("method"), str):
-        raise ProtocolError("a message that is no call")
-    if not isinstance(call.get("parameters", {}), dict | None):
-        raise ProtocolError("a call whose parameters are no object")
-    if _is_nested_deeper(call, _MAX_NESTING):
-        raise ProtocolError(f"a call nested more than {_MAX_NESTING} deep")
-    return bool(call.get("oneway"))
+    if call.get("parameters", {}) is None:
+        del call["parameters"]  # as absent, which asyncvarlink takes for an error
+    try:
+        return VarlinkMethodCall.fromjson(call)
+    except (TypeError, ValueError) as error:
+        raise ProtocolError("a message that is no call") from error
 
 
-def _is_nested_deeper(value: object, levels: int) -> bool:
-    """Whether JSON has objects and arrays within each other on more levels than that."""
-    level = [value]
-    for _ in range(levels + 1):
-        containers = [item for item in level if isinstance(item, dict | list)]
-        if not containers:
-            return False
-        level = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
-    return True
+def call(
+    path: str | os.PathLike[str], method: str, trust: Trust | None = None, /, **parameters: object
+) -> dict[str, Any]:
+    """Calls a daemon's method, ``INTERFACE.NAME``, at its socket's path; with ``trust`` only if that is trusted.
 
+    Returns the reply's parameters, as JSON, whose types nobody has looked at. The daemon needn't be an honest
+    one: what it sends is bounded in size, and the call in time.
 
-def call(path: str | os.PathLike[str], method: str, **parameters: object) -> dict[str, Any]:
-    """Calls a daemon's method, ``INTERFACE.NAME``, at its socket's path. Returns the reply's parameters.
-
-    Raises PeerGone when nobody answers there, ProtocolError when the answer is no reply, and VarlinkError for
-    the errors that the interface defines.
+    Raises PeerGone when nobody answers in time, ProtocolError when the answer is no reply, UntrustedError, and
+    VarlinkErrorReply for the daemon's errors.
     """
-    name, _, member = method.rpartition(".")
-    interface = Interface((INTERFACE_DIR / f"{name}.varlink").read_text(encoding="ascii"))
+    request = VarlinkMethodCall(method, cast("JSONObject", parameters))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_CALL_SECONDS)
+        expires = time.monotonic() + _CALL_SECONDS
         try:
-            sock.connect(os.fspath(path))
-            reply = getattr(SimpleClientInterfaceHandler(interface, sock), member)(**parameters)
+            refuse_fds(sock)
+            sock.settimeout(_CALL_SECONDS)
+            if trust is None:
+                sock.connect(os.fspath(path))
+            else:
+                trust.connect(sock, path)
+            sock.sendall(json.dumps(request.tojson()).encode() + b"\0")
+            message = _receive_reply(sock, expires)
         except TimeoutError as error:
             raise PeerGone(f"{path}: no answer within {_CALL_SECONDS:g} s") from error
         except OSError as error:
             raise PeerGone(f"{path}: {error.strerror or error}") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ProtocolError(f"{path}: the answer is no reply to {method}") from error
-    return dict(reply)
+        except ProtocolError as error:
+            raise ProtocolError(f"{path}: {error}") from error
+    try:
+        reply = VarlinkMethodReply.fromjson(json.loads(message.decode()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ProtocolError(f"{path}: the answer is no reply to {method}") from error
+    if reply.error is not None:
+        raise GenericVarlinkErrorReply(reply.error, reply.parameters)
+    return dict(reply.parameters)
+
+
+def _receive_reply(sock: socket.socket, expires: float) -> bytes:
+    """The first message, without its zero byte. Raises OSError, TimeoutError at a time by the monotonic clock too,
+    and ProtocolError for a message that is too long."""
+    received = bytearray()
+    while True:
+        remaining = expires - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        sock.settimeout(remaining)
+        data = sock.recv(1 << 16)
+        if not data:
+            raise ConnectionResetError(errno.ECONNRESET, "it hung up instead of answering")
+        end = data.find(0)
+        received += data if end < 0 else data[:end]
+        if len(received) > MAX_REPLY:
+            raise ProtocolError(f"a reply of more than {MAX_REPLY} bytes")
+        if end >= 0:
+            return bytes(received)

@@ -10,10 +10,15 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from common.errors import UsageError
 from common.journal import printable
+from common.output import emit
+from common.version import package_version
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = [
     "PROXYD",
@@ -115,9 +120,13 @@ class Parser(argparse.ArgumentParser):
         """Raises UsageError."""
         raise UsageError(printable(message))
 
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Prints the help to stdout. Raises OutputError."""
+        emit(self.format_help())
+
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for: that takes longer than the rest of the options."""
+    """Prints the version and exits."""
 
     def __call__(
         self,
@@ -126,12 +135,10 @@ class _Version(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(parser.prog, version("qemu-iohub"))
-        except PackageNotFoundError as error:
-            raise UsageError("--version: unknown, as the package qemu-iohub is not installed") from error
+        version = package_version()
+        if version is None:
+            raise UsageError("--version: unknown, as the package qemu-iohub is not installed")
+        emit(f"{parser.prog} {version}\n")
         parser.exit()
 
 

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """org.iohub.Proxyd: what the VM's side answers at its control socket."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: asyncvarlink reads the methods' types.
 import os
 from collections.abc import Sequence
 from typing import Protocol
 
+from asyncvarlink import varlinkmethod
+
 from common.amiss import Amiss, one_line
-from common.link import PeerCredentials
 from common.pci import format_devfn
+from common.peer import PeerCredentials
+from common.proxyd_interface import Function, Proxyd, StatusReply
 
-__all__ = ["INTERFACE", "FunctionState", "ProxydInterface"]
-
-INTERFACE = "org.iohub.Proxyd"
+__all__ = ["FunctionState", "ProxydService"]
 
 
 class FunctionState(Protocol):
@@ -39,8 +39,8 @@ class FunctionState(Protocol):
     def remote(self) -> PeerCredentials | None: ...
 
 
-class ProxydInterface:
-    """The interface's methods, as common/org.iohub.Proxyd.varlink defines them."""
+class ProxydService(Proxyd):
+    """The interface's methods."""
 
     def __init__(
         self, vm: str, kind: str, irqchip: str, tsc_khz: int | None, proxies: Sequence[FunctionState]
@@ -55,49 +55,43 @@ class ProxydInterface:
         """what concerns no single function"""
         self.attached: str | None = None
         self.reason: str | None = None
-        self._vm = {"vm": vm, "pid": os.getpid(), "kind": kind}
+        self._vm = vm
+        self._kind = kind
         self._proxies = proxies
 
-    def Status(self) -> dict[str, object]:
+    @varlinkmethod
+    def Status(self) -> StatusReply:
         """The VM, and every function's route and link."""
-        functions = [_function_status(proxy) for proxy in self._proxies]
-        status: dict[str, object] = {
-            **self._vm,
+        return {
+            "vm": self._vm,
+            "pid": os.getpid(),
+            "kind": self._kind,
             "irqchip": self.irqchip,
+            "tsc_khz": self.tsc_khz,
+            "attached": self.attached,
+            "reason": None if self.reason is None else one_line(self.reason),
             "amiss": self.amiss.texts(),
-            "functions": functions,
+            "functions": [_function_status(proxy) for proxy in self._proxies],
         }
-        if self.tsc_khz is not None:
-            status["tsc_khz"] = self.tsc_khz
-        if self.attached is not None:
-            status["attached"] = self.attached
-        if self.reason is not None:
-            status["reason"] = one_line(self.reason)
-        return status
 
 
-def _function_status(proxy: FunctionState) -> dict[str, object]:
-    # Another thread may lose the link meanwhile: each is read once.
-    gsi, remote, pin = proxy.gsi, proxy.remote, proxy.pin
-    status: dict[str, object] = {
-        "id": proxy.name,
-        "addr": format_devfn(proxy.devfn),
-        "connected": remote is not None,
-        "reconnects": proxy.reconnects,
-        "amiss": proxy.amiss.texts(),
-    }
+def _function_status(proxy: FunctionState) -> Function:
+    remote = proxy.remote  # read once: another thread may lose the link meanwhile
+    status = Function(
+        id=proxy.name,
+        addr=format_devfn(proxy.devfn),
+        pin=proxy.pin,
+        gsi=proxy.gsi,
+        connected=remote is not None,
+        reconnects=proxy.reconnects,
+        amiss=proxy.amiss.texts(),
+    )
     times = proxy.answer_times
     if times is not None:
-        status["answer_mean_us"], status["answer_max_us"] = (round(seconds * 1e6) for seconds in times)
-    if pin is not None:
-        status["pin"] = pin
-    if gsi is not None:
-        status["gsi"] = gsi
+        status.answer_mean_us, status.answer_max_us = (round(seconds * 1e6) for seconds in times)
     if remote is None:
-        status["reason"] = one_line(proxy.reason or "not connected yet")
+        status.reason = one_line(proxy.reason or "not connected yet")
     else:
-        status["remote_pid"] = remote.pid
-        name = remote.name
-        if name is not None:
-            status["remote_name"] = name
+        status.remote_pid = remote.pid
+        status.remote_name = remote.name
     return status

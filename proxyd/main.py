@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
 from common.journal import device_log, setup
 from common.loop import Loop
+from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.service import freeze_heap, notify, raise_fd_limit
 
@@ -83,15 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.stop_on_signal(signum)
         vm = open_vm(config, loop)
+    except OutputError as error:
+        complain(PROGRAM, error)
+        loop.close()
+        return error.status
     except (IohubError, OSError) as error:
-        print(f"{PROGRAM}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        complain(PROGRAM, error)
         loop.close()
         return 2
     try:
         freeze_heap()
         return vm.run()
     except UsageError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        complain(PROGRAM, error)
         return 2
     finally:
         notify("STOPPING=1")

@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """org.iohub.Remoted: what the devices' daemon answers at its control socket."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: asyncvarlink reads the methods' types.
 import os
 from collections.abc import Sequence
 
-from varlink import VarlinkError
+from asyncvarlink import varlinkmethod
 
 from common.amiss import Amiss
 from common.config import DeviceConfig
 from common.errors import UsageError
 from common.pci import format_devfn, parse_devfn
+from common.remoted_interface import Function, Link, NoSuchDevice, NotDrivable, Remoted, StatusReply
 from remoted.server import DeviceServer
 
-__all__ = ["INTERFACE", "RemotedInterface"]
-
-INTERFACE = "org.iohub.Remoted"
+__all__ = ["RemotedService"]
 
 
-class RemotedInterface:
-    """The interface's methods, as common/org.iohub.Remoted.varlink defines them."""
+class RemotedService(Remoted):
+    """The interface's methods."""
 
     def __init__(self, vm: str, devices: Sequence[tuple[DeviceConfig, DeviceServer]]) -> None:
         """``devices`` is read at each call."""
@@ -29,7 +27,8 @@ class RemotedInterface:
         self._vm = vm
         self._devices = devices
 
-    def Status(self) -> dict[str, object]:
+    @varlinkmethod
+    def Status(self) -> StatusReply:
         """Every function's line, counters and link."""
         return {
             "vm": self._vm,
@@ -38,19 +37,20 @@ class RemotedInterface:
             "functions": [_function_status(config, server) for config, server in self._devices],
         }
 
-    def Raise(self, device: str) -> None:
-        """Asserts a drivable device's line. Raises VarlinkError: NoSuchDevice, NotDrivable."""
+    @varlinkmethod
+    def Raise(self, *, device: str) -> None:
+        """Asserts the INTx line of a device whose model allows it, such as irq-line, named by id or address."""
         self._drive(device, True)
 
-    def Lower(self, device: str) -> None:
-        """Deasserts a drivable device's line. Raises VarlinkError: NoSuchDevice, NotDrivable."""
+    @varlinkmethod
+    def Lower(self, *, device: str) -> None:
+        """Deasserts such a line."""
         self._drive(device, False)
 
     def _drive(self, device: str, level: bool) -> None:
         config, server = self._find(device)
         if not server.function.IS_DRIVABLE:
-            parameters = {"device": config.id, "model": config.model}
-            raise VarlinkError({"error": f"{INTERFACE}.NotDrivable", "parameters": parameters})
+            raise NotDrivable(device=config.id, model=config.model)
         server.function.set_intx(level)
 
     def _find(self, device: str) -> tuple[DeviceConfig, DeviceServer]:
@@ -64,31 +64,30 @@ class RemotedInterface:
         for config, server in self._devices:
             if config.devfn == devfn:
                 return config, server
-        raise VarlinkError({"error": f"{INTERFACE}.NoSuchDevice", "parameters": {"device": device}})
+        raise NoSuchDevice(device=device)
 
 
-def _function_status(config: DeviceConfig, server: DeviceServer) -> dict[str, object]:
+def _function_status(config: DeviceConfig, server: DeviceServer) -> Function:
     pirq, session = server.pirq, server.session
-    status: dict[str, object] = {
-        "id": config.id,
-        "addr": format_devfn(config.devfn),
-        "model": config.model,
-        "level": server.function.intx_level,
-        "asserted": bool(pirq.level),
-        "raised": pirq.raised,
-        "resamples": pirq.resamples,
-        "reasserts": pirq.reasserts,
-        "rejected": server.rejected,
-        "refused": server.refused,
-        "has_irqfd": pirq.has_irqfd,
-        "link": "connected" if session else "waiting" if server.is_listening else "closed",
-        "amiss": server.function.amiss.texts(),
-    }
+    status = Function(
+        id=config.id,
+        addr=format_devfn(config.devfn),
+        model=config.model or "",
+        level=server.function.intx_level,
+        asserted=bool(pirq.level),
+        raised=pirq.raised,
+        resamples=pirq.resamples,
+        reasserts=pirq.reasserts,
+        rejected=server.rejected,
+        refused=server.refused,
+        has_irqfd=pirq.has_irqfd,
+        link=Link.connected if session else Link.waiting if server.is_listening else Link.closed,
+        amiss=server.function.amiss.texts(),
+    )
     if session is not None:
-        status["client_pid"] = session.peer.pid
-        if session.client_name is not None:
-            status["client_name"] = session.client_name
-        status["client_gone"] = _has_ended(session.peer.pid)
+        status.client_pid = session.peer.pid
+        status.client_name = session.client_name
+        status.client_gone = _has_ended(session.peer.pid)
     return status
 
 

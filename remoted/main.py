@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from collections.abc import Sequence
 
 from common import eventsignal
@@ -14,9 +13,10 @@ from common.control import ControlServer
 from common.errors import IohubError, UsageError
 from common.journal import device_log, printable, setup
 from common.loop import Loop
+from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.service import freeze_heap, notify, raise_fd_limit
-from remoted.control import INTERFACE, RemotedInterface
+from remoted.control import RemotedService
 from remoted.function import PciFunction
 from remoted.host import DEVICE_ERRORS, Failures, GuardedLoop, Host
 from remoted.iohub import IoHub
@@ -42,8 +42,8 @@ class Remoted:
         try:
             devices: list[tuple[DeviceConfig, DeviceServer]] = []
             path = str(config.runtime_dir / "remoted.varlink")
-            interface = RemotedInterface(config.name, devices)
-            self._control = ControlServer(self._loop, path, INTERFACE, interface, self._log)
+            interface = RemotedService(config.name, devices)
+            self._control = ControlServer(self._loop, path, interface, self._log)
             for device in config.devices:
                 self._servers.append(self._create(config, device))
                 devices.append((device, self._servers[-1]))
@@ -125,8 +125,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup(PROGRAM, config.name, verbose=config.verbose)
         config.make_runtime_dir()
         remoted = Remoted(config)
+    except OutputError as error:
+        complain(PROGRAM, error)
+        return error.status
     except (IohubError, OSError) as error:
-        print(f"{PROGRAM}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        complain(PROGRAM, error)
         return 2
     try:
         remoted.run()

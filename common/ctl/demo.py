@@ -24,6 +24,7 @@ from common.control import call
 from common.ctl.children import Child
 from common.ctl.guestconsole import GuestConsole, Record, Reply
 from common.errors import IohubError, PeerGone, UsageError
+from common.output import emit
 
 __all__ = ["add_arguments", "run"]
 
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = demo.result()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    print(json.dumps(result) if arguments.json else _table(result))
+    emit(f"{json.dumps(result) if arguments.json else _table(result)}\n")
     return 1 if result["lost"] or result["stuck"] or result["failed"] else 0
 
 

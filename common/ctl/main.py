@@ -4,28 +4,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from varlink import VarlinkError
-
-from common.config import check_name, default_runtime_dir
-from common.control import call
-from common.ctl.statustable import find_amiss, render
-from common.errors import IohubError, PeerGone, ProtocolError, UsageError
+from common.config import check_name
+from common.ctl.vms import find_runtime_dir
+from common.errors import IohubError, UsageError
 from common.options import Parser, add_version
-from common.pci import format_devfn, parse_devfn
+from common.output import OutputError, complain
+from common.trust import Trust, find_user
 
 __all__ = ["main"]
 
 PROGRAM = "iohubctl"
-
-_DAEMONS = {"remoted": "org.iohub.Remoted", "proxyd": "org.iohub.Proxyd"}
 
 _ADDR_HELP = "one function: its address, such as 05.0, or its device's id"
 
@@ -97,10 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(argv)
         status: int = options.run(options)
     except UsageError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        complain(PROGRAM, error)
         return 2
+    except OutputError as error:
+        complain(PROGRAM, error)
+        return error.status
     except IohubError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        complain(PROGRAM, error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -144,7 +140,7 @@ def _parser(argv: Sequence[str]) -> Parser:
         epilog = _DRIVE_EPILOG.format(already)
         drive = _add_command(commands, name, f"{what} the INTx line of an irq-line device", epilog)
         drive.add_argument("addr", metavar="ADDR", help=_ADDR_HELP)
-        drive.set_defaults(run=_drive, method=f"{_DAEMONS['remoted']}.{method}")
+        drive.set_defaults(run=_drive, method=method)
     demo = commands.add_parser(
         "demo",
         help="start both daemons and a small guest, and count every interrupt",
@@ -176,82 +172,29 @@ def _add_command(
         "--runtime-dir",
         metavar="DIR",
         help="where the VM's sockets are (default: /run/iohub/VM, or "
-        "$XDG_RUNTIME_DIR/iohub/VM for users other than root)",
+        "$XDG_RUNTIME_DIR/iohub/VM if that is there for users other than root)",
+    )
+    command.add_argument(
+        "--allow-user",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="another user, by name or number, whose daemons are talked to besides root's and one's own",
     )
     command.add_argument("vm", metavar="VM", help="the VM's name")
     return command
 
 
 def _status(options: argparse.Namespace) -> int:
-    directory = _runtime_dir(options)
-    answers: dict[str, Any] = {}
-    errors: dict[str, str] = {}
-    for daemon, interface in _DAEMONS.items():
-        try:
-            answers[daemon] = _call(directory, daemon, f"{interface}.Status")
-        except IohubError as error:
-            errors[daemon] = str(error)
-    with _explained(options.vm):
-        for answer in answers.values():
-            _check_vm(answer, options.vm, directory)
-        if options.addr is not None and answers:
-            _select(answers, options.addr, options.vm, errors)
-        amiss = find_amiss(answers, errors)
-        if options.json:
-            views = {**dict.fromkeys(_DAEMONS), **answers}
-            print(json.dumps({"vm": options.vm, **views, "errors": errors, "amiss": amiss}))
-        elif not answers:
-            raise PeerGone(f"VM {options.vm}: {'; '.join(errors.values())}")
-        else:
-            print(render(options.vm, answers, errors, amiss), end="")
-    return 1 if amiss else 0
+    from common.ctl.status import show_status
 
-
-@contextmanager
-def _explained(vm: str) -> Iterator[None]:
-    """Turns what comes of an answer without what it should have into a ProtocolError."""
-    try:
-        yield
-    except KeyError as error:
-        raise ProtocolError(
-            f"VM {vm}: no {error} in a daemon's answer; is it of another version than {PROGRAM}?"
-        ) from error
-
-
-def _check_vm(answer: dict[str, Any], vm: str, directory: Path) -> None:
-    """Raises UsageError when it is another VM's daemon that has answered."""
-    if answer["vm"] != vm:
-        raise UsageError(f"{directory} belongs to VM {answer['vm']}")
-
-
-def _select(answers: dict[str, Any], addr: str, vm: str, errors: dict[str, str]) -> None:
-    """Leaves only the function of that address or id, which either daemon may know it by.
-
-    Raises IohubError when nobody has it.
-    """
-    try:
-        wanted = format_devfn(parse_devfn(addr))
-    except UsageError:
-        wanted = addr
-    known = {(each["addr"], each["id"]) for answer in answers.values() for each in answer["functions"]}
-    found = {name for address, name in known if wanted == address or addr == name}
-    for answer in answers.values():
-        answer["functions"] = [each for each in answer["functions"] if each["id"] in found]
-    if not found:
-        have = ", ".join(f"{address} ({name})" for address, name in sorted(known)) or "none"
-        raise IohubError("; ".join((f"VM {vm}: no function {addr}, there is {have}", *errors.values())))
+    return show_status(options.vm, _runtime_dir(options), _trust(options), options.addr, json=options.json)
 
 
 def _drive(options: argparse.Namespace) -> int:
-    directory = _runtime_dir(options)
-    try:
-        answer = _call(directory, "remoted", f"{_DAEMONS['remoted']}.Status")
-        with _explained(options.vm):
-            _check_vm(answer, options.vm, directory)
-            _select({"remoted": answer}, options.addr, options.vm, {})
-        _call(directory, "remoted", options.method, device=options.addr)
-    except PeerGone as error:
-        raise PeerGone(f"VM {options.vm}: {error}") from error
+    from common.ctl.status import drive
+
+    drive(options.vm, _runtime_dir(options), _trust(options), options.method, options.addr)
     return 0
 
 
@@ -262,29 +205,11 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _runtime_dir(options: argparse.Namespace) -> Path:
-    name = check_name(options.vm)
     if options.runtime_dir is not None:
+        check_name(options.vm)
         return Path(options.runtime_dir)
-    return default_runtime_dir(name, os.geteuid(), os.environ)
+    return find_runtime_dir(options.vm, os.geteuid(), os.environ)
 
 
-def _call(directory: Path, daemon: str, method: str, **parameters: object) -> dict[str, Any]:
-    """call() with errors that name the daemon. Raises IohubError."""
-    try:
-        return call(directory / f"{daemon}.varlink", method, **parameters)
-    except PeerGone as error:
-        if isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
-            raise PeerGone(f"{daemon} is not running: {error}") from error
-        raise PeerGone(f"{daemon} does not answer: {error}") from error
-    except VarlinkError as error:
-        raise IohubError(_explain(daemon, error)) from error
-
-
-def _explain(daemon: str, error: VarlinkError) -> str:
-    name, parameters = str(error.error()), error.parameters() or {}
-    if name == "org.iohub.Remoted.NotDrivable":
-        return (
-            f"function {parameters['device']} is of the model {parameters['model']}, which drives its line "
-            "itself: only irq-line devices can be driven by hand"
-        )
-    return f"{daemon} refuses: {name} {json.dumps(parameters)}"
+def _trust(options: argparse.Namespace) -> Trust:
+    return Trust(find_user(name) for name in options.allow_user)

@@ -12,7 +12,7 @@ from common.errors import UsageError
 from common.journal import device_log
 from common.loop import Loop
 from common.pci import format_devfn
-from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.control import ProxydService
 from proxyd.kvm.irqchip import Irqchip
 from proxyd.machine.console import COM1_IRQ, Console
 from proxyd.pci.links import LinkKeeper
@@ -52,9 +52,9 @@ class Board:
         self._keeper = LinkKeeper(loop)
         self._proxies: list[PciProxy] = []
         log = logging.getLogger(program)
-        self._interface = ProxydInterface(config.name, config.vm, "", None, self._proxies)
+        self._interface = ProxydService(config.name, config.vm, "", None, self._proxies)
         path = str(config.runtime_dir / "proxyd.varlink")
-        self._control = ControlServer(loop, path, INTERFACE, self._interface, log)
+        self._control = ControlServer(loop, path, self._interface, log)
         try:
             self._proxies += [self._create_proxy(device) for device in config.devices]
             self.host = PciHost(irqchip, self._proxies)

@@ -21,7 +21,7 @@ from common.link import Client, PeerCredentials
 from common.loop import Loop
 from common.mpqemu import Command
 from common.service import notify
-from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.control import ProxydService
 from proxyd.kvm.kvm_h import KVM_IOAPIC_NUM_PINS
 from proxyd.pci.links import LinkKeeper
 from proxyd.vm.pid.inject import Line, Target
@@ -184,10 +184,10 @@ class Attached:
         self._exited = False
         gsis = {device.id: _check_gsi(device) for device in config.devices}
         self._functions: list[_Function] = []
-        interface = ProxydInterface(config.name, config.vm, "kvm", None, self._functions)
+        interface = ProxydService(config.name, config.vm, "kvm", None, self._functions)
         path = str(config.runtime_dir / "proxyd.varlink")
         # Before the process is touched: it may have a daemon already.
-        self._control = ControlServer(loop, path, INTERFACE, interface, self._log)
+        self._control = ControlServer(loop, path, interface, self._log)
         # Before any thread is started: one that doesn't block it can take the signal that says that the process
         # has stopped, and it would stand still until somebody looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

@@ -26,7 +26,7 @@ from common.journal import RateLimited, device_log, printable
 from common.loop import Loop
 from common.pci import format_devfn
 from common.service import notify
-from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.control import ProxydService
 from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory
@@ -62,12 +62,12 @@ class QemuPlugger:
         self._kvm_event = asyncio.Event()
         self._uevents = KvmEvents()
         self._loop.add(self._uevents.fileno(), self._on_uevent)
-        self._interface = ProxydInterface(
+        self._interface = ProxydService(
             config.name, config.vm, "kvm", None, list(self._functions.values())
         )
         self._interface.reason = "looking for QEMU"
         path = str(config.runtime_dir / "proxyd.varlink")
-        self._control = ControlServer(self._loop, path, INTERFACE, self._interface, log)
+        self._control = ControlServer(self._loop, path, self._interface, log)
         self._slots: list[Slot] = []
         self._is_running = True
 

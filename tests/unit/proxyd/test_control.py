@@ -18,13 +18,14 @@ from common.control import call
 from common.ctl.children import Child
 from common.loop import Loop
 from common.pci import parse_devfn
-from proxyd.control import INTERFACE, ProxydInterface
+from proxyd.control import ProxydService
 from proxyd.machine.board import Board
 from proxyd.vm.soft.softirqchip import SoftIrqchip
 from remoted.devices.irq_line import IrqLine
 from tests.support.fds import no_fd_is_left
 from tests.support.remote import RemoteThread
 from tests.support.steploop import run_until
+from tests.support.varlinkreply import status_of
 
 ADDRESSES = {"line0": "05.0", "line1": "06.0"}
 PIIX3 = 0x80000800
@@ -54,7 +55,7 @@ class Bench:
     def status(self) -> dict[str, Any]:
         """Status, called from outside."""
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(call, self.directory / "proxyd.varlink", f"{INTERFACE}.Status")
+            answer = pool.submit(call, self.directory / "proxyd.varlink", "org.iohub.Proxyd.Status")
             run_until(self.loop, answer.done)
             return answer.result()
 
@@ -95,14 +96,23 @@ def test_the_vm_is_described(bench: Bench) -> None:
     bench.board.start("soft", None)
     status = bench.status()
     status.pop("functions")
-    assert status == {"vm": "vm1", "pid": os.getpid(), "kind": "soft", "irqchip": "soft", "amiss": []}
+    assert status == {
+        "vm": "vm1",
+        "pid": os.getpid(),
+        "kind": "soft",
+        "irqchip": "soft",
+        "tsc_khz": None,
+        "attached": None,
+        "reason": None,
+        "amiss": [],
+    }
 
 
 def test_the_irqchip_of_a_vm_without_kvm_is_named_as_the_way_to_it(tmp_path: Path) -> None:
     options = ["--name=vm1", f"--runtime-dir={tmp_path}", "--vm=soft", "--device=id=line0"]
     child = Child("proxyd", options, tmp_path)
     try:
-        assert call(tmp_path / "proxyd.varlink", f"{INTERFACE}.Status")["irqchip"] == "soft"
+        assert call(tmp_path / "proxyd.varlink", "org.iohub.Proxyd.Status")["irqchip"] == "soft"
     finally:
         child.kill()
 
@@ -121,6 +131,12 @@ def test_functions_without_a_remote(bench: Bench) -> None:
             "connected": False,
             "reconnects": 0,
             "amiss": [],
+            "pin": None,
+            "gsi": None,
+            "remote_pid": None,
+            "remote_name": None,
+            "answer_mean_us": None,
+            "answer_max_us": None,
             "reason": f"no link: {bench.directory}/{name}.sock: No such file or directory",
         }
         for name, addr in ADDRESSES.items()
@@ -141,7 +157,7 @@ def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
     bench.board.start("soft", None)
     line0, line1 = bench.functions().values()
     assert (line0["pin"], line1["pin"]) == (1, 3)
-    assert "gsi" not in line0
+    assert line0["gsi"] is None
     bench.route(0, 10)  # 05.0 INTA is on PIRQA
     assert bench.functions()["line0"]["gsi"] == 10
     bench.route(0, 11)
@@ -150,7 +166,7 @@ def test_pins_routes_and_the_remote_are_told(bench: Bench) -> None:
     assert line0["remote_pid"] == os.getpid()
     assert line0["remote_name"] == Path("/proc/self/comm").read_text().rstrip("\n")
     bench.route(0, 0x80)
-    assert "gsi" not in bench.functions()["line0"]
+    assert bench.functions()["line0"]["gsi"] is None
 
 
 def test_a_lost_remote_is_told_and_its_return_counted(bench: Bench) -> None:
@@ -161,15 +177,15 @@ def test_a_lost_remote_is_told_and_its_return_counted(bench: Bench) -> None:
         bench.stop_remote()
         run_until(bench.loop, lambda: not any(f["connected"] for f in bench.functions().values()))
         line0 = bench.functions()["line0"]
-        assert "gsi" not in line0
-        assert "remote_pid" not in line0
+        assert line0["gsi"] is None
+        assert line0["remote_pid"] is None
         assert line0["pin"] == 1
         assert line0["reason"].startswith(("link lost: ", "no link: "))
         bench.start_remote()
         run_until(bench.loop, lambda: all(f["connected"] for f in bench.functions().values()))
         line0 = bench.functions()["line0"]
         assert (line0["reconnects"], line0["gsi"]) == (times, 10)
-        assert "reason" not in line0
+        assert line0["reason"] is None
 
 
 class Unlinked:
@@ -187,9 +203,8 @@ class Unlinked:
 
 
 def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:
-    interface = ProxydInterface("vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")])
-    functions = interface.Status()["functions"]
-    assert isinstance(functions, list)
+    interface = ProxydService("vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")])
+    functions = status_of(interface)["functions"]
     silent, loud = (function["reason"] for function in functions)
     assert silent == "not connected yet"
     assert loud.startswith("QEMU: no\\noooo")
@@ -197,15 +212,15 @@ def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:
 
 
 def test_the_qemu_that_has_the_functions_is_told_or_why_there_is_none() -> None:
-    interface = ProxydInterface("vm1", "qmp:x", "kvm", None, [])
+    interface = ProxydService("vm1", "qmp:x", "kvm", None, [])
     interface.reason = "no QEMU:\nwaiting"
-    status = interface.Status()
+    status = status_of(interface)
     assert status["reason"] == "no QEMU:\\nwaiting"
-    assert "attached" not in status
+    assert status["attached"] is None
     interface.attached, interface.reason = "qemu[42]", None
-    status = interface.Status()
+    status = status_of(interface)
     assert status["attached"] == "qemu[42]"
-    assert "reason" not in status
+    assert status["reason"] is None
 
 
 def test_close_removes_the_socket(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ instances to spare, is no error, and then nothing is told.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
 import struct
 from collections.abc import Callable, Iterator
 from select import EPOLLIN
 
+from common import inotify
 from common.listen import lock_path
 from common.loop import Loop
 
@@ -33,12 +34,6 @@ _READS = 16
 _WINDOW_SECONDS = 0.02
 """Who can write to the directory can cause events without end: no more reads than that in such a time."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_inotify_init1 = _libc.inotify_init1
-_inotify_init1.argtypes = (ctypes.c_int,)
-_inotify_add_watch = _libc.inotify_add_watch
-_inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
-
 
 class PathWatch:
     """Watches any number of paths. Belongs to the loop's thread."""
@@ -55,8 +50,9 @@ class PathWatch:
         """by watch descriptor: the paths, by their own names and by those of their lock files"""
         self._window = 0.0
         self._reads = 0
-        self._fd = _inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd != -1:
+        self._fd = -1
+        with contextlib.suppress(OSError):
+            self._fd = inotify.init()
             loop.add(self._fd, self._on_events)
 
     def watch(self, path: str) -> None:
@@ -69,8 +65,8 @@ class PathWatch:
             return
         directory, name = os.path.split(path)
         mask = _IN_CREATE | _IN_MOVED_TO | _IN_DELETE | _IN_ONLYDIR
-        descriptor = _inotify_add_watch(self._fd, os.fsencode(directory or "."), mask)
-        if descriptor != -1:
+        with contextlib.suppress(OSError):
+            descriptor = inotify.add_watch(self._fd, directory or ".", mask)
             paths = self._directories.setdefault(descriptor, {})
             paths[name] = paths[os.path.basename(lock_path(path))] = path
 

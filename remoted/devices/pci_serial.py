@@ -40,6 +40,7 @@ class PciSerial(PciFunction):
         self._chardev = open_chardev(
             properties.get("chardev", "null"), host.loop, host.log, self._uart, self._on_connected
         )
+        self.amiss.add(self._chardev.amiss)
         self._on_connected(self._chardev.connected)
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:

@@ -12,11 +12,19 @@ import pytest
 from common.loop import Loop
 from tests.support.fds import no_fd_is_left
 from tests.support.remotebench import LineDevice, Pair, Peer, RemoteBench
+from tests.support.steploop import CountingLoop
 
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
     with closing(Loop()) as loop:
+        yield loop
+
+
+@pytest.fixture
+def counting_loop() -> Iterator[CountingLoop]:
+    """One that counts the calls of handlers; what is opened on it must be closed with it."""
+    with no_fd_is_left(), closing(CountingLoop()) as loop:
         yield loop
 
 

@@ -30,28 +30,19 @@ from common.serial_reg import (
 )
 from remoted.devices.pci_serial import PciSerial
 from tests.support.devices import FunctionBench
-from tests.support.fds import count_fds
 from tests.support.steploop import CountingLoop, run_ready, run_until
+from tests.support.wait import wait_until
 
 Bench = FunctionBench[PciSerial]
 Create = Callable[..., Bench]
 
 
 @pytest.fixture
-def loop() -> Iterator[CountingLoop]:
-    before = count_fds()
-    loop = CountingLoop()
-    yield loop
-    loop.close()
-    assert count_fds() == before
-
-
-@pytest.fixture
-def create(loop: CountingLoop) -> Iterator[Create]:
+def create(counting_loop: CountingLoop) -> Iterator[Create]:
     made: list[Bench] = []
 
     def create(**properties: str) -> Bench:
-        made.append(FunctionBench(PciSerial, loop, **properties))
+        made.append(FunctionBench(PciSerial, counting_loop, **properties))
         return made[-1]
 
     yield create
@@ -109,19 +100,19 @@ def test_intx_disable_holds_the_line_down(create: Create) -> None:
     assert bench.line
 
 
-def test_received_character_interrupts(create: Create, loop: CountingLoop, tmp_path: Path) -> None:
+def test_received_character_interrupts(create: Create, counting_loop: CountingLoop, tmp_path: Path) -> None:
     """Between accesses the line follows INTR: data, and the character timeout from the loop's timer."""
     bench = create(chardev=f"unix:{tmp_path}/line")
     bench.write(UART_IER, 1, 0x01)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/line")
         client.sendall(b"a")
-        run_until(loop, lambda: bench.line)
+        run_until(counting_loop, lambda: bench.line)
         assert bench.read(UART_RX, 1) == ord("a")
         assert not bench.line
         bench.write(UART_FCR, 1, 0xC1)
         client.sendall(b"b")
-        run_until(loop, lambda: bench.line)
+        run_until(counting_loop, lambda: bench.line)
         assert bench.read(UART_IIR, 1) == 0xCC
 
 
@@ -138,7 +129,7 @@ def test_reset_while_high(create: Create) -> None:
 
 
 @pytest.mark.parametrize("fcr", [0x00, 0x01, 0x41, 0x81, 0xC1])
-def test_unix_both_ways(create: Create, loop: CountingLoop, tmp_path: Path, fcr: int) -> None:
+def test_unix_both_ways(create: Create, counting_loop: CountingLoop, tmp_path: Path, fcr: int) -> None:
     """Much more than the FIFO and the guest's patience hold, at every trigger level: nothing is lost."""
     bench = create(chardev=f"unix:{tmp_path}/line")
     bench.write(UART_FCR, 1, fcr)
@@ -146,7 +137,7 @@ def test_unix_both_ways(create: Create, loop: CountingLoop, tmp_path: Path, fcr:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/line")
         client.sendall(data)
-        assert receive(bench, loop, len(data)) == data
+        assert receive(bench, counting_loop, len(data)) == data
         for byte in data:
             bench.write(UART_TX, 1, byte)
         received = bytearray()
@@ -157,49 +148,49 @@ def test_unix_both_ways(create: Create, loop: CountingLoop, tmp_path: Path, fcr:
                 received.extend(client.recv(1 << 16))
             return len(received) == len(data)
 
-        run_until(loop, everything)
+        run_until(counting_loop, everything)
         assert received == data
 
 
-def test_guest_that_does_not_read(create: Create, loop: CountingLoop, tmp_path: Path) -> None:
+def test_guest_that_does_not_read(create: Create, counting_loop: CountingLoop, tmp_path: Path) -> None:
     """Characters wait outside of the chip without overrun, and the loop sleeps."""
     bench = create(chardev=f"unix:{tmp_path}/line")
     bench.write(UART_FCR, 1, 0x81)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/line")
         client.sendall(bytes(range(100)))
-        run_until(loop, lambda: bench.read(UART_LSR, 1) & UART_LSR_DR)
-        run_ready(loop)
-        assert run_ready(loop) == 0
+        run_until(counting_loop, lambda: bench.read(UART_LSR, 1) & UART_LSR_DR)
+        run_ready(counting_loop)
+        assert run_ready(counting_loop) == 0
         assert bench.read(UART_LSR, 1) == 0x61
-        assert receive(bench, loop, 100) == bytes(range(100))
+        assert receive(bench, counting_loop, 100) == bytes(range(100))
 
 
-def test_loopback_keeps_the_line_out(create: Create, loop: CountingLoop, tmp_path: Path) -> None:
+def test_loopback_keeps_the_line_out(create: Create, counting_loop: CountingLoop, tmp_path: Path) -> None:
     """What arrives meanwhile is delivered when loopback ends."""
     bench = create(chardev=f"unix:{tmp_path}/line")
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/line")
         bench.write(UART_MCR, 1, 0x10)
         client.sendall(b"x")
-        run_ready(loop)
+        run_ready(counting_loop)
         assert bench.read(UART_LSR, 1) == 0x60
         bench.write(UART_MCR, 1, 0)
-        assert receive(bench, loop, 1) == b"x"
+        assert receive(bench, counting_loop, 1) == b"x"
 
 
-def test_slow_reader_stops_the_guest(create: Create, loop: CountingLoop, tmp_path: Path) -> None:
+def test_slow_reader_stops_the_guest(create: Create, counting_loop: CountingLoop, tmp_path: Path) -> None:
     """THRE goes off until the reader has caught up; a reset by the guest doesn't confuse the line."""
     bench = create(chardev=f"unix:{tmp_path}/line")
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/line")
-        run_until(loop, lambda: bench.function._chardev.connected)
+        run_until(counting_loop, lambda: bench.function._chardev.connected)
         sent = 0
         while bench.read(UART_LSR, 1) & UART_LSR_THRE:
             bench.write(UART_TX, 1, sent & 0xFF)
             sent += 1
             assert sent < 1 << 22
-        assert run_ready(loop) < 100
+        assert run_ready(counting_loop) < 100
         received = bytearray()
         client.setblocking(False)
 
@@ -208,12 +199,12 @@ def test_slow_reader_stops_the_guest(create: Create, loop: CountingLoop, tmp_pat
                 received.extend(client.recv(1 << 16))
             return len(received) == sent
 
-        run_until(loop, caught_up)
+        run_until(counting_loop, caught_up)
         assert received == bytes(i & 0xFF for i in range(sent))
         assert bench.read(UART_LSR, 1) == 0x60
 
 
-def test_pty(create: Create, loop: CountingLoop, caplog: pytest.LogCaptureFixture) -> None:
+def test_pty(create: Create, counting_loop: CountingLoop, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         bench = create(chardev="pty")
     match = re.search(r"char device redirected to (\S+)", caplog.text)
@@ -221,11 +212,21 @@ def test_pty(create: Create, loop: CountingLoop, caplog: pytest.LogCaptureFixtur
     slave = os.open(match[1], os.O_RDWR | os.O_NOCTTY)
     try:
         os.write(slave, b"\x03\r\n")
-        assert receive(bench, loop, 3) == b"\x03\r\n", "raw: neither a signal nor a translation"
+        assert receive(bench, counting_loop, 3) == b"\x03\r\n", "raw: neither a signal nor a translation"
         bench.write(UART_TX, 1, ord("\n"))
         assert os.read(slave, 10) == b"\n"
     finally:
         os.close(slave)
+
+
+def test_output_for_nobody_is_amiss(create: Create, tmp_path: Path) -> None:
+    bench = create(chardev=f"unix:{tmp_path}/line")
+    assert bench.function.amiss.texts() == []
+    for byte in b"boot":
+        bench.write(UART_TX, 1, byte)
+    assert bench.function.amiss.texts() == [
+        f"4 bytes of output dropped: nobody is connected to {tmp_path}/line"
+    ]
 
 
 def test_file(create: Create, tmp_path: Path) -> None:
@@ -234,26 +235,46 @@ def test_file(create: Create, tmp_path: Path) -> None:
     bench = create(chardev=f"file:{path}")
     for byte in b"booting\n":
         bench.write(UART_TX, 1, byte)
-    assert path.read_bytes() == b"booting\n"
+    wait_until(lambda: path.read_bytes() == b"booting\n", "a thread writes it")
 
 
 class TestCarrier:
-    def test_is_always_there_by_default(self, create: Create, loop: CountingLoop, tmp_path: Path) -> None:
+    def test_rises_when_a_pty_is_opened(
+        self, create: Create, counting_loop: CountingLoop, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A getty waits for it before it says a word, and its user for that word."""
+        with caplog.at_level("INFO"):
+            bench = create(chardev="pty", carrier="on")
+        match = re.search(r"char device redirected to (\S+)", caplog.text)
+        assert match
+        bench.write(UART_IER, 1, 0x08)
+        slave = os.open(match[1], os.O_RDWR | os.O_NOCTTY)
+        try:
+            run_until(counting_loop, lambda: bench.line)
+            assert bench.read(UART_MSR, 1) == 0xBA
+        finally:
+            os.close(slave)
+        run_until(counting_loop, lambda: bench.line)
+        assert bench.read(UART_MSR, 1) == 0x1A
+
+    def test_is_always_there_by_default(
+        self, create: Create, counting_loop: CountingLoop, tmp_path: Path
+    ) -> None:
         bench = create(chardev=f"unix:{tmp_path}/line")
         assert bench.read(UART_MSR, 1) == 0xB0
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/line")
-            run_until(loop, lambda: bench.function._chardev.connected)
+            run_until(counting_loop, lambda: bench.function._chardev.connected)
             assert bench.read(UART_MSR, 1) == 0xB0
 
-    def test_follows_the_client(self, create: Create, loop: CountingLoop, tmp_path: Path) -> None:
+    def test_follows_the_client(self, create: Create, counting_loop: CountingLoop, tmp_path: Path) -> None:
         """With the modem status interrupt, which nothing else raises."""
         bench = create(chardev=f"unix:{tmp_path}/line", carrier="on")
         assert bench.read(UART_MSR, 1) == 0x10, "nobody there, and no delta after the reset"
         bench.write(UART_IER, 1, 0x08)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/line")
-            run_until(loop, lambda: bench.line)
+            run_until(counting_loop, lambda: bench.line)
             assert bench.read(UART_IIR, 1) == 0x00
             assert bench.read(UART_MSR, 1) == 0xBA
             assert not bench.line
@@ -261,11 +282,11 @@ class TestCarrier:
             bench.place_bars()
             assert bench.read(UART_MSR, 1) == 0xB0, "a reset doesn't pull the plug"
             bench.write(UART_IER, 1, 0x08)
-        run_until(loop, lambda: bench.line)
+        run_until(counting_loop, lambda: bench.line)
         assert bench.read(UART_MSR, 1) == 0x1A
 
     def test_a_client_does_not_show_in_loopback(
-        self, create: Create, loop: CountingLoop, tmp_path: Path
+        self, create: Create, counting_loop: CountingLoop, tmp_path: Path
     ) -> None:
         bench = create(chardev=f"unix:{tmp_path}/line", carrier="on")
         bench.write(UART_IER, 1, 0x08)
@@ -274,11 +295,11 @@ class TestCarrier:
         assert not bench.line
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(f"{tmp_path}/line")
-            run_until(loop, lambda: bench.function._chardev.connected)
+            run_until(counting_loop, lambda: bench.function._chardev.connected)
             assert not bench.line
             bench.write(UART_MCR, 1, 0x08)
             assert bench.read(UART_MSR, 1) == 0xB0, "pins and outputs are alike"
-        run_until(loop, lambda: bench.line)
+        run_until(counting_loop, lambda: bench.line)
         assert bench.read(UART_MSR, 1) == 0x1A
         assert not bench.line
 

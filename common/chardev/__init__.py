@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Character devices: what the far end of a serial line is. ``null``, ``pty``, ``file:PATH``, ``unix:PATH``.
+
+A line has back-pressure in both directions: a chardev reads no more than the device has room for, and when a
+reader falls behind by the size of the output buffer, write() says so and the device waits. Output is dropped, and
+counted, while nobody is there. Input of a user who has left is still delivered. Nothing blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.chardev.base import Chardev, Frontend
+from common.chardev.file import FileChardev
+from common.chardev.pty import PtyChardev
+from common.chardev.unix import UnixChardev
+from common.errors import UsageError
+from common.journal import Log
+from common.loop import EventLoop
+
+__all__ = ["Chardev", "Frontend", "UnixChardev", "open_chardev"]
+
+
+def open_chardev(
+    spec: str, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+) -> Chardev:
+    """Opens the far end that the text describes. ``on_connected`` is told when somebody comes or goes.
+
+    Raises UsageError for another text and for a path that can't be used.
+    """
+    kind, _, path = spec.partition(":")
+    try:
+        if spec == "null":
+            return Chardev()
+        if spec == "pty":
+            return PtyChardev(loop, log, frontend, on_connected)
+        if kind == "file" and path:
+            return FileChardev(path, loop, log, frontend)
+        if kind == "unix" and path:
+            return UnixChardev(path, loop, log, frontend, on_connected)
+        raise UsageError("must be null, pty, file:PATH or unix:PATH")
+    except UsageError as error:
+        raise UsageError(f"chardev={spec}: {error}") from error

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``file:PATH``: output into a file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+from common.chardev.base import MAX_OUTPUT, Chardev, Frontend
+from common.errors import UsageError
+from common.journal import Log, RateLimited
+from common.loop import EventLoop
+
+__all__ = ["FileChardev"]
+
+_CLOSE_SECONDS = 1.0
+"""how long close() waits for the output to be written"""
+
+
+class FileChardev(Chardev):
+    """Output into a file, truncated first, as QEMU's ``-chardev file``.
+
+    A thread of its own writes: a disk, a server of a network or FUSE filesystem, or the reader of a FIFO may take
+    as long as it likes, and O_NONBLOCK changes nothing for regular files (open(2)).
+    """
+
+    def __init__(self, path: str, loop: EventLoop, log: Log, frontend: Frontend) -> None:
+        """Creates or truncates the file. Raises UsageError, also for a FIFO that nobody reads."""
+        self._path = path
+        self._loop = loop
+        self._log = RateLimited(log)
+        self._frontend = frontend
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._output = bytearray()
+        self._blocked = False  # write() hasn't taken all
+        self._is_closing = False
+        self._problem = ""  # why the last write failed
+        try:
+            # O_NONBLOCK is for open() alone, which would wait for the reader of a FIFO.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self._fd = os.open(path, flags, 0o666)
+        except (OSError, ValueError) as error:
+            raise UsageError(str(getattr(error, "strerror", error))) from error
+        os.set_blocking(self._fd, True)
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            os.close(self._fd)
+            raise UsageError(str(error.strerror)) from error
+        loop.add(self._wake, self._on_wake)
+
+    def write(self, data: bytes | bytearray) -> int:
+        with self._condition:
+            if not self._start():
+                self.dropped_output += len(data)
+                return len(data)
+            taken = min(len(data), MAX_OUTPUT - len(self._output))
+            self._output += data[:taken]
+            if taken < len(data):
+                self._blocked = True
+            self._condition.notify()
+        return taken
+
+    def amiss(self) -> Iterator[str]:
+        problem = self._problem
+        if problem:
+            yield f"output is dropped: {self._path}: {problem} ({self.dropped_output} bytes so far)"
+
+    def close(self) -> None:
+        self._loop.remove(self._wake)
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify()
+            self._start()  # the close may take its time as well
+        if self._thread is None:
+            os.close(self._fd)
+            os.close(self._wake)
+        else:
+            self._thread.join(_CLOSE_SECONDS)
+
+    def _start(self) -> bool:
+        """Starts the thread; False if there is none to be had, which the next call tries again."""
+        if self._thread is None:
+            # A daemon thread: one that waits for the file must not keep the process.
+            thread = threading.Thread(target=self._run, name="file", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._problem = str(error)
+                self._log.warning("chardev file %s: output is dropped: %s", self._path, error)
+                return False
+            self._thread = thread
+        return True
+
+    def _run(self) -> None:
+        while output := self._next_output():
+            problem, count = "", len(output)
+            try:
+                count = os.write(self._fd, output)
+            except OSError as error:
+                problem = error.strerror or str(error)
+                self.dropped_output += count
+            with self._condition:
+                del self._output[:count]
+                self._problem = problem
+                if problem or self._blocked:
+                    os.eventfd_write(self._wake, 1)
+        os.close(self._fd)
+        os.close(self._wake)
+
+    def _next_output(self) -> bytes:
+        """Waits for output; empty when there is no more and the chardev is closed."""
+        with self._condition:
+            while not self._output and not self._is_closing:
+                self._condition.wait()
+            return bytes(self._output)
+
+    def _on_wake(self, _events: int) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return
+        with self._condition:
+            problem, blocked = self._problem, self._blocked
+            self._blocked = False
+        if problem:
+            self._log.warning("chardev file %s: output is dropped: %s", self._path, problem)
+        if blocked:
+            self._frontend.transmit_ready()

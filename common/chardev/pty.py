@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``pty``: the line ends in a pseudo-terminal, which a user opens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import termios
+import tty
+from collections.abc import Callable
+
+from common import inotify
+from common.chardev.base import Frontend
+from common.chardev.stream import StreamChardev
+from common.errors import UsageError
+from common.journal import Log
+from common.loop import EventLoop
+
+__all__ = ["PtyChardev"]
+
+_READ_SIZE = 4096
+
+
+class PtyChardev(StreamChardev):
+    """The master of a pseudo-terminal in raw mode. Somebody is there while the slave is open.
+
+    The master's fd tells when the last slave is closed, not when one is opened: inotify tells that. When a user
+    has gone, what he didn't read is dropped and raw mode is set again, as he may have left echo on.
+    """
+
+    def __init__(
+        self, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+    ) -> None:
+        """Opens the pseudo-terminal and logs its name. Raises UsageError."""
+        super().__init__(loop, log, frontend, on_connected)
+        self._inotify = -1
+        try:
+            master, slave = os.openpty()
+        except OSError as error:
+            raise UsageError(str(error.strerror)) from error
+        tty.setraw(slave)
+        self._path = os.ttyname(slave)
+        log.info("char device redirected to %s", self._path)
+        os.close(slave)
+        os.set_blocking(master, False)
+        self._attach(master)
+        self._watch_opens()
+
+    def close(self) -> None:
+        super().close()
+        if self._inotify != -1:
+            self._loop.remove(self._inotify)
+            os.close(self._inotify)
+
+    def _name(self) -> str:
+        return self._path
+
+    def _watch_opens(self) -> None:
+        fd = -1
+        try:
+            fd = inotify.init()
+            inotify.add_watch(fd, self._path, inotify.IN_OPEN)
+            self._loop.add(fd, self._on_open)
+        except OSError as error:
+            self._log.warning(
+                "%s: a user is noticed at the first byte in either direction, not when he opens it: %s",
+                self._path,
+                error.strerror,
+            )
+            if fd != -1:
+                os.close(fd)
+        else:
+            self._inotify = fd
+
+    def _on_open(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._inotify, _READ_SIZE)
+        if not self.connected:
+            self._look_again()
+
+    def _look_again(self) -> bool:
+        self._set_connected(not self._is_hung_up())
+        return self.connected
+
+    def _hang_up(self) -> None:
+        try:
+            termios.tcflush(self._fd, termios.TCOFLUSH)
+            tty.setraw(self._fd)
+        except termios.error as error:
+            self._log.warning("%s can't be set to raw mode: %s", self._path, error)
+        super()._hang_up()
+
+    def _on_end_of_input(self) -> None:
+        # The read has said that the slave was closed; by now the next user may have opened it.
+        self._hang_up()
+        self._look_again()

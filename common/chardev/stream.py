@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What pty and unix have in common: one non-blocking fd at a time, read and written.
+
+The fd is registered edge-triggered. A pty whose slave is closed reports EPOLLHUP for as long as that lasts;
+edge-triggered, it is reported once. A modify() reports what is still pending again.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable, Iterator
+from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
+
+from common.chardev.base import MAX_OUTPUT, Chardev, Frontend
+from common.journal import Log, RateLimited
+from common.loop import EventLoop
+
+__all__ = ["StreamChardev"]
+
+
+class StreamChardev(Chardev):
+    """Somebody is there from open or connect until both directions are closed (POLLHUP)."""
+
+    connected = False
+
+    def __init__(
+        self, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+    ) -> None:
+        self._loop = loop
+        self._log = RateLimited(log)
+        self._frontend = frontend
+        self._on_connected = on_connected
+        self._fd = -1
+        self._hup = select.poll()
+        self._output = bytearray()
+        self._blocked = False  # write() hasn't taken all
+        self._paused = False  # there may be input that the device had no room for
+        self._dropped_before = 0  # of dropped_output, what was dropped before the last user had gone
+
+    def write(self, data: bytes | bytearray) -> int:
+        if not self.connected and not self._look_again():
+            self.dropped_output += len(data)
+            return len(data)
+        taken = 0
+        if not self._output:
+            try:
+                taken = os.write(self._fd, data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.dropped_output += len(data)
+                self._on_write_error()
+                return len(data)
+            if taken == len(data):
+                return taken
+        kept = data[taken : taken + MAX_OUTPUT - len(self._output)]
+        self._output += kept
+        if len(self._output) == len(kept):
+            self._rearm()
+        taken += len(kept)
+        if taken < len(data):
+            self._blocked = True
+        return taken
+
+    def resume(self) -> None:
+        if self._paused and self._has_input() and self._frontend.can_receive():
+            self._paused = False
+            self._wake_input()
+
+    def amiss(self) -> Iterator[str]:
+        dropped = self.dropped_output - self._dropped_before
+        if dropped and not self.connected:
+            yield f"{dropped} bytes of output dropped: nobody is connected to {self._name()}"
+
+    def close(self) -> None:
+        self.connected = False
+        if self._fd >= 0:
+            self._detach()
+
+    def _name(self) -> str:
+        """What an operator connects to."""
+        raise NotImplementedError
+
+    def _attach(self, fd: int) -> None:
+        """Watches a non-blocking fd."""
+        self._fd = fd
+        self._hup.register(fd, 0)
+        self._loop.add(fd, self._on_event, EPOLLIN | EPOLLET)
+
+    def _detach(self) -> None:
+        """Watches it no more, and closes it."""
+        fd, self._fd = self._fd, -1
+        self._loop.remove(fd)
+        self._hup.unregister(fd)
+        self._close_fd(fd)
+
+    def _close_fd(self, fd: int) -> None:
+        os.close(fd)
+
+    def _read(self, size: int) -> bytes:
+        """Input, ``size`` bytes at most; empty at its end. Raises OSError."""
+        return os.read(self._fd, size)
+
+    def _has_input(self) -> bool:
+        """Whether there is anything to read from, be there something or not."""
+        return self._fd >= 0
+
+    def _wake_input(self) -> None:
+        """Has _receive() called from the loop if there is input."""
+        self._rearm()
+
+    def _look_again(self) -> bool:
+        """Whether somebody is there although nobody was."""
+        return False
+
+    def _hang_up(self) -> None:
+        """Nobody is there any more."""
+        self._drop_output()
+        self._set_connected(False)
+
+    def _drop_output(self) -> None:
+        self.dropped_output += len(self._output)
+        self._output.clear()
+        self._unblock()
+
+    def _unblock(self) -> None:
+        if self._blocked:
+            self._blocked = False
+            self._frontend.transmit_ready()
+
+    def _on_write_error(self) -> None:
+        """Who was there has gone, or takes no more output."""
+        if self._is_hung_up():
+            self._hang_up()
+        else:
+            self._drop_output()
+
+    def _on_end_of_input(self) -> None:
+        """Who was there has gone, or sends no more."""
+        if self._is_hung_up():
+            self._hang_up()
+
+    def _set_connected(self, connected: bool) -> None:
+        if connected is not self.connected:
+            self.connected = connected
+            if not connected:
+                self._dropped_before = self.dropped_output
+            self._on_connected(connected)
+
+    def _is_hung_up(self) -> bool:
+        return bool(self._hup.poll(0))
+
+    def _rearm(self) -> None:
+        self._loop.modify(self._fd, EPOLLIN | EPOLLET | (EPOLLOUT if self._output else 0))
+
+    def _on_event(self, events: int) -> None:
+        if events & EPOLLOUT or self._output:  # a client that reads no more is noticed by the write alone
+            self._flush()
+        if events & (EPOLLIN | EPOLLHUP | EPOLLERR):
+            self._receive()
+
+    def _flush(self) -> None:
+        if self._output:
+            try:
+                del self._output[: os.write(self._fd, self._output)]
+            except BlockingIOError:
+                return
+            except OSError:
+                self._on_write_error()
+                return
+        if self._output:
+            return
+        self._rearm()
+        self._unblock()
+
+    def _receive(self) -> None:
+        while self._has_input():
+            room = self._frontend.can_receive()
+            if not room:
+                self._paused = True
+                if self._is_hung_up():
+                    self._hang_up()
+                return
+            try:
+                data = self._read(room)
+            except BlockingIOError:
+                return
+            except OSError:  # EIO from a pty without a slave, ECONNRESET
+                data = b""
+            if not data:
+                self._on_end_of_input()
+                return
+            if not self.connected:
+                self._look_again()
+            self._frontend.receive(data)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The pseudo-terminal at the end of a line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import termios
+import tty
+
+import pytest
+
+from common import inotify
+from tests.support.chardevbench import Device, PtyUser, connect
+from tests.support.steploop import run_ready, run_until
+
+
+def test_is_raw_from_the_start_and_after_each_user(device: Device, pty_user: PtyUser) -> None:
+    """Otherwise what the guest says to nobody would be echoed back to it."""
+    stream = connect(pty_user, device)
+    settings = termios.tcgetattr(stream.fd)
+    assert not settings[tty.LFLAG] & (termios.ECHO | termios.ICANON | termios.ISIG)
+    assert not settings[tty.OFLAG] & termios.OPOST
+    settings[tty.LFLAG] |= termios.ECHO | termios.ICANON
+    termios.tcsetattr(stream.fd, termios.TCSANOW, settings)
+    stream.close()
+    run_until(device.loop, lambda: not device.chardev.connected)
+    stream = pty_user.connect()
+    assert not termios.tcgetattr(stream.fd)[tty.LFLAG] & (termios.ECHO | termios.ICANON)
+    stream.close()
+
+
+def test_a_user_is_noticed_when_he_opens_it(device: Device, pty_user: PtyUser) -> None:
+    """Before a byte goes either way, or a getty that waits for the carrier and its user wait for each other."""
+    assert run_ready(device.loop) < 3
+    for _ in range(2):
+        stream = pty_user.connect()
+        run_until(device.loop, lambda: device.connections == [True])
+        second = pty_user.connect()
+        stream.close()
+        run_ready(device.loop)
+        assert device.connections == [True], "somebody is there as long as anybody has it open"
+        second.close()
+        run_until(device.loop, lambda: device.connections == [True, False])
+        assert run_ready(device.loop) < 3
+        assert run_ready(device.loop) == 0
+        device.connections.clear()
+
+
+def test_output_notices_the_reader(device: Device, pty_user: PtyUser) -> None:
+    """Also one who has opened it since the last pass of the loop."""
+    run_ready(device.loop)
+    stream = pty_user.connect()
+    device.write(b"hello")
+    assert device.chardev.connected
+    assert stream.read_exactly(device.loop, 5) == b"hello"
+    stream.close()
+
+
+def test_without_inotify_a_user_is_noticed_by_the_first_byte(
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The number of instances is limited for each user, and others may have used it up."""
+
+    def init() -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(inotify, "init", init)
+    user = PtyUser(device, caplog)
+    assert f"{user.path}: a user is noticed at the first byte" in caplog.text
+    stream = user.connect()
+    assert run_ready(device.loop) < 3
+    assert device.connections == []
+    stream.write(b"x")
+    run_until(device.loop, lambda: device.connections == [True])
+    stream.close()

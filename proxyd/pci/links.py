@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from select import EPOLLRDHUP
 from typing import Protocol
 
+from common.backoff import FIRST_SECONDS, Backoff
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
 from common.loop import Loop, Timer
@@ -19,7 +20,6 @@ from common.pathwatch import PathWatch
 
 __all__ = ["LinkKeeper", "Linked"]
 
-_FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
 _LAST_HANG_UP_SECONDS = 5.0
 """the same for a remote that is there and hangs up at once: to attach to it may cost the VM something"""
@@ -73,8 +73,7 @@ class _Link:
     """whether a socket has appeared while an attempt was under way"""
     is_tried: bool = False
     """whether an attempt has ended, either way"""
-    retry: float = _FIRST_RETRY_SECONDS
-    """seconds until the next attempt, if one fails"""
+    backoff: Backoff = field(default_factory=Backoff)
     since: float = 0.0
     """when it was attached last"""
     is_told: bool = False
@@ -188,12 +187,11 @@ class LinkKeeper:
             link.is_held = True
         else:
             link.is_held = False
-            link.retry = _FIRST_RETRY_SECONDS
+            link.backoff.reset()
             self._connect(link)
 
     def _connect_later(self, link: _Link, most: float) -> None:
-        link.timer = self._loop.call_later(min(link.retry, most), lambda: self._connect(link))
-        link.retry = min(2 * link.retry, most)
+        link.timer = self._loop.call_later(link.backoff.next(most), lambda: self._connect(link))
 
     def _on_listening(self, path: str) -> None:
         for link in self._links.values():
@@ -206,7 +204,7 @@ class LinkKeeper:
         """Begins the next attempt before its time: at once, or a while after the last one, however often asked."""
         if link.timer is not None:
             link.timer.cancel()
-        wait = max(0.0, link.began + _FIRST_RETRY_SECONDS - self._loop.time())
+        wait = max(0.0, link.began + FIRST_SECONDS - self._loop.time())
         link.timer = self._loop.call_later(wait, lambda: self._connect(link))
 
     def _forget(self, link: _Link) -> None:

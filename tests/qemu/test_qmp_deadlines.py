@@ -67,7 +67,7 @@ def unplugged(vms: Callable[[str], Vm]) -> Unplugged:
 def test_says_that_the_guest_does_not_consent(unplugged: Unplugged) -> None:
     bench, monitor = unplugged.running
     assert unplugged.statuses[0] == 0
-    line = "the guest hasn't let it go in 5 s: it stays plugged until the guest does, or is reset"
+    line = "the guest hasn't ejected it in 5 s: it stays plugged until the guest does, or is reset"
     bench.wait_log("proxyd", line, 2)
     assert set(monitor.plugged()) == {"edu0", "com1"}
     bench.check_interrupts()
@@ -78,7 +78,7 @@ def test_says_that_the_guest_does_not_consent(unplugged: Unplugged) -> None:
 def test_says_that_a_stopped_guest_can_not_consent(unplugged: Unplugged) -> None:
     bench, monitor = unplugged.stopped
     assert unplugged.statuses[1] == 0
-    line = "the guest is paused and can't let it go in 5 s: it stays plugged until the guest does, or is reset"
+    line = "the guest is paused and can't eject it in 5 s: it stays plugged until the guest does, or is reset"
     bench.wait_log("proxyd", line, 2)
     assert set(monitor.plugged()) == {"edu0", "com1"}
 
@@ -95,7 +95,8 @@ def busy(vms: Callable[[str], Vm]) -> Iterator[list[Vm]]:
 
 def test_a_busy_monitor_is_told_and_waited_for(busy: list[Vm]) -> None:
     bench, other = busy[0]
-    bench.wait_log("proxyd", f"QEMU's monitor {bench.monitor_path} doesn't answer")
+    line = f"at {bench.monitor_path} doesn't answer: it is busy, or its monitor has another client"
+    bench.wait_log("proxyd", line)
     other.close()
     bench.wait_linked(0)
     bench.run_guest()
@@ -104,5 +105,6 @@ def test_a_busy_monitor_is_told_and_waited_for(busy: list[Vm]) -> None:
 
 def test_sigterm_ends_it_while_the_monitor_is_busy(busy: list[Vm]) -> None:
     bench, _ = busy[1]
-    bench.wait_log("proxyd", f"QEMU's monitor {bench.monitor_path} doesn't answer")
+    line = f"at {bench.monitor_path} doesn't answer: it is busy, or its monitor has another client"
+    bench.wait_log("proxyd", line)
     assert bench.end_proxyd() == 0

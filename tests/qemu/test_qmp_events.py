@@ -35,9 +35,9 @@ def test_waits_for_qemu_and_for_the_next_one(bench: QmpBench) -> None:
         dead.bind(str(bench.monitor_path))
     bench.start_proxyd()
     bench.wait_log("proxyd", "Connection refused")
-    waiting = f"no QEMU ({bench.monitor_path}: Connection refused): waiting for one"
+    waiting = f"nobody listens at {bench.monitor_path}: Connection refused: waiting for QEMU"
     assert qemu_of(bench) == (None, waiting)
-    assert {f["reason"] for f in bench.status("proxyd").values()} == {"not plugged: there is no QEMU"}
+    assert {f["reason"] for f in bench.status("proxyd").values()} == {"not known: no QEMU is attached"}
     bench.monitor_path.unlink()
     monitor = bench.start_guest()
     bench.wait_log("proxyd", "plugged at 06.0")

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.peer import PeerCredentials
 from proxyd.vm.qmp.monitor import Monitor
 
 GREETING = {
@@ -29,7 +30,7 @@ class Peer:
         self.listener.bind(str(path))
         self.listener.listen()
         self.events: list[tuple[str, Mapping[str, Any]]] = []
-        self.silences: list[str] = []
+        self.silences: list[PeerCredentials] = []
 
     def close(self) -> None:
         self.listener.close()

@@ -38,8 +38,8 @@ from proxyd.kvm.kvm_h import (
     kvm_irqchip,
     kvm_irqfd,
 )
+from proxyd.vm.bounded import run_bounded
 from proxyd.vm.pid import ptrace
-from proxyd.vm.pid.bounded import run_bounded
 from proxyd.vm.pid.landmarks import Landmarks, find_landmarks
 from proxyd.vm.pid.process import Process
 from proxyd.vm.pid.remotecall import StoppedThread, Syscall, run_stopped

@@ -37,8 +37,8 @@ from enum import IntEnum
 from typing import TypeVar
 
 from common.errors import IohubError, PeerGone
+from proxyd.vm.bounded import run_bounded
 from proxyd.vm.pid import ptrace, sigframe
-from proxyd.vm.pid.bounded import run_bounded
 from proxyd.vm.pid.interrupted import leave_critical_section, make_restartable, restarted
 from proxyd.vm.pid.landmarks import RESTORE_RT_MAX, SYSCALL_RET, Landmarks, find_stack, is_restore_rt
 from proxyd.vm.pid.ptrace import user_regs_struct

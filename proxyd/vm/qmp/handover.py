@@ -33,7 +33,9 @@ class Handover(NamedTuple):
     vendor: int
     device: int
     remarks: tuple[str, ...]
-    """what a guest will find different from the device itself, behind QEMU's proxy"""
+    """what is different behind QEMU's proxy, and hurts no driver"""
+    defects: tuple[str, ...]
+    """what doesn't work there, or not everywhere"""
 
 
 def connect(path: str) -> Client:
@@ -60,7 +62,8 @@ def examine(client: Client) -> Handover:
         raise ProtocolError(f"interrupt pin {pin}: QEMU's x-pci-proxy-dev routes every function's as INTA")
     client.request(Command.DEVICE_RESET)
     masks = [_probe(client, number) for number in range(_PROBED_REGISTERS)]
-    return Handover(client, ids & 0xFFFF, ids >> 16, tuple(_remarks(masks[:PCI_NUM_BARS])))
+    masks = masks[:PCI_NUM_BARS]
+    return Handover(client, ids & 0xFFFF, ids >> 16, tuple(_remarks(masks)), tuple(_defects(masks)))
 
 
 def find_server(path: str) -> PeerCredentials | None:
@@ -95,19 +98,37 @@ def _probe(client: Client, number: int) -> int:
 
 
 def _remarks(masks: Iterable[int]) -> Iterator[str]:
-    """What becomes of the BARs, by their masks."""
+    """Of small I/O BARs: what a driver doesn't use of one is no harm."""
+    for number, mask in _bars(masks):
+        if mask & pci.PCI_BASE_ADDRESS_SPACE_IO and _size(mask & pci.PCI_BASE_ADDRESS_IO_MASK) < _MIN_BAR:
+            size = _size(mask & pci.PCI_BASE_ADDRESS_IO_MASK)
+            yield f"BAR {number} takes {_MIN_BAR} I/O ports instead of {size}"
+
+
+def _defects(masks: Iterable[int]) -> Iterator[str]:
+    """Of 64-bit BARs, of which QEMU's proxy maps the lower half only."""
+    for number, mask in _bars(masks):
+        if _is_64_bit(mask):
+            if mask & pci.PCI_BASE_ADDRESS_MEM_MASK:
+                yield f"BAR {number} works below 4 GiB only, behind QEMU's proxy"
+            else:
+                yield f"BAR {number} works nowhere behind QEMU's proxy: it has 4 GiB or more"
+
+
+def _bars(masks: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Numbers and masks of the BARs that a guest sees; QEMU takes the upper half of one for one more."""
     numbered = enumerate(masks)
     for number, mask in numbered:
-        if mask & pci.PCI_BASE_ADDRESS_SPACE_IO:
-            size = _size(mask & pci.PCI_BASE_ADDRESS_IO_MASK)
-            if size < _MIN_BAR:
-                yield f"BAR {number} takes {_MIN_BAR} I/O ports instead of {size}"
-        elif mask & pci.PCI_BASE_ADDRESS_MEM_TYPE_MASK == pci.PCI_BASE_ADDRESS_MEM_TYPE_64:
-            next(numbered, None)  # the upper half: QEMU takes it for one more BAR, the guest doesn't
-            if mask & pci.PCI_BASE_ADDRESS_MEM_MASK:
-                yield f"BAR {number} works below 4 GiB only"
-            else:
-                yield f"BAR {number} works nowhere: it has 4 GiB or more"
+        yield number, mask
+        if _is_64_bit(mask):
+            next(numbered, None)
+
+
+def _is_64_bit(mask: int) -> bool:
+    return (
+        not mask & pci.PCI_BASE_ADDRESS_SPACE_IO
+        and mask & pci.PCI_BASE_ADDRESS_MEM_TYPE_MASK == pci.PCI_BASE_ADDRESS_MEM_TYPE_64
+    )
 
 
 def _size(mask: int) -> int:

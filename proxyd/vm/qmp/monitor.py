@@ -15,13 +15,14 @@ import logging
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from common.errors import IohubError, PeerGone, UsageError
-from common.link import peer_credentials
+from common.peer import PeerCredentials, peer_credentials
 
 __all__ = ["CommandError", "Monitor", "MonitorAbsent"]
 
@@ -113,20 +114,26 @@ class _Client(QMPClient):
 class Monitor:
     """A connected monitor. It is out of order after a PeerGone, and only close() makes sense then."""
 
-    def __init__(self, client: _Client, name: str) -> None:
-        self.name = name
-        """who listens at the socket, by name and pid"""
+    def __init__(self, client: _Client, peer: PeerCredentials) -> None:
+        self.peer = peer
+        """who listens at the socket"""
+        self.name = str(peer)
+        """the same, by name and pid"""
         self._client = client
+        self._asked: float | None = None  # when the command that isn't answered yet was sent
         self._turn = asyncio.Lock()
 
     @classmethod
     async def connect(
-        cls, path: str, on_event: Callable[[str, Mapping[str, Any]], None], on_silence: Callable[[str], None]
+        cls,
+        path: str,
+        on_event: Callable[[str, Mapping[str, Any]], None],
+        on_silence: Callable[[PeerCredentials], None],
     ) -> Monitor:
         """Connects and negotiates capabilities.
 
-        ``on_event(name, data)`` is called for each event from then on. ``on_silence(line)`` is called when
-        the greeting takes long; this goes on waiting, since QEMU greets its next client when it loses one.
+        ``on_event(name, data)`` is called for each event from then on. ``on_silence(peer)`` is called every five
+        seconds that the greeting takes; this goes on waiting, since QEMU greets its next client when it loses one.
 
         Raises MonitorAbsent, PeerGone, and UsageError for a path that can't be a monitor's.
         """
@@ -140,18 +147,14 @@ class Monitor:
 
         client.events.event_filter = dispatch
         try:
-            name = str(peer_credentials(sock))
+            peer = peer_credentials(sock)
             greeting = asyncio.create_task(client.connect(sock))
         except BaseException:
             sock.close()
             raise
         try:
-            await asyncio.wait({greeting}, timeout=_GREETING_SECONDS)
-            if not greeting.done():
-                on_silence(
-                    f"QEMU's monitor {path} doesn't answer: it serves one client at a time and may have one; "
-                    "give iohub-proxyd one of its own (-qmp unix:PATH,server=on,wait=off)"
-                )
+            while not (await asyncio.wait({greeting}, timeout=_GREETING_SECONDS))[0]:
+                on_silence(peer)
             await asyncio.shield(greeting)
         except ConnectError as error:
             raise PeerGone(f"{path}: {_words(error.exc)}") from error
@@ -168,7 +171,12 @@ class Monitor:
         finally:
             if client.runstate is not Runstate.RUNNING:
                 sock.close()
-        return cls(client, name)
+        return cls(client, peer)
+
+    @property
+    def silent_for(self) -> float:
+        """The seconds since a command was sent that isn't answered yet; 0 if there is none."""
+        return 0.0 if self._asked is None else time.monotonic() - self._asked
 
     async def execute(self, command: str, **arguments: object) -> Any:
         """Carries out a command and gives its result.
@@ -196,6 +204,7 @@ class Monitor:
     async def _execute(self, command: str, arguments: Mapping[str, object], fd: int | None) -> Any:
         async with self._turn:
             self._client.passenger = fd
+            self._asked = time.monotonic()
             try:
                 async with asyncio.timeout(_COMMAND_SECONDS):
                     return await self._client.execute(command, arguments)
@@ -209,6 +218,7 @@ class Monitor:
                 raise PeerGone(f"{command}: {_words(error)}") from error
             finally:
                 self._client.passenger = None
+                self._asked = None
 
 
 def _connect(path: str) -> socket.socket:
@@ -226,7 +236,7 @@ def _connect(path: str) -> socket.socket:
         raise MonitorAbsent(f"{path}: {error.strerror}") from error
     except BlockingIOError as error:
         sock.close()
-        raise PeerGone(f"QEMU's monitor {path} is busy: others are waiting for it already") from error
+        raise PeerGone(f"{path} takes no connection: others wait for it already") from error
     except (OSError, ValueError) as error:
         sock.close()
         raise UsageError(f"--vm qmp:{path}: {getattr(error, 'strerror', None) or error}") from error

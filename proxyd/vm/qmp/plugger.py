@@ -14,23 +14,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
+from common.backoff import FIRST_SECONDS, Backoff
 from common.config import VmConfig
 from common.control import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log, printable
 from common.loop import Loop
+from common.pathwatch import PathWatch
 from common.pci import format_devfn
+from common.peer import PeerCredentials
 from common.service import notify
 from proxyd.control import ProxydService
 from proxyd.vm.qmp import qemu
+from proxyd.vm.qmp.function import Function
+from proxyd.vm.qmp.health import Health, is_stopped, process_start
 from proxyd.vm.qmp.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory
-from proxyd.vm.qmp.slot import CONSENT_SECONDS, Function, Slot, Turn
+from proxyd.vm.qmp.servers import find_servers
+from proxyd.vm.qmp.slot import CONSENT_SECONDS, Slot, Turn
 from proxyd.vm.qmp.uevents import KvmEvents
 
 __all__ = ["QemuPlugger"]
@@ -39,6 +45,8 @@ _LEAVE_SECONDS = 20.0
 """how long the end of the daemon may wait for QEMU: for a command under way, and for the guest's consent"""
 _RETRY_SECONDS = 1.0
 """the pause before a monitor that has just failed is tried again"""
+_POLL_SECONDS = 2.0
+"""how often a monitor is looked for where nobody listens"""
 
 
 class QemuPlugger:
@@ -59,17 +67,22 @@ class QemuPlugger:
         }
         _check_ids(self._functions)
         self._stop = asyncio.Event()
-        self._kvm_event = asyncio.Event()
+        self._appeared = asyncio.Event()
         self._uevents = KvmEvents()
         self._loop.add(self._uevents.fileno(), self._on_uevent)
+        self._watch = PathWatch(loop, lambda _path: self._appeared.set())
         self._interface = ProxydService(
             config.name, config.vm, "kvm", None, list(self._functions.values())
         )
         self._interface.reason = "looking for QEMU"
+        self._health = Health()
+        self._interface.amiss.add(self._health.amiss)
+        self._remoted = config.runtime_dir / "remoted.varlink"
         path = str(config.runtime_dir / "proxyd.varlink")
         self._control = ControlServer(self._loop, path, self._interface, log)
         self._slots: list[Slot] = []
-        self._is_running = True
+        self._qemu: tuple[int, int] | None = None
+        """the process that was attached last"""
 
     def run(self) -> int:
         """Serves until the loop is stopped. Raises UsageError for a QEMU that can't be served."""
@@ -81,14 +94,15 @@ class QemuPlugger:
         for function in self._functions.values():
             function.release()
         self._control.close()
+        self._watch.close()
         self._loop.remove(self._uevents.fileno())
         self._uevents.close()
 
     async def _main(self) -> None:
         functions = sorted(self._functions.values(), key=_slot_number)
         self._slots = [Slot(list(of_slot)) for _, of_slot in groupby(functions, _slot_number)]
-        # asyncio's own has few threads: a device could wait for those that hang.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max(1, len(self._slots))))
+        # asyncio's own has few threads: a device could wait for those that hang. One more is for remoted's socket.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(len(functions) + 1))
         stepper = _Stepper(self._loop, self._stop)
         serving = asyncio.create_task(self._serve())
         stopped = asyncio.create_task(self._stop.wait())
@@ -114,10 +128,9 @@ class QemuPlugger:
             except (PeerGone, ProtocolError) as error:
                 self._interface.reason = f"lost {monitor.name}: {error}"
                 self._event_log.warning("%s", self._interface.reason)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_RETRY_SECONDS):
-                        await self._stop.wait()
+                await _within(_RETRY_SECONDS, self._stop.wait())
             finally:
+                self._health.end()
                 for slot in self._slots:
                     slot.close()
                 await monitor.close()
@@ -135,28 +148,48 @@ class QemuPlugger:
             await _cancel(finding, stopped)
 
     async def _connect(self) -> Monitor:
+        """Connects as soon as that is possible.
+
+        KVM's uevents tell of a new VM, except in a network or user namespace of one's own, where none arrive
+        (uevent_net_broadcast() in lib/kobject_uevent.c); a watch on the socket's directory tells of the socket,
+        except where inotify doesn't see it. Where neither does, the attempts do, every two seconds.
+        """
+        backoff = Backoff()
         while True:
-            self._kvm_event.clear()
+            self._appeared.clear()
+            self._watch.watch(self._socket)
             try:
                 return await Monitor.connect(self._socket, self._on_event, self._on_silence)
             except MonitorAbsent as error:
-                self._tell_absence(f"no QEMU ({error}): waiting for one")
-                await self._kvm_event.wait()
+                self._tell_absence(f"nobody listens at {error}: waiting for QEMU")
+                if await _within(backoff.next(_POLL_SECONDS), self._appeared.wait()):
+                    backoff.reset()
+                    await asyncio.sleep(FIRST_SECONDS)  # who has bound a socket listens at it a moment later
             except PeerGone as error:
                 self._tell_absence(f"{error}: trying again")
                 await asyncio.sleep(_RETRY_SECONDS)
 
     def _tell_absence(self, line: str) -> None:
-        """Says once why there is no QEMU."""
+        """Says once why no QEMU is attached."""
+        if self._qemu is not None and process_start(self._qemu[0]) == self._qemu and is_stopped(self._qemu[0]):
+            line += f"; the QEMU that was attached last, process {self._qemu[0]}, is stopped by a signal"
         if line != self._interface.reason:
             self._interface.reason = line
-            self._log.info("%s", line)
+            self._event_log.info("%s", line)
             notify("READY=1\nSTATUS=Waiting for QEMU")
 
-    def _on_silence(self, line: str) -> None:
-        self._interface.reason = line
-        self._log.warning("%s", line)
-        notify("READY=1\nSTATUS=Waiting for QEMU's monitor")
+    def _on_silence(self, peer: PeerCredentials) -> None:
+        if is_stopped(peer.pid):
+            line = f"{peer} at {self._socket} doesn't answer: it is stopped by a signal"
+        else:
+            line = (
+                f"{peer} at {self._socket} doesn't answer: it is busy, or its monitor has another client; give "
+                "iohub-proxyd a monitor of its own (-qmp unix:PATH,server=on,wait=off)"
+            )
+        if line != self._interface.reason:
+            self._interface.reason = line
+            self._event_log.warning("%s", line)
+            notify("READY=1\nSTATUS=Waiting for QEMU's monitor")
 
     async def _attend(self, monitor: Monitor) -> None:
         """Serves one QEMU until it goes, or until told to stop.
@@ -164,11 +197,20 @@ class QemuPlugger:
         Raises UsageError, and PeerGone and ProtocolError when the monitor is out of order.
         """
         inventory = await self._check(monitor)
+        self._recognize(monitor)
+        servers = await find_servers(
+            self._remoted,
+            {name: function.path for name, function in self._functions.items() if name in inventory.drivers},
+        )
         self._interface.attached, self._interface.reason = monitor.name, None
-        self._log.info("attached to %s", monitor.name)
-        ends = [asyncio.create_task(monitor.wait_closed()), asyncio.create_task(self._stop.wait())]
+        self._event_log.info("attached to %s", monitor.name)
+        ends = [
+            asyncio.create_task(monitor.wait_closed()),
+            asyncio.create_task(self._stop.wait()),
+            asyncio.create_task(self._health.watch(monitor)),
+        ]
         turn = Turn()
-        slots = [asyncio.create_task(slot.run(monitor, inventory, turn)) for slot in self._slots]
+        slots = [asyncio.create_task(slot.run(monitor, inventory, servers, turn)) for slot in self._slots]
         announcing = asyncio.create_task(self._announce())
         try:
             done, _ = await asyncio.wait({*ends, *slots}, return_when=asyncio.FIRST_COMPLETED)
@@ -181,6 +223,14 @@ class QemuPlugger:
         if self._stop.is_set() and self._unplug_on_exit:
             await self._unplug(monitor)
 
+    def _recognize(self, monitor: Monitor) -> None:
+        """Lets the slots forget what was, unless this is the QEMU that was attached before."""
+        process = process_start(monitor.peer.pid)
+        if process is None or process != self._qemu:
+            for slot in self._slots:
+                slot.forget()
+        self._qemu = process
+
     async def _check(self, monitor: Monitor) -> Inventory:
         """What is plugged in QEMU. Raises UsageError when QEMU or what it has doesn't suit."""
         try:
@@ -190,7 +240,7 @@ class QemuPlugger:
                 _check_place(function, inventory, self._functions.values())
         except UsageError as error:
             raise UsageError(printable(f"{monitor.name} at {self._socket}: {error}")) from error
-        self._is_running = await qemu.is_running(monitor)
+        await self._health.begin(monitor)
         return inventory
 
     async def _announce(self) -> None:
@@ -205,9 +255,9 @@ class QemuPlugger:
             for function in remaining:
                 function.log.warning(
                     "%s in %g s: it stays plugged until the guest does, or is reset",
-                    "the guest hasn't let it go"
-                    if self._is_running
-                    else "the guest is paused and can't let it go",
+                    "the guest hasn't ejected it"
+                    if self._health.is_running
+                    else "the guest is paused and can't eject it",
                     CONSENT_SECONDS,
                 )
 
@@ -218,8 +268,8 @@ class QemuPlugger:
                     if function.name == data.get("device"):
                         slot.on_deleted(function)
         elif name in ("STOP", "RESUME"):
-            self._is_running = name == "RESUME"
-            self._event_log.info("the guest was %s", "resumed" if self._is_running else "paused")
+            self._health.on_event(name)
+            self._event_log.info("the guest was %s", "resumed" if self._health.is_running else "paused")
         elif name in ("RESET", "SHUTDOWN"):
             verb = "reset" if name == "RESET" else "shut down"
             reason = data.get("reason")
@@ -229,7 +279,7 @@ class QemuPlugger:
 
     def _on_uevent(self, _events: int) -> None:
         if any(event.kind != "destroy" for event in self._uevents.read()):
-            self._kvm_event.set()
+            self._appeared.set()
 
 
 class _Stepper:
@@ -265,6 +315,15 @@ class _Stepper:
             self._timer.cancel()
         seconds = self._loop.until_next_timer()
         self._timer = None if seconds is None else self._asyncio.call_later(seconds, self._step)
+
+
+async def _within(seconds: float, waiting: Awaitable[object]) -> bool:
+    """Whether it is over within so many seconds; it is cancelled otherwise."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await waiting
+            return True
+    return False
 
 
 def _slot_number(function: Function) -> int:

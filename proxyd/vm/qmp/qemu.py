@@ -7,18 +7,27 @@ Paths and types are those of QEMU's object model (QOM) for the machine type ``pc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from common.errors import ProtocolError, UsageError
 from proxyd.vm.qmp.monitor import CommandError, Monitor
 
-__all__ = ["PROXY_DRIVER", "Inventory", "check", "is_running", "take_inventory"]
+__all__ = [
+    "PROXY_DRIVER",
+    "Inventory",
+    "check",
+    "drop_note",
+    "note_request",
+    "run_state",
+    "take_inventory",
+]
 
 PROXY_DRIVER = "x-pci-proxy-dev"
 
 _HOST_BRIDGE = "/machine/i440fx"
 _BUS = f"{_HOST_BRIDGE}/pci.0"
+_NOTE = "iohub-unplug-"
 _MAX_WORDS = 200
 _FD_BACKENDS = frozenset(f"child<memory-backend-{kind}>" for kind in ("memfd", "file", "shm"))
 
@@ -32,6 +41,8 @@ class Inventory(NamedTuple):
     """by the same, for those on bus 0"""
     occupants: dict[int, str]
     """what to call a function of bus 0, by devfn"""
+    asked: frozenset[str] = frozenset()
+    """ids of what this daemon, or one before it, has told QEMU to unplug: see note_request()"""
 
 
 async def check(monitor: Monitor) -> None:
@@ -70,8 +81,12 @@ async def take_inventory(monitor: Monitor) -> Inventory:
     """Asks what is plugged at present."""
     with _malformed("its devices"):
         peripheral = await _children(monitor, "/machine/peripheral")
+        objects = await _children(monitor, "/objects")
         inventory = Inventory(
-            {name: _type(kind) for name, kind in peripheral.items() if name != "type"}, {}, {}
+            {name: _type(kind) for name, kind in peripheral.items() if name != "type"},
+            {},
+            {},
+            frozenset(name.removeprefix(_NOTE) for name in objects if name.startswith(_NOTE)),
         )
         for bus in await monitor.execute("query-pci"):
             for device in bus["devices"] if bus["bus"] == 0 else ():
@@ -85,10 +100,30 @@ async def take_inventory(monitor: Monitor) -> Inventory:
     return inventory
 
 
-async def is_running(monitor: Monitor) -> bool:
-    """Whether the guest's CPUs run."""
+async def note_request(monitor: Monitor, name: str) -> bool:
+    """Leaves a note in QEMU that a device is to be unplugged by this daemon's will. Returns whether it took it.
+
+    The monitor tells neither that an unplug is pending nor who has asked for it. An object without a use stays as
+    long as QEMU does, whatever becomes of this daemon and its files.
+    """
+    try:
+        await monitor.execute("object-add", **{"qom-type": "secret", "id": f"{_NOTE}{name}", "data": ""})
+    except CommandError:
+        return False
+    return True
+
+
+async def drop_note(monitor: Monitor, name: str) -> None:
+    """Removes the note."""
+    with suppress(CommandError):
+        await monitor.execute("object-del", id=f"{_NOTE}{name}")
+
+
+async def run_state(monitor: Monitor) -> tuple[bool, str]:
+    """Whether the guest's CPUs run, and QEMU's word for that (RunState in qapi/run-state.json)."""
     with _malformed("its state"):
-        return bool((await monitor.execute("query-status"))["running"])
+        status = await monitor.execute("query-status")
+        return bool(status["running"]), str(status["status"])
 
 
 async def _check_ram(monitor: Monitor) -> None:

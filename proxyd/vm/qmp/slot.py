@@ -5,9 +5,8 @@ A slot comes and goes as a whole: ACPI ejects slots, and a guest looks at the ot
 arrives (QEMU refuses any that comes later). So function 0 is plugged last, and one function that must be
 replaced takes the others with it.
 
-QEMU's proxy keeps the link that it was created with. A duplicate of it is kept here to see it end; it is closed
-as soon as QEMU's is, since the other side would wait for both. A function that was found plugged has no such
-duplicate: there the process at its device's socket is watched instead.
+What QEMU has been asked to unplug goes when the guest consents, which may take longer than this daemon lives. So
+each such request is noted in QEMU (proxyd.vm.qmp.qemu.note_request()), for the daemon's successor.
 """
 
 from __future__ import annotations
@@ -15,34 +14,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
-from collections.abc import Callable, Sequence
-from select import EPOLLIN, EPOLLRDHUP
+from collections.abc import Callable, Mapping, Sequence
 
-from common.amiss import Amiss
-from common.config import DeviceConfig
+from common.backoff import Backoff
 from common.errors import PeerGone, ProtocolError
-from common.journal import Log, RateLimited
-from common.link import PeerCredentials
-from common.loop import Loop
 from common.pci import format_devfn
-from proxyd.vm.qmp.handover import Handover, connect, examine, find_server
+from common.peer import PeerCredentials
+from proxyd.vm.qmp.function import Function
+from proxyd.vm.qmp.handover import Handover, connect, examine
 from proxyd.vm.qmp.monitor import CommandError, Monitor
-from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory, take_inventory
+from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory, drop_note, note_request, take_inventory
 
-__all__ = ["CONSENT_SECONDS", "Function", "Slot", "Turn"]
+__all__ = ["CONSENT_SECONDS", "Slot", "Turn"]
 
 CONSENT_SECONDS = 5.0
-"""how long a guest may take to let a device go before that is told; QEMU then takes another device_del, too"""
+"""how long a guest may take to eject a device before that is told; QEMU then takes another device_del, too"""
 _LAST_CONSENT_SECONDS = 60.0
 _EXAMINATION_SECONDS = 5.0
 """how long a device's answers may take altogether; QEMU would stand still for as long"""
-_FIRST_RETRY_SECONDS = 0.02
 _LAST_RETRY_SECONDS = 1.0
 _LAST_REPLACEMENT_SECONDS = 5.0
 """the same for what loses its link within a second each time: every replacement is a hot-plug for the guest"""
 _LASTING_SECONDS = 1.0
-_NO_QEMU = "not plugged: there is no QEMU"
 
 
 class Turn:
@@ -68,105 +61,6 @@ class Turn:
             pass
 
 
-class Function:
-    """One configured device, and QEMU's proxy of it."""
-
-    pin = None
-    gsi = None
-    """both are QEMU's to know"""
-
-    answer_times = None
-    """QEMU knows"""
-
-    def __init__(self, config: DeviceConfig, path: str, loop: Loop, log: Log) -> None:
-        """``path`` is its device's socket."""
-        self.name = config.id
-        self.devfn = config.devfn
-        self.path = path
-        self.reconnects = 0
-        self.reason = _NO_QEMU
-        """what is or was amiss last"""
-        self.amiss = Amiss()
-        self.remote: PeerCredentials | None = None
-        """the process at the other end of QEMU's link; None unless the function is plugged and its link good"""
-        self.is_plugged = False
-        self.handover: Handover | None = None
-        """the link, from when it is there until QEMU has none any more"""
-        self.is_broken = False
-        """whether QEMU's link was ended from here"""
-        self.log = RateLimited(log)
-        self.on_change: Callable[[], None] = lambda: None
-        self._loop = loop
-        self._watched = -1
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether it is plugged and its link is good, as far as that can be seen from here."""
-        return self.is_plugged and self.remote is not None
-
-    @property
-    def fdname(self) -> str:
-        """The name that the link has in QEMU from getfd until device_add."""
-        return f"iohub-{self.name}"
-
-    def warn(self, text: str) -> None:
-        """Logs what is amiss, and keeps it to be asked for."""
-        self.reason = text
-        self.log.warning("%s", text)
-
-    def plugged(self, handover: Handover) -> None:
-        """QEMU has a proxy now, with a duplicate of this link: watches its end."""
-        self.is_plugged = True
-        self.is_broken = False
-        self.remote = handover.client.peer
-        # Not EPOLLIN: every reply to QEMU would wake this process.
-        self._watch(handover.client.fileno(), EPOLLRDHUP)
-
-    def adopt(self, server: PeerCredentials) -> None:
-        """QEMU had a proxy already: watches the process that serves it, if that can be watched."""
-        self.is_plugged = True
-        self.remote = server
-        try:
-            fd = os.pidfd_open(server.pid)
-        except ProcessLookupError:
-            self._on_end(0)
-        except OSError as error:  # among others: it is in another PID namespace, and has the pid 0 here
-            self.log.warning(
-                "%s can't be watched (%s): should it end, start this daemon again", server, error.strerror
-            )
-        else:
-            self._watch(fd, EPOLLIN)
-
-    def release(self) -> None:
-        """Forgets the link, and closes what of it is here."""
-        self.remote = None
-        fd, self._watched = self._watched, -1
-        handover, self.handover = self.handover, None
-        if fd != -1:
-            self._loop.remove(fd)
-            if handover is None:
-                os.close(fd)
-        if handover is not None:
-            handover.client.close_own_copy()
-
-    def break_link(self) -> None:
-        """Ends the link for QEMU, too, which may be waiting for an answer from it."""
-        if self.handover is not None:
-            self.handover.client.shutdown()
-            self.is_broken = True
-
-    def _watch(self, fd: int, events: int) -> None:
-        self._loop.add(fd, self._on_end, events)
-        self._watched = fd
-
-    def _on_end(self, _events: int) -> None:
-        self.warn(
-            f"the link to {self.remote} has ended: QEMU's proxy can't take another, the guest reads all ones"
-        )
-        self.release()
-        self.on_change()
-
-
 class Slot:
     """The functions of one slot, to be kept plugged."""
 
@@ -176,8 +70,7 @@ class Slot:
         self.settled = asyncio.Event()
         """whether everything was tried once"""
         self._changed = asyncio.Event()
-        self._is_leaving = False
-        self._retry = _FIRST_RETRY_SECONDS
+        self._backoff = Backoff()
         for function in self.functions:
             function.on_change = self._changed.set
 
@@ -186,18 +79,26 @@ class Slot:
         """Those that QEMU has a proxy of."""
         return [function for function in self.functions if function.is_plugged]
 
-    async def run(self, monitor: Monitor, inventory: Inventory, turn: Turn) -> None:
+    async def run(
+        self,
+        monitor: Monitor,
+        inventory: Inventory,
+        servers: Mapping[str, PeerCredentials | None],
+        turn: Turn,
+    ) -> None:
         """Plugs what is missing, adopts what is there, replaces what has lost its link, until it is cancelled.
 
-        What loses its link at once, again and again, is replaced ever more rarely. It is best cancelled
+        ``servers`` are the processes that serve a client at the device's socket, by the ids of the functions
+        that are plugged; None where nobody is served. What loses its link at once, again and again, is replaced
+        ever more rarely. It is best cancelled
         after the end of ``turn``: nothing is half done then. Raises PeerGone and ProtocolError when the monitor is
         out of order; close() comes after it, however it ends.
         """
         async with turn:
-            await self._reconcile(monitor, inventory)
+            await self._reconcile(monitor, inventory, servers)
         loop = asyncio.get_running_loop()
         since = -math.inf
-        while True:
+        while not any(function.is_out for function in self.functions):
             if any(not function.is_sound for function in self.plugged) or self._is_open():
                 self.settled.set()
                 lasted = loop.time() - since
@@ -205,57 +106,61 @@ class Slot:
                 if lasted < _LASTING_SECONDS:
                     await self._pause(_LAST_REPLACEMENT_SECONDS)
                 else:
-                    self._retry = _FIRST_RETRY_SECONDS
+                    self._backoff.reset()
             if not await self._plug(monitor, turn):
                 break
             since = loop.time()
             self.settled.set()
             await self._until(lambda: not all(function.is_sound for function in self.functions))
-            if not all(function.is_plugged for function in self.functions):
-                break
         self.settled.set()
         await asyncio.Event().wait()
 
     async def unplug(self, monitor: Monitor, seconds: float) -> list[Function]:
-        """Asks the guest to let the slot go; those functions that it still has after so many seconds."""
-        self._is_leaving = True
+        """Asks the guest to eject the slot. Returns the functions that it still has after so many seconds."""
         await self._request_unplug(monitor)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._until(lambda: not self.plugged)
+        for function in self.functions:
+            if not function.is_plugged:
+                await self._drop_note(monitor, function)
         return self.plugged
 
     def on_deleted(self, function: Function) -> None:
         """QEMU has unplugged one of the functions."""
-        if not function.is_plugged:
-            return
-        function.is_plugged = False
-        function.release()
-        if self._is_leaving:
-            function.reason = "unplugged"
-            function.log.info("unplugged")
-        else:
-            function.warn("unplugged, not by this daemon: it stays out until that is started again")
-        self._changed.set()
+        if function.is_plugged:
+            function.unplugged()
+            self._changed.set()
 
     def close(self) -> None:
-        """Forgets everything about the QEMU that was."""
-        self._is_leaving = False
+        """Ends run()'s work: the monitor is lost. A later run() with the same QEMU knows what was before."""
         self.settled.clear()
         for function in self.functions:
-            function.is_plugged = False
-            function.release()
-            function.reason = _NO_QEMU
+            function.detach()
 
-    async def _reconcile(self, monitor: Monitor, inventory: Inventory) -> None:
+    def forget(self) -> None:
+        """The next run() is with another QEMU."""
+        for function in self.functions:
+            function.forget()
+
+    async def _reconcile(
+        self, monitor: Monitor, inventory: Inventory, servers: Mapping[str, PeerCredentials | None]
+    ) -> None:
         """Takes over what is plugged already, and takes back what an unfinished plugging has left in QEMU."""
         for function in self.functions:
+            function.is_noted = function.name in inventory.asked
+            function.is_asked |= function.is_noted
             if function.name not in inventory.drivers:
-                function.reason = "not plugged yet"
+                if function.is_out or (function.was_plugged and not function.is_asked):
+                    function.leave_out()
+                else:
+                    function.reason = "not plugged yet"
+                await self._drop_note(monitor, function)
                 with contextlib.suppress(CommandError):
                     await monitor.execute("closefd", fdname=function.fdname)
                 continue
-            server = None if function.is_broken else await asyncio.to_thread(find_server, function.path)
+            function.is_out = False
+            server = None if function.is_broken else servers.get(function.name)
             if server is None:
                 function.is_plugged = True
                 function.warn(f"found plugged without a link to {function.path}")
@@ -308,10 +213,10 @@ class Slot:
 
     async def _pause(self, most: float) -> None:
         """Waits before the next attempt, longer each time."""
-        await asyncio.sleep(min(self._retry, most))
-        self._retry = min(2 * self._retry, most)
+        await asyncio.sleep(self._backoff.next(most))
 
     async def _add(self, monitor: Monitor, function: Function, handover: Handover) -> None:
+        await self._drop_note(monitor, function)
         await monitor.getfd(function.fdname, handover.client.fileno())
         try:
             await monitor.execute(
@@ -335,7 +240,9 @@ class Slot:
             "plugged at %s: %04x:%04x", format_devfn(function.devfn), handover.vendor, handover.device
         )
         for remark in handover.remarks:
-            function.log.warning("behind QEMU's proxy %s", remark)
+            function.log.info("behind QEMU's proxy %s", remark)
+        for defect in handover.defects:
+            function.log.warning("%s", defect)
 
     async def _remove(self, monitor: Monitor) -> None:
         """Unplugs all of the slot, however long the guest takes."""
@@ -344,16 +251,20 @@ class Slot:
             if seconds == CONSENT_SECONDS:
                 for function in waiting:
                     function.warn(
-                        f"the guest hasn't let it go in {seconds:g} s; it is replaced when the guest does, "
+                        f"the guest hasn't ejected it in {seconds:g} s; it is replaced when the guest does, "
                         "or is reset"
                     )
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
-        self._is_leaving = False
         for function in self.functions:
             function.reconnects += 1
 
     async def _request_unplug(self, monitor: Monitor) -> None:
-        for function in self.plugged:
+        asked = self.plugged
+        for function in asked:
+            function.is_asked = True  # of all, before the first: they go together
+            if not function.is_noted:
+                function.is_noted = await note_request(monitor, function.name)
+        for function in asked:
             try:
                 await monitor.execute("device_del", id=function.name)
             except CommandError as error:
@@ -361,6 +272,11 @@ class Slot:
                     self.on_deleted(function)
                 else:  # among others: the guest has been asked already
                     function.log.info("device_del: %s", error)
+
+    async def _drop_note(self, monitor: Monitor, function: Function) -> None:
+        if function.is_noted:
+            function.is_noted = False
+            await drop_note(monitor, function.name)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():

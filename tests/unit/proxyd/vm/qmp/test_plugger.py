@@ -99,7 +99,7 @@ class FitQemu(Qemu):
         "qom-get": "/machine/unattached/device[19]",
         "query-memdev": [{"id": "ram0", "share": True, "size": 64 << 20}],
         "query-pci": [],
-        "query-status": {"running": True},
+        "query-status": {"running": True, "status": "running"},
     }
 
     def on_command(self, command: str, tag: object) -> None:

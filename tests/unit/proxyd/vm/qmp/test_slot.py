@@ -21,9 +21,10 @@ from common.link import PeerCredentials
 from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.vm.qmp import handover, slot
+from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.monitor import Monitor
 from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory
-from proxyd.vm.qmp.slot import Function, Slot, Turn
+from proxyd.vm.qmp.slot import Slot, Turn
 from tests.support.remote import RemoteThread
 from tests.support.remotebench import LineDevice
 
@@ -56,6 +57,7 @@ class Bench:
         """the events that follow the answers to commands"""
         self.results: Mapping[str, Any] = {}
         """what commands result in, if not in nothing"""
+        self.servers: Mapping[str, PeerCredentials | None] = {}
         self.unanswered = ""
         """a command that gets no answer"""
         self._asked: dict[str, asyncio.Event] = {}
@@ -74,7 +76,7 @@ class Bench:
         self.slot = Slot([self.function])
         self._asked.clear()
         monitor = await Monitor.connect(str(path), self._on_event, lambda _line: None)
-        running = asyncio.create_task(self.slot.run(monitor, inventory, Turn()))
+        running = asyncio.create_task(self.slot.run(monitor, inventory, self.servers, Turn()))
         try:
             await meanwhile()
             running.cancel()
@@ -294,7 +296,7 @@ def test_each_reason_for_being_out_is_kept(bench: Bench, monkeypatch: pytest.Mon
         reasons.append(function.reason)
 
     async def unplugged_by_others() -> None:
-        function.is_plugged = True
+        function.is_plugged, function.is_asked = True, False
         bench.slot.on_deleted(function)
         reasons.append(function.reason)
 
@@ -303,14 +305,14 @@ def test_each_reason_for_being_out_is_kept(bench: Bench, monkeypatch: pytest.Mon
     bench.run(NOTHING, unplugged_by_others)
     reasons.append(function.reason)
     assert reasons == [
-        "not plugged: there is no QEMU",
+        "not known: no QEMU is attached",
         "not plugged yet",
         f"not plugged yet: {function.path}: No such file or directory",
         f"found plugged without a link to {function.path}",
-        "the guest hasn't let it go in 0.01 s; it is replaced when the guest does, or is reset",
+        "the guest hasn't ejected it in 0.01 s; it is replaced when the guest does, or is reset",
         "unplugged",
         "unplugged, not by this daemon: it stays out until that is started again",
-        "not plugged: there is no QEMU",
+        "not known: no QEMU is attached",
     ]
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from common.errors import IohubError, PeerGone
-from proxyd.vm.pid.bounded import run_bounded
+from proxyd.vm.bounded import run_bounded
 
 
 def test_gives_what_the_work_gives() -> None:

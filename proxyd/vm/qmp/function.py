@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One configured function, and QEMU's proxy of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from select import EPOLLIN, EPOLLRDHUP
+
+from common.amiss import Amiss
+from common.config import DeviceConfig
+from common.journal import Log, RateLimited
+from common.link import PeerCredentials
+from common.loop import Loop
+from proxyd.vm.qmp.handover import Handover
+
+__all__ = ["NOT_ATTACHED", "Function"]
+
+NOT_ATTACHED = "not known: no QEMU is attached"
+
+
+class Function:
+    """One configured device, and QEMU's proxy of it.
+
+    QEMU's proxy keeps the link that it was created with. A duplicate of it is kept here to see it end; it is
+    closed as soon as QEMU's is, since the other side would wait for both. A function that was found plugged has no
+    such duplicate: there the process at its device's socket is watched instead.
+    """
+
+    pin = None
+    gsi = None
+    answer_times = None
+    """all three are QEMU's to know"""
+
+    def __init__(self, config: DeviceConfig, path: str, loop: Loop, log: Log) -> None:
+        """``path`` is its device's socket."""
+        self.name = config.id
+        self.devfn = config.devfn
+        self.path = path
+        self.reconnects = 0
+        self.reason = NOT_ATTACHED
+        """what is or was amiss last"""
+        self.amiss = Amiss()
+        self.amiss.add(self._amiss)
+        self.remote: PeerCredentials | None = None
+        """the process at the other end of QEMU's link; None unless the function is plugged and its link good"""
+        self.is_plugged = False
+        self.was_plugged = False
+        """whether it was when the monitor of this QEMU was lost"""
+        self.is_asked = False
+        """whether QEMU was told to unplug it, by this daemon or by the one before it"""
+        self.is_noted = False
+        """whether QEMU has a note of that"""
+        self.is_out = False
+        """whether somebody else has unplugged it"""
+        self.handover: Handover | None = None
+        """the link, from when it is there until QEMU has none any more"""
+        self.is_broken = False
+        """whether QEMU's link was ended from here"""
+        self.log = RateLimited(log)
+        self.on_change: Callable[[], None] = lambda: None
+        self._loop = loop
+        self._watched = -1
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it is plugged and its link is good, as far as that can be seen from here."""
+        return self.is_plugged and self.remote is not None
+
+    @property
+    def fdname(self) -> str:
+        """The name that the link has in QEMU from getfd until device_add."""
+        return f"iohub-{self.name}"
+
+    def warn(self, text: str) -> None:
+        """Logs what is amiss, and keeps it to be asked for."""
+        self.reason = text
+        self.log.warning("%s", text)
+
+    def plugged(self, handover: Handover) -> None:
+        """QEMU has a proxy now, with a duplicate of this link: watches its end."""
+        self.is_plugged = True
+        self.is_asked = False
+        self.is_broken = False
+        self.remote = handover.client.peer
+        # Not EPOLLIN: every reply to QEMU would wake this process.
+        self._watch(handover.client.fileno(), EPOLLRDHUP)
+
+    def adopt(self, server: PeerCredentials) -> None:
+        """QEMU had a proxy already: watches the process that serves it, if that can be watched."""
+        self.is_plugged = True
+        self.remote = server
+        try:
+            fd = os.pidfd_open(server.pid)
+        except ProcessLookupError:
+            self._on_end(0)
+        except OSError as error:  # among others: it is in another PID namespace, and has the pid 0 here
+            self.log.warning(
+                "%s can't be watched (%s): should it end, start this daemon again", server, error.strerror
+            )
+        else:
+            self._watch(fd, EPOLLIN)
+
+    def unplugged(self) -> None:
+        """QEMU has no proxy of it any more."""
+        self.is_plugged = False
+        self.release()
+        if self.is_asked:
+            self.reason = "unplugged"
+            self.log.info("unplugged")
+        else:
+            self.leave_out()
+
+    def leave_out(self) -> None:
+        """Somebody else has unplugged it."""
+        self.is_out = True
+        self.warn("unplugged, not by this daemon: it stays out until that is started again")
+
+    def detach(self) -> None:
+        """The monitor of this QEMU is lost."""
+        self.was_plugged = self.is_plugged
+        self.is_plugged = False
+        self.release()
+        self.reason = NOT_ATTACHED
+
+    def forget(self) -> None:
+        """The QEMU that it was plugged in is gone."""
+        self.was_plugged = self.is_asked = self.is_noted = self.is_out = self.is_broken = False
+
+    def release(self) -> None:
+        """Forgets the link, and closes what of it is here."""
+        self.remote = None
+        fd, self._watched = self._watched, -1
+        handover, self.handover = self.handover, None
+        if fd != -1:
+            self._loop.remove(fd)
+            if handover is None:
+                os.close(fd)
+        if handover is not None:
+            handover.client.close_own_copy()
+
+    def break_link(self) -> None:
+        """Ends the link for QEMU, too, which may be waiting for an answer from it."""
+        if self.handover is not None:
+            self.handover.client.shutdown()
+            self.is_broken = True
+
+    def _amiss(self) -> Iterator[str]:
+        if self.is_sound and self.is_asked:
+            yield "the guest was asked to eject it, and hasn't yet; it is plugged again then"
+        if self.is_sound and self.handover is not None:
+            yield from self.handover.defects
+
+    def _watch(self, fd: int, events: int) -> None:
+        self._loop.add(fd, self._on_end, events)
+        self._watched = fd
+
+    def _on_end(self, _events: int) -> None:
+        self.warn(
+            f"the link to {self.remote} has ended: QEMU's proxy can't take another, the guest reads all ones"
+        )
+        self.release()
+        self.on_change()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What of the QEMU that is attached an operator should know: its process, its monitor, its guest's CPUs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+from proxyd.vm.qmp.monitor import Monitor
+from proxyd.vm.qmp.qemu import run_state
+
+__all__ = ["Health", "is_stopped", "process_start"]
+
+_ASK_SECONDS = 5.0
+"""how often QEMU is asked whether its guest runs, and so whether it answers"""
+_SILENCE_SECONDS = 2.0
+"""how long an answer may take before that is told"""
+_MAX_STATE = 40
+_STARTTIME = 19  # fields after the name in proc_pid_stat(5)
+
+
+class Health:
+    """Of one QEMU after the other."""
+
+    def __init__(self) -> None:
+        self.is_running = True
+        """whether the guest's CPUs run"""
+        self._state = "running"
+        self._monitor: Monitor | None = None
+
+    async def begin(self, monitor: Monitor) -> None:
+        """Looks at a QEMU for the first time. Raises PeerGone and ProtocolError."""
+        self.is_running, self._state = await run_state(monitor)
+        self._monitor = monitor
+
+    async def watch(self, monitor: Monitor) -> None:
+        """Asks it again and again. Raises PeerGone and ProtocolError."""
+        while True:
+            await asyncio.sleep(_ASK_SECONDS)
+            self.is_running, self._state = await run_state(monitor)
+
+    def on_event(self, name: str) -> None:
+        """STOP or RESUME."""
+        self.is_running = name == "RESUME"
+        self._state = "running" if self.is_running else "paused"
+
+    def end(self) -> None:
+        """There is no QEMU to tell of."""
+        self._monitor = None
+
+    def amiss(self) -> Iterator[str]:
+        """A source for common.amiss."""
+        if self._monitor is None:
+            return
+        if is_stopped(self._monitor.peer.pid):
+            yield f"{self._monitor.name} is stopped by a signal"
+            return
+        silent = self._monitor.silent_for
+        if silent >= _SILENCE_SECONDS:
+            yield f"{self._monitor.name} hasn't answered its monitor for {silent:.0f} s"
+        if not self.is_running:
+            state = self._state[:_MAX_STATE]
+            yield "the guest is paused" if state == "paused" else f"the guest doesn't run: QEMU says {state}"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal (proc_pid_stat(5)); False where that can't be seen."""
+    return _stat(pid)[:1] == [b"T"]
+
+
+def process_start(pid: int) -> tuple[int, int] | None:
+    """What tells a process from a later one with its number: that, and when it was started.
+
+    None for a process that is gone or can't be seen.
+    """
+    fields = _stat(pid)
+    return (pid, int(fields[_STARTTIME])) if len(fields) > _STARTTIME else None
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat after the name, none if it can't be read."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name, in parentheses, may contain anything.
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which devices are serving a client, to be known of functions that are found plugged in QEMU.
+
+remoted is asked first, at its control socket: to it, a connection to a device's socket would be a client that has
+to be refused. Whoever else serves a device is asked there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from asyncvarlink import VarlinkErrorReply
+
+from common.control import call
+from common.errors import IohubError
+from common.peer import PeerCredentials, peer_credentials
+from proxyd.vm.bounded import run_bounded
+from proxyd.vm.qmp.handover import find_server
+
+__all__ = ["find_servers"]
+
+_REMOTED_SECONDS = 2.0
+
+
+async def find_servers(control: Path, paths: Mapping[str, str]) -> dict[str, PeerCredentials | None]:
+    """Who serves each device, by its id; None for one that is serving nobody.
+
+    ``control`` is remoted's control socket, ``paths`` are the devices' sockets by id. Takes four seconds at most,
+    however many there are.
+    """
+    servers = await asyncio.to_thread(_ask_remoted, control)
+    others = [name for name in paths if name not in servers]
+    found = await asyncio.gather(*(asyncio.to_thread(find_server, paths[name]) for name in others))
+    return servers | dict(zip(others, found, strict=True))
+
+
+def _ask_remoted(control: Path) -> dict[str, PeerCredentials | None]:
+    """What remoted says of its devices, nothing if it doesn't answer."""
+
+    def ask() -> dict[str, PeerCredentials | None]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_REMOTED_SECONDS)
+            sock.connect(str(control))
+            remoted = peer_credentials(sock)
+        functions = call(control, "org.iohub.Remoted.Status")["functions"]
+        return {
+            str(function["id"]): remoted if function["link"] == "connected" else None for function in functions
+        }
+
+    try:
+        return run_bounded("ask remoted", _REMOTED_SECONDS, ask)
+    except (IohubError, OSError, VarlinkErrorReply, LookupError, TypeError, ValueError):
+        return {}

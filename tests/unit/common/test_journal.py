@@ -149,16 +149,30 @@ def test_a_traceback_follows_its_line(journald: Journald, log: logging.Logger) -
     assert all(printable(line) == line for line in rest)
 
 
-def test_any_record_fits_into_a_datagram(journald: Journald, log: logging.Logger) -> None:
-    wide = "\U0001f600" * 100_000
+@pytest.mark.parametrize("character", ["\U0001f600", "\U000e0001"], ids=["printable", "escaped"])
+def test_any_record_fits_into_a_datagram(journald: Journald, log: logging.Logger, character: str) -> None:
+    """Four bytes each, or ten once it is escaped."""
+    wide = character * 5000
     try:
         raise ValueError("\n".join([wide] * 100))
     except ValueError:
         log.exception(wide)
     message = journald.receive()["MESSAGE"]
-    assert message.startswith("vm1 \U0001f600")
+    assert message.startswith(f"vm1 {printable(character)}")
     log.info("next")
     assert journald.receive()["MESSAGE"] == "vm1 next"
+
+
+def test_of_a_long_traceback_the_end_is_kept(journald: Journald, log: logging.Logger) -> None:
+    """It names the error; the beginning is the daemon's own loop."""
+    try:
+        raise ValueError("\n".join(f"line {number}" for number in range(100)))
+    except ValueError:
+        log.exception("failed")
+    first, *rest = journald.receive()["MESSAGE"].split("\n")
+    assert first == "vm1 failed"
+    assert rest == [f"line {number}" for number in range(100 - len(rest), 100)]
+    assert 20 <= len(rest) < 100
 
 
 def test_a_stalled_journald_costs_lines_but_no_time(journald: Journald, log: logging.Logger) -> None:

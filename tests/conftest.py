@@ -10,6 +10,7 @@ import resource
 import shutil
 from collections.abc import Generator
 
+import hypothesis
 import pytest
 
 _KVM_GET_API_VERSION = 0xAE00
@@ -17,6 +18,14 @@ _KVM_API_VERSION = 12
 
 _FDS = 4096
 """enough for a hub with all its 256 lines wired"""
+
+
+# A failure is the same in every run and every checkout. What Hypothesis draws still depends on its version and on
+# the constants of the loaded modules, so a case that must be found has a test of its own. For tests that take more
+# than a millisecond an example there is tests.support.lives: Hypothesis may shrink one for five minutes, and
+# faulthandler_timeout ends it after two.
+hypothesis.settings.register_profile("iohub", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("iohub")
 
 
 def pytest_configure() -> None:

@@ -8,18 +8,18 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from random import Random
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError, ShortageError
 from common.link import Link, peer_credentials
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
 from tests.support.fds import count_fds, identity, no_more_fds, send_fds
+from tests.support.lives import check_lives
 from tests.support.unsendable import returns_soon, unsendable_socket
 from tests.support.wait import wait_until
 
@@ -174,26 +174,35 @@ def test_frames_in_two_pieces_keep_their_fds_apart(bench: Bench) -> None:
             assert bench.receive_all() == wanted
 
 
-@st.composite
-def traffic(draw: st.DrawFn) -> list[tuple[Frame, list[int]]]:
-    frames = draw(st.lists(st.sampled_from(ALL_FRAMES + UNWELCOME), min_size=1, max_size=12))
+Sent = tuple[Frame, list[int], int]
+"""a frame, where it is cut, and how many reads are tried before the next"""
+
+
+def draw_traffic(random: Random) -> list[Sent]:
     return [
-        (frame, sorted(draw(st.sets(st.integers(1, len(frame.data) - 1), max_size=3)))) for frame in frames
+        (
+            frame,
+            sorted(random.sample(range(1, len(frame.data)), random.randrange(4))),
+            random.choice((0, 0, 1, 2, 3)),
+        )
+        for frame in random.choices(ALL_FRAMES + UNWELCOME, k=random.randint(1, 12))
     ]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(traffic(), st.lists(st.integers(0, 3), max_size=12))
-def test_any_fragments_at_any_pace(frames: list[tuple[Frame, list[int]]], reads: list[int]) -> None:
+def exchange(traffic: Sequence[Sent]) -> None:
     with open_bench() as bench:
         wanted, received = [], []
-        for (frame, cuts), pace in zip(frames, itertools.chain(reads, itertools.repeat(0)), strict=False):
+        for frame, cuts, pace in traffic:
             wanted.append(bench.send(frame, *cuts))
             for _ in range(pace):
                 one = bench.receive()
                 if one is not None:
                     received.append(one)
         assert received + bench.receive_all() == wanted
+
+
+def test_any_fragments_at_any_pace() -> None:
+    check_lives(300, draw_traffic, exchange, str)
 
 
 def test_fds_sent_with_glued_frames_go_to_the_one_that_may_have_them(bench: Bench) -> None:

@@ -10,15 +10,13 @@ the history of levels and EOIs demands: none lost, none stuck, none asserted for
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from hypothesis import HealthCheck, given, note, settings
-from hypothesis import strategies as st
 
 from common import pci
 from common.mpqemu import BAR, CONFIG, Command
 from tests.support.fds import count_fds
+from tests.support.lives import check_lives
 from tests.support.remotebench import IO_BASE, LineDevice, Pair, Peer, RemoteBench
 
 FUNCTIONS = 4
@@ -147,10 +145,6 @@ class World:
 
 
 # Steps without a client: by the device itself, or by another function's guest.
-
-
-def rest(world: World, function: Function, gsi: int) -> None:
-    """Nothing happens; what a life shrinks to."""
 
 
 def raise_line(world: World, function: Function, gsi: int) -> None:
@@ -342,7 +336,6 @@ def send_nonsense(world: World, function: Function, peer: Peer, pair: Pair, gsi:
 
 
 KINDS: dict[Step, int] = {
-    rest: 1,
     raise_line: 4,
     lower_line: 3,
     eoi: 6,
@@ -378,18 +371,7 @@ ALL = [
 ]
 
 
-@settings(
-    max_examples=LIVES,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(st.lists(st.sampled_from(ALL), min_size=STEPS, max_size=STEPS))
-def test_no_line_is_lost_stuck_or_invented(life: list[tuple[Step, int, int]]) -> None:
-    note(
-        "; ".join(f"{step.__name__} dev{number} gsi {gsi}" for step, number, gsi in life if step is not rest)
-    )
+def play(life: Sequence[tuple[Step, int, int]]) -> None:
     before = count_fds()
     with tempfile.TemporaryDirectory() as directory:
         world = World(Path(directory))
@@ -400,3 +382,12 @@ def test_no_line_is_lost_stuck_or_invented(life: list[tuple[Step, int, int]]) ->
         finally:
             world.close()
     assert count_fds() == before
+
+
+def describe(taken: tuple[Step, int, int]) -> str:
+    step, number, gsi = taken
+    return f"{step.__name__} dev{number} gsi {gsi}"
+
+
+def test_no_line_is_lost_stuck_or_invented() -> None:
+    check_lives(LIVES, lambda random: random.choices(ALL, k=STEPS), play, describe)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from hypothesis import HealthCheck, given, note, settings
-from hypothesis import strategies as st
+from random import Random
 
 from common import pci
 from common.errors import PeerGone
@@ -25,6 +23,7 @@ from proxyd.pci.pcihost import PciHost
 from proxyd.vm.soft.softirqchip import SoftIrqchip
 from tests.support.fds import count_fds
 from tests.support.irqbench import M_CMD, READ_IRR, S_CMD, SPECIFIC_EOI
+from tests.support.lives import check_lives
 from tests.support.remote import RemoteThread
 from tests.support.remotebench import LineDevice
 
@@ -312,26 +311,16 @@ ALL = [
     for _ in range(weight)
 ]
 
+Taken = tuple[tuple[Step, int], bool]
+"""a step, the function's number, and whether things come to rest before the next step"""
 
-@settings(
-    max_examples=LIVES,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(
-    st.lists(st.sampled_from(ALL), min_size=STEPS, max_size=STEPS),
-    st.lists(st.booleans(), min_size=STEPS, max_size=STEPS),
-)
-def test_no_line_is_lost_or_stuck(life: list[tuple[Step, int]], looks: list[bool]) -> None:
-    """``looks``: whether things come to rest after a step, or the next one follows at once."""
-    note("; ".join(f"{step.__name__} {number}" for step, number in life))
+
+def play(life: Sequence[Taken]) -> None:
     before = count_fds()
     with tempfile.TemporaryDirectory() as directory:
         world = World(Path(directory))
         try:
-            for (step, number), look in zip(life, looks, strict=True):
+            for (step, number), look in life:
                 step(world, world.functions[number])
                 if look:
                     world.check()
@@ -339,3 +328,16 @@ def test_no_line_is_lost_or_stuck(life: list[tuple[Step, int]], looks: list[bool
         finally:
             world.close()
     assert count_fds() == before
+
+
+def draw(random: Random) -> list[Taken]:
+    return [(step, random.random() < 0.5) for step in random.choices(ALL, k=STEPS)]
+
+
+def describe(taken: Taken) -> str:
+    (step, number), look = taken
+    return f"{step.__name__} {number}{'' if look else ' and at once'}"
+
+
+def test_no_line_is_lost_or_stuck() -> None:
+    check_lives(LIVES, draw, play, describe)

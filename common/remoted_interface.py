@@ -42,6 +42,7 @@ class Function:
     client_name: str | None = None
     client_gone: bool | None = None
     amiss: list[str]
+    counters: dict[str, int]
 
 
 class StatusReply(TypedDict):
@@ -91,6 +92,8 @@ class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     be read. client_gone: that process has ended, and the link lives on in another. All three are null without a
     client.
     amiss: what an operator should act on and the other fields don't tell, in words; empty if nothing.
+    counters: what its model counts by itself. Of a pci-serial, in bytes: dropped_output, which nobody was there to
+    take, and dropped_input, which the guest didn't read.
     """
 
     errors = (NoSuchDevice, NotDrivable)

@@ -12,6 +12,8 @@ from common.config import DeviceConfig
 from common.errors import UsageError
 from common.pci import format_devfn, parse_devfn
 from common.remoted_interface import Function, Link, NoSuchDevice, NotDrivable, Remoted, StatusReply
+from remoted.function import PciFunction
+from remoted.host import DEVICE_ERRORS
 from remoted.server import DeviceServer
 
 __all__ = ["RemotedService"]
@@ -83,12 +85,21 @@ def _function_status(config: DeviceConfig, server: DeviceServer) -> Function:
         has_irqfd=pirq.has_irqfd,
         link=Link.connected if session else Link.waiting if server.is_listening else Link.closed,
         amiss=server.function.amiss.texts(),
+        counters=_counters(server.function),
     )
     if session is not None:
         status.client_pid = session.peer.pid
         status.client_name = session.client_name
         status.client_gone = _has_ended(session.peer.pid)
     return status
+
+
+def _counters(function: PciFunction) -> dict[str, int]:
+    """What the model counts; nothing if its own code fails in it."""
+    try:
+        return {str(name): int(value) for name, value in function.counters.items()}
+    except DEVICE_ERRORS:
+        return {}
 
 
 def _has_ended(pid: int) -> bool:

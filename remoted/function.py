@@ -105,6 +105,11 @@ class PciFunction:
     def close(self) -> None:
         """Releases what the device opened. Called once, at the end of the daemon."""
 
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What the model counts by itself, by name, for the status."""
+        return {}
+
     def set_intx(self, level: bool) -> None:
         """Drives the INTx line; setting the level that it has does nothing."""
         level = bool(level)

@@ -43,6 +43,11 @@ class PciSerial(PciFunction):
         self.amiss.add(self._chardev.amiss)
         self._on_connected(self._chardev.connected)
 
+    @property
+    def counters(self) -> Mapping[str, int]:
+        chardev = self._chardev
+        return {"dropped_output": chardev.dropped_output, "dropped_input": chardev.dropped_input}
+
     def bar_read(self, bar: int, offset: int, size: int) -> int:
         uart = self._uart
         self._in_access = True

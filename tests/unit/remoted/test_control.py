@@ -82,6 +82,7 @@ def test_an_unused_function(bench: Bench) -> None:
         "client_name": None,
         "client_gone": None,
         "amiss": [],
+        "counters": {},
     }
 
 
@@ -96,6 +97,16 @@ def test_the_client_is_told_by_pid_and_name_while_it_is_connected(bench: Bench) 
     bench.settle()
     assert bench.status("dev0")["link"] == "waiting"
     assert bench.status("dev0")["client_pid"] is None
+
+
+@pytest.mark.parametrize(("counters", "told"), [({"pages": 3}, {"pages": 3}), ({"pages": None}, {})])
+def test_what_a_model_counts_is_told(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, counters: object, told: object
+) -> None:
+    """A model whose counters are none costs the status of no other device."""
+    monkeypatch.setattr(LineDevice, "counters", counters)
+    assert bench.status("dev0")["counters"] == told
+    assert bench.status("line0")["counters"] == {}
 
 
 def test_what_modules_say_is_amiss_is_told_while_it_is_true(bench: Bench) -> None:

@@ -227,6 +227,7 @@ def test_output_for_nobody_is_amiss(create: Create, tmp_path: Path) -> None:
     assert bench.function.amiss.texts() == [
         f"4 bytes of output dropped: nobody is connected to {tmp_path}/line"
     ]
+    assert bench.function.counters == {"dropped_output": 4, "dropped_input": 0}
 
 
 def test_file(create: Create, tmp_path: Path) -> None:

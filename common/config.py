@@ -18,11 +18,10 @@ gives, any other adds a device.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,8 +39,10 @@ from common.options import (
     Value,
     check_id,
     make_parser,
+    nearest,
     parse_device,
 )
+from common.output import emit
 from common.pci import PCI_DEVFN_MAX, format_devfn, parse_devfn
 
 __all__ = ["DeviceConfig", "VmConfig", "check_name", "default_runtime_dir", "parse_proxyd", "parse_remoted"]
@@ -58,8 +59,6 @@ _MAX_GSI = 4095
 
 _GUESSED_KEYS = ("addr", "socket")
 """what is made up where a device doesn't have it"""
-_LEAST_LIKENESS = 0.7
-"""as difflib counts it: ``adr`` and ``address`` are meant to be ``addr``"""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
@@ -118,9 +117,25 @@ class VmConfig:
             raise UsageError(f"--runtime-dir {printable(str(self.runtime_dir))}: {error.strerror}") from error
 
 
-def parse_remoted(argv: Sequence[str] | None = None) -> VmConfig:
-    """The configuration of iohub-remoted: every device has a model. Raises UsageError."""
-    return _load(REMOTED, make_parser(REMOTED).parse_args(argv))
+def parse_remoted(
+    argv: Sequence[str] | None = None, describe_models: Callable[[bool], str] | None = None
+) -> VmConfig:
+    """The configuration of iohub-remoted: every device has a model. Raises UsageError.
+
+    ``describe_models(as_json)`` is what --models prints, after which it raises SystemExit.
+    """
+    parser = make_parser(REMOTED)
+    if describe_models is not None:
+        parser.add_argument("--models", action="store_true", help="list the models with their options and exit")
+        parser.add_argument("--json", action="store_true", help="with --models: as one JSON object")
+    options = parser.parse_args(argv)
+    if describe_models is not None:
+        if options.models:
+            emit(f"{describe_models(options.json)}\n")
+            parser.exit()
+        if options.json:
+            raise UsageError("--json: only with --models")
+    return _load(REMOTED, options)
 
 
 def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
@@ -266,7 +281,7 @@ def _check_meant(vm: str, devices: Mapping[str, Keys]) -> None:
             raise UsageError(f"{keys['gsi'].where}: gsi: only for --vm pid:PID, this is {vm}")
         missing = [key for key in _GUESSED_KEYS if key not in keys]
         for key in keys.keys() - COMMON_KEYS:
-            for meant in difflib.get_close_matches(key.lower(), missing, 1, _LEAST_LIKENESS):
+            if (meant := nearest(key, missing)) is not None:
                 raise UsageError(
                     f"{keys[key].where}: {key}: is {meant} meant? "
                     f"A model's option of such a name needs {meant} beside it"

@@ -167,21 +167,28 @@ class RateLimited:
     def warning(self, message: str, *args: object, peer: str = "") -> None:
         self._limited(logging.WARNING, message, args, peer)
 
-    def _limited(self, level: int, message: str, args: tuple[object, ...], peer: str) -> None:
+    def exception(self, message: str, *args: object) -> bool:
+        """An error with the traceback of the exception that is being handled; False if it was suppressed."""
+        return self._limited(logging.ERROR, message, args, "", exc_info=True)
+
+    def _limited(
+        self, level: int, message: str, args: tuple[object, ...], peer: str, *, exc_info: bool = False
+    ) -> bool:
         now = self._clock()
         if now - self._start >= self._interval:
             self._start = now
             self._passed = 0
         if self._passed >= self._burst:
             self._suppressed += 1
-            return
+            return False
         self._passed += 1
         if self._suppressed:
             text = message % args if args else message
             message, args = "%s (%d more suppressed before)", (text, self._suppressed)
             self._suppressed = 0
         log = _peer_log(self._log, peer) if peer else self._log
-        log.log(level, message, *args)
+        log.log(level, message, *args, exc_info=exc_info)
+        return True
 
 
 def _peer_log(log: Log, peer: str) -> logging.LoggerAdapter[logging.Logger]:

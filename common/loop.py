@@ -53,7 +53,13 @@ class EventLoop(Protocol):
     def remove(self, fd: int) -> None:
         """See Loop."""
 
+    def time(self) -> float:
+        """See Loop."""
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """See Loop."""
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
         """See Loop."""
 
 

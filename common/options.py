@@ -8,8 +8,9 @@ the model first. ``,,`` stands for a comma in a value.
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from common.errors import UsageError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 __all__ = [
+    "DEVICE_OPTIONS",
     "PROXYD",
     "REMOTED",
     "Keys",
@@ -30,15 +32,25 @@ __all__ = [
     "add_version",
     "check_id",
     "make_parser",
+    "nearest",
     "parse_device",
 ]
 
 INTEGER_KEYS = frozenset(("fd", "gsi"))
 STRING_KEYS = frozenset(("id", "model", "addr", "socket"))
+DEVICE_OPTIONS = {
+    "id=ID": "its name: 1 to 32 letters, digits, '-' and '_'; needed",
+    "addr=SLOT.FN": "where the guest finds it (default: the first slot from 02.0 upward that is free)",
+    "socket=PATH": "where it listens (default: ID.sock in the runtime directory)",
+    "fd=N": "serves an inherited, connected socket instead",
+}
+"""what remoted takes for a device of any model, and what it means"""
 COMMON_KEYS = INTEGER_KEYS | STRING_KEYS
 """of a device; every other key belongs to its model"""
 
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
+_LEAST_LIKENESS = 0.7
+"""as difflib counts it: ``adr`` and ``address`` are meant to be ``addr``"""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
 
 
@@ -76,14 +88,13 @@ REMOTED = Role(
     "the connected socket that was inherited as N; addr defaults to the first slot from 02.0 upward that no "
     "other device given here or in the file has; ,, is a comma in a value",
     """\
-models and their options:
-  edu             QEMU's device for driver lessons; dma_mask=MASK, what its DMA can address (0xfffffff)
-  irq-line        no registers, only a line that `iohubctl raise` and `iohubctl lower` drive
-  pci-serial      a serial port; chardev=null|pty|file:PATH|unix:PATH, its other end (null), and
-                  carrier=on|off, whether DCD and DSR tell that somebody is there (off)
-  NAME            of an installed package, its entry point in the group iohub.devices
+models:
+  NAME            edu, irq-line, pci-serial, and what installed packages offer: --models lists
+                  them with their options
   PACKAGE.MODULE:CLASS
-                  any subclass of remoted.device.PciFunction that PYTHONPATH leads to
+                  a subclass of remoted.device.PciFunction that PYTHONPATH leads to
+  ./FILE.py:CLASS
+                  one in a file
 
 exit status: 0 after SIGTERM or SIGINT, or when the last link that was inherited has ended and nothing
 listens; 2 for options or a file that it can't run with
@@ -197,3 +208,8 @@ def check_id(keys: Keys, where: str) -> None:
         raise UsageError(f"{where}: id is missing")
     if not _ID.fullmatch(keys["id"].text):
         raise UsageError(f"{where}: id: {keys['id'].text!r} is not 1 to 32 letters, digits, '-' and '_'")
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that a misspelt word is meant to be; None if it is like none of them."""
+    return next(iter(difflib.get_close_matches(word.lower(), list(names), 1, _LEAST_LIKENESS)), None)

@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["BackgroundWriter", "detach_stdio"]
+__all__ = ["BackgroundWriter", "detach_stdio", "flush_stdio"]
 
 _CAPACITY = 256 * 1024
 """bytes that may wait to be written: some thousand lines, or the longest record"""
 _EXIT_SECONDS = 1.0
 """how long the process's end waits for what is not written yet"""
+_writers: list[BackgroundWriter] = []
+"""those of the detached streams"""
 
 
 class BackgroundWriter:
@@ -139,7 +141,8 @@ def detach_stdio(describe_loss: Callable[[int], str]) -> None:
     # Python's own are None if the fd was closed at the start: then its number may be another file's by now.
     sys.stdout = _text_stream(1, writers[0]) if sys.__stdout__ else _nowhere()
     sys.stderr = _text_stream(2, writers[1]) if sys.__stderr__ else _nowhere()
-    atexit.register(_flush, writers)
+    _writers.extend(writers)
+    atexit.register(flush_stdio)
 
 
 def _text_stream(fd: int, writer: BackgroundWriter) -> io.TextIOWrapper:
@@ -151,12 +154,13 @@ def _nowhere() -> io.TextIOWrapper:
     return open(os.devnull, "w", encoding="utf-8")
 
 
-def _flush(writers: list[BackgroundWriter]) -> None:
+def flush_stdio() -> None:
+    """Waits until what was written to the detached streams is out, at most a second."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # the program may have closed it
             stream.flush()
     deadline = time.monotonic() + _EXIT_SECONDS
-    for writer in writers:
+    for writer in _writers:
         writer.flush(max(0.0, deadline - time.monotonic()))
 
 

@@ -51,9 +51,8 @@ class RemotedService(Remoted):
 
     def _drive(self, device: str, level: bool) -> None:
         config, server = self._find(device)
-        if not server.function.IS_DRIVABLE:
+        if not (server.function.IS_DRIVABLE and server.function.drive_intx(level)):
             raise NotDrivable(device=config.id, model=config.model)
-        server.function.set_intx(level)
 
     def _find(self, device: str) -> tuple[DeviceConfig, DeviceServer]:
         for config, server in self._devices:

@@ -11,8 +11,9 @@ from common.journal import RateLimited
 from common.loop import EventLoop, Timer
 from common.pci import Bar, BarKind
 from remoted.function import PciFunction
-from remoted.host import Host
+from remoted.host import Host, PeriodicTimer
 from remoted.memory import DmaError, GuestMemory
+from remoted.options import Option
 
 __all__ = [
     "Bar",
@@ -21,7 +22,9 @@ __all__ = [
     "EventLoop",
     "GuestMemory",
     "Host",
+    "Option",
     "PciFunction",
+    "PeriodicTimer",
     "RateLimited",
     "Timer",
     "UsageError",

@@ -2,40 +2,60 @@
 """The PCI function: config space, BARs, INTx. What device authors subclass.
 
 A subclass declares its identity and BARs as class attributes, and overrides reset(), bar_read() and
-bar_write(); it drives its line by set_intx(). Everything else is here: write masks and reset values of the
-config space as QEMU's hw/pci/pci.c has them, the decoding of BAR addresses, the interrupt status bit, and
-INTX_DISABLE. The line that reaches the IOHub is a boolean, ``level and not INTX_DISABLE``: QEMU's remote
-counts calls instead, and a line that counts wrong storms or loses interrupts.
+bar_write(); it drives its line by set_intx(). Everything else is here: the config space, the decoding of BAR
+addresses, the interrupt status bit, and INTX_DISABLE. The line that reaches the IOHub is a boolean,
+``level and not INTX_DISABLE``: QEMU's remote counts calls instead, and a line that counts wrong storms or loses
+interrupts.
+
+The daemon calls a function only by what _RESERVED names. These methods guard the subclass's code; it can't
+redefine them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common import pci
 from common.amiss import Amiss
-from common.errors import UsageError
 from common.pci import Bar, BarKind
-from remoted.host import DEVICE_ERRORS, Failures, Host
+from remoted.configspace import power_on_config, write_masks
+from remoted.declaration import check_declaration
+from remoted.guard import CONFIG_SPACE, DEVICE_ERRORS, as_int
+from remoted.host import Host, PeriodicTimer
+from remoted.options import Option, parse_options
 
 __all__ = ["PciFunction"]
 
 ALL_ONES = 0xFFFFFFFFFFFFFFFF
-_BAR_SIZES = {BarKind.IO: (4, 1 << 16), BarKind.MEM32: (16, 1 << 31), BarKind.MEM64: (16, 1 << 63)}
-"""the smallest and the largest; a PC has 16 bits of I/O addresses"""
-_NUMBERS = (
-    ("VENDOR_ID", 16),
-    ("DEVICE_ID", 16),
-    ("REVISION", 8),
-    ("CLASS_CODE", 24),
-    ("SUBSYSTEM_VENDOR_ID", 16),
-    ("SUBSYSTEM_ID", 16),
-)
-"""class attributes that config space shows, and their bits"""
-_ACCESS_SIZES = frozenset((1, 2, 4, 8))
+_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
+"""of the sizes that an access may have"""
+_CONFIG_SIZES = frozenset((1, 2, 4))
 _BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
+_RESERVED = (
+    "host",
+    "amiss",
+    "errors",
+    "last_error",
+    "last_place",
+    "stall",
+    "intx_level",
+    "is_bus_master",
+    "is_initialised",
+    "call_every",
+    "drive_intx",
+    "full_reset",
+    "shut_down",
+    "set_multifunction",
+    "bus_config_read",
+    "bus_config_write",
+    "bus_read",
+    "bus_write",
+    "__getattribute__",
+    "__setattr__",
+)
+"""what the daemon relies on"""
 
 
 @dataclass(slots=True)
@@ -51,8 +71,8 @@ class _Window:
 class PciFunction:
     """One PCI function of header type 0.
 
-    A subclass may raise from any of the methods it overrides: the request is answered with all ones, the error
-    is logged, and the daemon goes on.
+    A subclass may raise from any of the methods it overrides, and from its callbacks: the request is answered
+    with all ones, the error is counted and logged, and the daemon goes on.
     """
 
     VENDOR_ID: ClassVar[int]
@@ -68,28 +88,36 @@ class PciFunction:
     """by BAR number, 0 to 5; one of kind MEM64 occupies the next number too"""
     REGISTERS: ClassVar[Mapping[int, Mapping[int, str]]] = {}
     """names by BAR number and offset, for those who read the log; a register need not have one"""
-    PROPERTIES: ClassVar[frozenset[str]] = frozenset()
-    """names of the options that the model takes besides those of every device"""
+    OPTIONS: ClassVar[Sequence[Option]] = ()
+    """what --device and the TOML file may give besides the options of every device"""
     IS_DRIVABLE: ClassVar[bool] = False
     """whether an operator may raise and lower the INTx line at the control socket"""
 
-    def __init__(self, host: Host, properties: Mapping[str, str]) -> None:
-        """``properties`` holds a text for those of PROPERTIES that were given. Raises UsageError."""
-        self.host = host
-        self.properties = properties
-        self.amiss = Amiss()
-        """what an operator is to be told of this function"""
-        self._level = False
-        self._asserted = False
-        self._windows: list[_Window] = []
-        self._failures = Failures(host.log)
-        self._check_declaration()
-        self._names = {
+    # Attributes with two underscores are renamed by the compiler: a subclass may have its own of the same name.
+    __config = bytearray()
+
+    def __init__(self, host: Host, options: Mapping[str, str]) -> None:
+        """``options`` holds a text for those of OPTIONS that were given. Raises UsageError."""
+        check_declaration(self, PciFunction, _RESERVED)
+        self.options: Mapping[str, Any] = parse_options(self.OPTIONS, options)
+        """the value of each of OPTIONS by name: what was given, or else the default"""
+        self.__host = host
+        self.__guard = host.guard
+        self.__watchdog = host.guard.watchdog
+        self.__amiss = Amiss()
+        self.__amiss.add(host.guard.amiss)
+        self.__level = False
+        self.__asserted = False
+        self.__has_pin = self.INTERRUPT_PIN != 0
+        self.__bars = dict(self.BARS)
+        self.__windows: list[_Window] = []
+        self.__timers: list[PeriodicTimer] = []
+        host.guard.names = {
             (bar, offset): name for bar, names in self.REGISTERS.items() for offset, name in names.items()
         }
-        self._config = bytearray(pci.PCI_CONFIG_SIZE)
-        self._wmask = bytearray(pci.PCI_CONFIG_SIZE)
-        self._init_config()
+        self.__wmask = write_masks(self.__bars)
+        self.__config = power_on_config(self)
+        host.memory.is_bus_master = False
 
     def reset(self) -> None:
         """Sets the device's registers to their power-on values. The line is low already."""
@@ -102,6 +130,21 @@ class PciFunction:
         """Writes ``size`` (1, 2, 4 or 8) bytes at an offset that lies within the BAR."""
         raise LookupError(f"no register at offset {offset:#x} of BAR {bar}")
 
+    def config_read(self, addr: int, size: int) -> int:
+        """``size`` (1, 2 or 4) bytes of config space, which lie within its 256."""
+        return int.from_bytes(self.__config[addr : addr + size], "little")
+
+    def config_write(self, addr: int, size: int, value: int) -> None:
+        """Writes ``size`` (1, 2 or 4) bytes of config space, within its 256, through their write masks."""
+        config, wmask = self.__config, self.__wmask
+        for offset in range(addr, addr + size):
+            byte = value & 0xFF
+            mask = wmask[offset]
+            config[offset] = config[offset] & ~mask | byte & mask
+            value >>= 8
+        if addr < _BARS_END and addr + size > pci.PCI_COMMAND:
+            self.__config_changed()
+
     def close(self) -> None:
         """Releases what the device opened. Called once, at the end of the daemon."""
 
@@ -113,26 +156,81 @@ class PciFunction:
     def set_intx(self, level: bool) -> None:
         """Drives the INTx line; setting the level that it has does nothing."""
         level = bool(level)
-        if level is not self._level:
-            self._level = level
+        if level is not self.__level:
+            self.__level = level
             if level:
-                self._config[pci.PCI_STATUS] |= pci.PCI_STATUS_INTERRUPT
+                self.__config[pci.PCI_STATUS] |= pci.PCI_STATUS_INTERRUPT
             else:
-                self._config[pci.PCI_STATUS] &= ~pci.PCI_STATUS_INTERRUPT
-            self._update_line()
+                self.__config[pci.PCI_STATUS] &= ~pci.PCI_STATUS_INTERRUPT
+            self.__update_line()
+
+    def call_every(self, seconds: float, callback: Callable[[], None]) -> PeriodicTimer:
+        """Calls ``callback()`` every so many seconds (0.001 or more), until the timer's cancel() or a reset.
+
+        Raises ValueError.
+        """
+        timer = PeriodicTimer(self.__host.loop, seconds, callback)
+        self.__timers = [each for each in self.__timers if each.is_active]
+        self.__timers.append(timer)
+        return timer
+
+    @property
+    def host(self) -> Host:
+        """What the daemon gives to the device: loop, log, guest RAM."""
+        return self.__host
+
+    @property
+    def is_bus_master(self) -> bool:
+        """Whether the guest has set bus mastering in the command register, without which all DMA fails."""
+        return bool(self.__config[pci.PCI_COMMAND] & pci.PCI_COMMAND_MASTER)
 
     @property
     def intx_level(self) -> bool:
         """The level that the device drives, whatever INTX_DISABLE says; status bit 3."""
-        return self._level
+        return self.__level
+
+    @property
+    def amiss(self) -> Amiss:
+        """What an operator is to be told of this function."""
+        return self.__amiss
+
+    @property
+    def errors(self) -> int:
+        """How often the device's code has raised."""
+        return self.__guard.errors
+
+    @property
+    def last_error(self) -> str:
+        """What it raised last, in one line; empty if it never has."""
+        return self.__guard.last_error
+
+    @property
+    def last_place(self) -> str:
+        """What it was doing then, such as ``reading 4 bytes at BAR 0 + 0x8 (STATUS)``."""
+        return self.__guard.last_place
+
+    @property
+    def stall(self) -> str:
+        """What has kept the daemon for seconds since the last reset, and for how long; empty if nothing has."""
+        return self.__guard.stall
+
+    @property
+    def is_initialised(self) -> bool:
+        """Whether the subclass's __init__() has called this class's."""
+        return bool(self.__config)
 
     def full_reset(self) -> bool:
         """What a conventional reset does: lowers the line, config space to power-on values, then reset().
 
-        False when the device's own reset() failed. The order is that of pci_do_device_reset() in QEMU's
+        False when the device's own code failed. The order is that of pci_do_device_reset() in QEMU's
         hw/pci/pci.c; device-specific config space (0x40 and up) is left alone there too.
         """
-        self.set_intx(False)
+        self.__guard.forgive()
+        for timer in self.__timers:
+            timer.cancel()
+        self.__timers.clear()
+        is_lowered = self.drive_intx(False)
+        PciFunction.set_intx(self, False)
         for start, length in (
             (pci.PCI_COMMAND, 2),
             (pci.PCI_CACHE_LINE_SIZE, 1),
@@ -140,52 +238,86 @@ class PciFunction:
             (pci.PCI_INTERRUPT_LINE, 1),
         ):
             for offset in range(start, start + length):
-                self._config[offset] &= ~self._wmask[offset]
-        self._config_changed()
-        try:
+                self.__config[offset] &= ~self.__wmask[offset]
+        self.__config_changed()
+        with self.__guard.running("reset") as run:
             self.reset()
-        except DEVICE_ERRORS:
-            self._failures.report("reset")
-            return False
-        return True
+        return is_lowered and not run.failed
+
+    def shut_down(self) -> None:
+        """Lets the device close what it opened."""
+        with self.__guard.running("close"):
+            self.close()
+
+    def drive_intx(self, level: bool) -> bool:
+        """Lets the device drive its line to a level; False when its code failed."""
+        with self.__guard.running("setting the INTx line") as run:
+            self.set_intx(level)
+        return not run.failed
 
     def set_multifunction(self) -> None:
         """Tells guests that the slot has other functions (PCI Local Bus 3.0, 6.2.1); for each of them."""
-        self._config[pci.PCI_HEADER_TYPE] |= pci.PCI_HEADER_TYPE_MULTIFUNCTION
+        self.__config[pci.PCI_HEADER_TYPE] |= pci.PCI_HEADER_TYPE_MULTIFUNCTION
 
-    def config_read(self, addr: int, size: int) -> int:
-        """``size`` (1, 2 or 4) bytes of config space; all ones when they don't lie within its 256 bytes."""
-        if size not in (1, 2, 4) or addr + size > pci.PCI_CONFIG_SIZE:
+    def bus_config_read(self, addr: int, size: int) -> int:
+        """Reads config space; all ones when the bytes don't lie within its 256, or the device's code failed."""
+        if size not in _CONFIG_SIZES or addr + size > pci.PCI_CONFIG_SIZE:
             return ALL_ONES
-        return int.from_bytes(self._config[addr : addr + size], "little")
+        watchdog = self.__watchdog
+        watchdog.doing = (self.__guard, "reading", CONFIG_SPACE, addr, size)
+        if watchdog.is_parked:
+            watchdog.unpark()
+        try:
+            value = self.config_read(addr, size)
+            if type(value) is not int:
+                value = as_int(value)
+            return value & _MASKS[size]
+        except DEVICE_ERRORS:
+            self.__guard.report(self.__guard.access("reading", CONFIG_SPACE, addr, size))
+            return ALL_ONES
+        finally:
+            watchdog.doing = None
 
-    def config_write(self, addr: int, size: int, value: int) -> bool:
-        """Writes ``size`` (1, 2 or 4) bytes of config space through its write masks; False out of range."""
-        if size not in (1, 2, 4) or addr + size > pci.PCI_CONFIG_SIZE:
+    def bus_config_write(self, addr: int, size: int, value: int) -> bool:
+        """Writes config space; False when the bytes don't lie within its 256, or the device's code failed."""
+        if size not in _CONFIG_SIZES or addr + size > pci.PCI_CONFIG_SIZE:
             return False
-        config, wmask = self._config, self._wmask
-        for offset in range(addr, addr + size):
-            byte = value & 0xFF
-            mask = wmask[offset]
-            config[offset] = config[offset] & ~mask | byte & mask
-            value >>= 8
-        if addr < _BARS_END and addr + size > pci.PCI_COMMAND:
-            self._config_changed()
-        return True
+        watchdog = self.__watchdog
+        watchdog.doing = (self.__guard, "writing", CONFIG_SPACE, addr, size)
+        if watchdog.is_parked:
+            watchdog.unpark()
+        try:
+            self.config_write(addr, size, value)
+            return True
+        except DEVICE_ERRORS:
+            self.__guard.report(self.__guard.access("writing", CONFIG_SPACE, addr, size))
+            return False
+        finally:
+            watchdog.doing = None
 
     def bus_read(self, memory: bool, addr: int, size: int) -> int:
-        """Reads at a bus address; all ones where the function decodes nothing."""
-        for window in self._windows:
+        """Reads at a bus address; all ones where the function decodes nothing, or the device's code failed."""
+        for window in self.__windows:
             if window.start <= addr < window.end and window.memory is memory:
-                if size in _ACCESS_SIZES and addr + size <= window.end:
+                mask = _MASKS.get(size)
+                if mask is not None and addr + size <= window.end:
                     offset = addr - window.start
+                    watchdog = self.__watchdog
+                    watchdog.doing = (self.__guard, "reading", window.bar, offset, size)
+                    if watchdog.is_parked:
+                        watchdog.unpark()
                     try:
-                        return self.bar_read(window.bar, offset, size) & ((1 << 8 * size) - 1)
+                        value = self.bar_read(window.bar, offset, size)
+                        if type(value) is not int:
+                            value = as_int(value)
+                        return value & mask
                     except DEVICE_ERRORS:
-                        self._failures.report(f"reading {size} bytes at {self._place(window.bar, offset)}")
+                        self.__guard.report(self.__guard.access("reading", window.bar, offset, size))
                         return ALL_ONES
+                    finally:
+                        watchdog.doing = None
                 break
-        if self._is_cut(memory, addr, size):
+        if self.__is_cut(memory, addr, size):
             half = size // 2
             ones = (1 << 8 * half) - 1
             low, high = (self.bus_read(memory, part, half) & ones for part in (addr, addr + half))
@@ -193,122 +325,72 @@ class PciFunction:
         return ALL_ONES
 
     def bus_write(self, memory: bool, addr: int, size: int, value: int) -> bool:
-        """Writes at a bus address; False where the function decodes nothing."""
-        for window in self._windows:
+        """Writes at a bus address; False where the function decodes nothing, or the device's code failed."""
+        for window in self.__windows:
             if window.start <= addr < window.end and window.memory is memory:
-                if size in _ACCESS_SIZES and addr + size <= window.end:
+                mask = _MASKS.get(size)
+                if mask is not None and addr + size <= window.end:
                     offset = addr - window.start
+                    watchdog = self.__watchdog
+                    watchdog.doing = (self.__guard, "writing", window.bar, offset, size)
+                    if watchdog.is_parked:
+                        watchdog.unpark()
                     try:
-                        self.bar_write(window.bar, offset, size, value & ((1 << 8 * size) - 1))
+                        self.bar_write(window.bar, offset, size, value & mask)
+                        return True
                     except DEVICE_ERRORS:
-                        self._failures.report(f"writing {size} bytes at {self._place(window.bar, offset)}")
+                        self.__guard.report(self.__guard.access("writing", window.bar, offset, size))
                         return False
-                    return True
+                    finally:
+                        watchdog.doing = None
                 break
-        if self._is_cut(memory, addr, size):
+        if self.__is_cut(memory, addr, size):
             half = size // 2
             low = self.bus_write(memory, addr, half, value)
             high = self.bus_write(memory, addr + half, half, value >> 8 * half)
             return low or high
         return False
 
-    def _is_cut(self, memory: bool, addr: int, size: int) -> bool:
+    def __is_cut(self, memory: bool, addr: int, size: int) -> bool:
         """Whether an I/O access lies within a BAR with one part and outside with another.
 
-        A host bridge makes two of it (PCI Local Bus 3.0, 3.2.2.1, and no BAR ends within a dword), so that a
-        function sees only what is its own; what is nobody's reads as all ones.
+        A host bridge splits it (PCI Local Bus 3.0, 3.2.2.1, and no BAR ends within a dword). The function
+        decodes its own part only; the other part is read as all ones.
         """
         return (
             not memory
-            and size in _ACCESS_SIZES
+            and size in _MASKS
             and any(
                 not window.memory
                 and window.start < addr + size
                 and addr < window.end
                 and not window.start <= addr <= addr + size <= window.end
-                for window in self._windows
+                for window in self.__windows
             )
         )
 
-    def _place(self, bar: int, offset: int) -> str:
-        """``BAR 0 + 0x8``, with the register's name if it has one."""
-        name = self._names.get((bar, offset))
-        return f"BAR {bar} + {offset:#x}" if name is None else f"BAR {bar} + {offset:#x} ({name})"
-
-    def _check_declaration(self) -> None:
-        """Raises UsageError when the class attributes describe no possible function."""
-        for name, bits in _NUMBERS:
-            value = getattr(self, name, None)
-            if value is None:
-                raise UsageError(f"its class has no {name}")
-            if not isinstance(value, int) or value >> bits:
-                raise UsageError(f"{name} {value!r} is no number of {bits} bits")
-        if self.INTERRUPT_PIN not in range(5):
-            raise UsageError(f"INTERRUPT_PIN {self.INTERRUPT_PIN} is not 0 to 4")
-        taken: set[int] = set()
-        for number, bar in self.BARS.items():
-            smallest, largest = _BAR_SIZES[bar.kind]
-            if not smallest <= bar.size <= largest or bar.size & bar.size - 1:
-                raise UsageError(
-                    f"BAR {number}: a size of {bar.size} is no power of two from {smallest} to {largest:#x}"
-                )
-            occupied = {number, number + 1} if bar.kind is BarKind.MEM64 else {number}
-            if occupied & taken or not occupied <= set(range(pci.PCI_NUM_BARS)):
-                raise UsageError(f"BAR {number} has no room among the {pci.PCI_NUM_BARS} BARs")
-            taken |= occupied
-
-    def _init_config(self) -> None:
-        config, wmask = self._config, self._wmask
-        _put(config, pci.PCI_VENDOR_ID, 2, self.VENDOR_ID)
-        _put(config, pci.PCI_DEVICE_ID, 2, self.DEVICE_ID)
-        _put(config, pci.PCI_REVISION_ID, 4, self.CLASS_CODE << 8 | self.REVISION)
-        _put(config, pci.PCI_SUBSYSTEM_VENDOR_ID, 2, self.SUBSYSTEM_VENDOR_ID)
-        _put(config, pci.PCI_SUBSYSTEM_ID, 2, self.SUBSYSTEM_ID)
-        config[pci.PCI_INTERRUPT_PIN] = self.INTERRUPT_PIN
-        _put(
-            wmask,
-            pci.PCI_COMMAND,
-            2,
-            pci.PCI_COMMAND_IO
-            | pci.PCI_COMMAND_MEMORY
-            | pci.PCI_COMMAND_MASTER
-            | pci.PCI_COMMAND_SERR
-            | pci.PCI_COMMAND_INTX_DISABLE,
-        )
-        wmask[pci.PCI_CACHE_LINE_SIZE] = 0xFF
-        wmask[pci.PCI_INTERRUPT_LINE] = 0xFF
-        for offset in range(pci.PCI_STD_HEADER_SIZE, pci.PCI_CONFIG_SIZE):
-            wmask[offset] = 0xFF
-        for number, bar in self.BARS.items():
-            offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
-            config[offset] = pci.bar_flags(bar)
-            _put(wmask, offset, 8 if bar.kind is BarKind.MEM64 else 4, ~(bar.size - 1))
-
-    def _config_changed(self) -> None:
-        """Command or a BAR was written: decode anew, and let INTX_DISABLE take effect."""
-        command = self._config[pci.PCI_COMMAND]
-        self._windows = []
-        for number, bar in self.BARS.items():
+    def __config_changed(self) -> None:
+        """Command or a BAR was written: decode anew, and let bus mastering and INTX_DISABLE take effect."""
+        command = self.__config[pci.PCI_COMMAND]
+        self.__windows = []
+        for number, bar in self.__bars.items():
             memory = bar.kind is not BarKind.IO
             if not command & (pci.PCI_COMMAND_MEMORY if memory else pci.PCI_COMMAND_IO):
                 continue
             width = 8 if bar.kind is BarKind.MEM64 else 4
             offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
-            start = int.from_bytes(self._config[offset : offset + width], "little") & ~(bar.size - 1)
+            start = int.from_bytes(self.__config[offset : offset + width], "little") & ~(bar.size - 1)
             end = start + bar.size
-            # pci_bar_address() in QEMU's hw/pci/pci.c: at 0, and where sizing has left all ones, is nothing.
+            # As pci_bar_address() in QEMU's hw/pci/pci.c: at 0, or as sizing leaves it, a BAR is not decoded.
             if start and end <= (ALL_ONES if width == 8 else 0xFFFFFFFF):
-                self._windows.append(_Window(memory, start, end, number))
-        self._update_line()
+                self.__windows.append(_Window(memory, start, end, number))
+        self.__host.memory.is_bus_master = bool(command & pci.PCI_COMMAND_MASTER)
+        self.__update_line()
 
-    def _update_line(self) -> None:
+    def __update_line(self) -> None:
         """Hands the effective level to the IOHub when it changed."""
-        disabled = self._config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
-        asserted = self._level and not disabled and self.INTERRUPT_PIN != 0
-        if asserted is not self._asserted:
-            self._asserted = asserted
-            self.host.set_irq(asserted)
-
-
-def _put(buffer: bytearray, offset: int, size: int, value: int) -> None:
-    buffer[offset : offset + size] = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        disabled = self.__config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
+        asserted = self.__level and not disabled and self.__has_pin
+        if asserted is not self.__asserted:
+            self.__asserted = asserted
+            self.__host.set_irq(asserted)

@@ -1,85 +1,174 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the daemon gives to a device, such that the device's mistakes stay its own."""
+"""What the daemon gives to a device: a loop whose callbacks are guarded, a log, the guest's RAM."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
+import os
+import socket
+import stat
 from collections.abc import Callable
-from dataclasses import dataclass
-from select import EPOLLIN
+from dataclasses import InitVar, dataclass, field
+from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
 
+from common.disposal import count_unread
+from common.journal import Log
 from common.loop import EventLoop, Timer
+from remoted.guard import DEVICE_ERRORS, Guard
 from remoted.memory import GuestMemory
+from remoted.watchdog import Watchdog
 
-__all__ = ["DEVICE_ERRORS", "Failures", "GuardedLoop", "Host"]
+__all__ = ["GuardedLoop", "Host", "PeriodicTimer"]
 
-DEVICE_ERRORS = (Exception, SystemExit)
-"""what a device's own code may raise at the cost of the device only"""
+_PROBE_EVERY = 256
+"""calls of an fd's handler between two looks at whether there was anything to handle"""
+_MAX_IDLE_CALLS = 64
+"""calls in a row at the end of a stream, until its level counts no more"""
+_MIN_PERIOD = 0.001
+_MAX_SECONDS = 1e6
+"""epoll_wait(2) takes at most 2**31 ms"""
 
-_MAX_FAILURES = 64
-"""how many different failures of one device's code are logged"""
 
+class _Watched:
+    """An fd of the device in the loop, and the guard around its callback."""
 
-class Failures:
-    """Logs errors in a device's own code: with the traceback, once for each thing it was doing."""
+    __slots__ = ("_calls", "_idle_calls", "_is_edge_triggered", "callback", "events", "fd", "loop")
 
-    def __init__(self, log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-        self._log = log
-        self._seen: set[str] = set()
+    def __init__(self, loop: GuardedLoop, fd: int, callback: Callable[[int], None], events: int) -> None:
+        self.loop = loop
+        self.fd = fd
+        self.callback = callback
+        self.events = events
+        self._calls = 0
+        self._idle_calls = 0
+        self._is_edge_triggered = False
 
-    def report(self, doing: str) -> None:
-        """To be called while the exception is handled."""
-        if doing not in self._seen and len(self._seen) < _MAX_FAILURES:
-            self._seen.add(doing)
-            self._log.exception("the device's code failed: %s", doing)
+    def on_ready(self, ready: int) -> None:
+        guard = self.loop.guard
+        self._calls += 1
+        if self._idle_calls or self._calls >= _PROBE_EVERY:
+            self._calls = 0
+            self._probe(ready)
+        with guard.running(f"handling fd {self.fd} in {_name(self.callback)}()") as run:
+            self.callback(ready)
+        if run.failed:
+            # It may have removed the fd before it failed.
+            with contextlib.suppress(KeyError, OSError):
+                self.loop.remove(self.fd)
+
+    def _probe(self, ready: int) -> None:
+        """Counts calls for the end of a stream, which a handler is to answer by removing the fd.
+
+        As a level it would call the handler in each pass of the loop for ever. As an edge it does so only when
+        something happens, and that something makes it a level again.
+        """
+        if not _is_at_end(self.fd, ready):
+            self._idle_calls = 0
+            if self._is_edge_triggered:
+                self._is_edge_triggered = False
+                self.loop.inner.modify(self.fd, self.events)
+                self.loop.guard.spinning.pop(self.fd, None)
+            return
+        self._idle_calls += 1
+        if self._idle_calls >= _MAX_IDLE_CALLS and not self._is_edge_triggered:
+            self._is_edge_triggered = True
+            self.loop.inner.modify(self.fd, self.events | EPOLLET)
+            self.loop.guard.spins(
+                self.fd, f"{_name(self.callback)}() ignores the end of fd {self.fd}, which it should remove"
+            )
 
 
 class GuardedLoop:
-    """The daemon's loop for a device: an exception of a callback is logged, and ends neither daemon nor loop."""
+    """The daemon's loop for a device.
 
-    def __init__(self, loop: EventLoop, failures: Failures) -> None:
-        self._loop = loop
-        self._failures = failures
+    What a callback raises is logged, and ends neither daemon nor loop. A device can reach its own fds only.
+    """
+
+    def __init__(self, loop: EventLoop, guard: Guard) -> None:
+        self.inner = loop
+        self.guard = guard
+        self._watched: dict[int, _Watched] = {}
 
     def add(
         self, fd: int, callback: Callable[[int], None], events: int = EPOLLIN, *, in_turn: bool = False
     ) -> None:
         """As Loop.add(); an fd whose callback fails is watched no more, or it would fail for ever."""
-
-        def guarded(ready: int) -> None:
-            try:
-                callback(ready)
-            except DEVICE_ERRORS:
-                self._failures.report(f"handling fd {fd} in {_name(callback)}()")
-                with contextlib.suppress(KeyError, OSError):  # it may have gone before it failed
-                    self._loop.remove(fd)
-
-        self._loop.add(fd, guarded, events, in_turn=in_turn)
+        _check_callable(callback)
+        watched = _Watched(self, fd, callback, events)
+        self.inner.add(fd, watched.on_ready, events, in_turn=in_turn)
+        self._watched[fd] = watched
 
     def modify(self, fd: int, events: int) -> None:
-        """As Loop.modify()."""
-        self._loop.modify(fd, events)
+        """As Loop.modify(). Raises KeyError for an fd that isn't registered."""
+        watched = self._watched[fd]
+        self.inner.modify(fd, events)
+        watched.events = events
 
     def remove(self, fd: int) -> None:
-        """As Loop.remove()."""
-        self._loop.remove(fd)
+        """As Loop.remove(). Raises KeyError for an fd that isn't registered."""
+        del self._watched[fd]
+        self.guard.spinning.pop(fd, None)
+        self.inner.remove(fd)
+
+    def time(self) -> float:
+        """As Loop.time()."""
+        return self.inner.time()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        """As Loop.call_later()."""
+        """As Loop.call_later(). Raises ValueError for a time that is negative or longer than 11 days."""
+        _check_callable(callback)
+        if not 0 <= seconds <= _MAX_SECONDS:
+            raise ValueError(f"call_later() takes 0 to {_MAX_SECONDS:.0f} seconds, not {seconds!r}")
 
         def guarded() -> None:
-            try:
+            with self.guard.running(f"running the timer's {_name(callback)}()"):
                 callback()
-            except DEVICE_ERRORS:
-                self._failures.report(f"running the timer's {_name(callback)}()")
 
-        return self._loop.call_later(seconds, guarded)
+        return self.inner.call_later(seconds, guarded)
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        """As Loop.call_soon_threadsafe()."""
+        _check_callable(callback)
+
+        def guarded() -> None:
+            with self.guard.running(f"running {_name(callback)}()"):
+                callback()
+
+        self.inner.call_soon_threadsafe(guarded)
 
 
-def _name(callback: Callable[..., None]) -> str:
-    """A partial() has no name of its own."""
-    return getattr(callback, "__qualname__", type(callback).__name__)
+class PeriodicTimer:
+    """Calls back every so many seconds until cancel(); a call that comes late does not delay those after it."""
+
+    def __init__(self, loop: EventLoop, seconds: float, callback: Callable[[], None]) -> None:
+        """Raises ValueError for a period under a millisecond."""
+        _check_callable(callback)
+        if not (math.isfinite(seconds) and seconds >= _MIN_PERIOD):
+            raise ValueError(f"a period is {_MIN_PERIOD} s or more, not {seconds!r}")
+        self._loop = loop
+        self._seconds = seconds
+        self._callback = callback
+        self._due = loop.time() + seconds
+        self._timer: Timer | None = loop.call_later(seconds, self._expired)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there are more calls to come."""
+        return self._timer is not None
+
+    def cancel(self) -> None:
+        """Prevents all further calls; after it, or a second time, does nothing."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expired(self) -> None:
+        now = self._loop.time()
+        # Periods that are over already are left out.
+        self._due = max(self._due + self._seconds, now)
+        self._timer = self._loop.call_later(self._due - now, self._expired)
+        self._callback()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +178,50 @@ class Host:
     name: str
     """the device's id"""
     loop: EventLoop
-    log: logging.Logger | logging.LoggerAdapter[logging.Logger]
+    """timers and fds; what a callback raises is logged"""
+    log: Log
+    """its lines name the VM and the device; ``debug()`` is shown with --verbose"""
     memory: GuestMemory
-    """the RAM of the guest that is connected, for DMA"""
+    """the RAM of the guest that is connected, for DMA while the guest has set bus mastering"""
     set_irq: Callable[[bool], None]
-    """drives the function's pirq; devices use set_intx()"""
+    """for the daemon: drives the function's pirq; devices use set_intx()"""
+    watchdog: InitVar[Watchdog | None] = None
+    guard: Guard = field(init=False)
+    """for the daemon: whatever it calls of the device runs in this"""
+
+    def __post_init__(self, watchdog: Watchdog | None) -> None:
+        guard = Guard(self.log, watchdog or Watchdog())
+        object.__setattr__(self, "guard", guard)
+        object.__setattr__(self, "loop", GuardedLoop(self.loop, guard))
+
+
+def _name(callback: Callable[..., None]) -> str:
+    """A partial() has no name of its own, and others may fail to tell it."""
+    try:
+        return str(callback.__qualname__)
+    except DEVICE_ERRORS:
+        return type(callback).__name__
+
+
+def _check_callable(callback: object) -> None:
+    if not callable(callback):
+        raise TypeError(f"{callback!r} can't be called")
+
+
+def _is_at_end(fd: int, ready: int) -> bool:
+    """Whether a pipe, a stream or a terminal is ready because it has come to its end, and for nothing else."""
+    if ready & EPOLLOUT and not ready & (EPOLLHUP | EPOLLERR):
+        return False
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or (stat.S_ISSOCK(mode) and _is_stream(fd))):
+            return False
+        return count_unread(fd) == 0
+    except OSError:
+        return False
+
+
+def _is_stream(fd: int) -> bool:
+    """Whether a socket is one: elsewhere a message may be empty."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return sock.type == socket.SOCK_STREAM

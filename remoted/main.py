@@ -3,26 +3,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 from collections.abc import Sequence
+from types import FrameType
 
 from common import eventsignal
 from common.config import DeviceConfig, VmConfig, parse_remoted
 from common.control import ControlServer
 from common.errors import IohubError, UsageError
-from common.journal import device_log, printable, setup
+from common.journal import device_log, setup
 from common.loop import Loop
 from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.service import freeze_heap, notify, raise_fd_limit
+from common.stdio import flush_stdio
 from remoted.control import RemotedService
 from remoted.function import PciFunction
-from remoted.host import DEVICE_ERRORS, Failures, GuardedLoop, Host
+from remoted.guard import DEVICE_ERRORS, Guard, describe_error, log_stray_errors
+from remoted.host import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
-from remoted.models import find_model
+from remoted.modellist import describe_models
+from remoted.models import find_model, hidden_models
 from remoted.server import DeviceServer, adopt_connection
+from remoted.watchdog import Watchdog
 
 __all__ = ["main"]
 
@@ -30,7 +37,11 @@ PROGRAM = "iohub-remoted"
 
 
 class Remoted:
-    """The daemon: hub, devices, servers."""
+    """The daemon: hub, devices, servers.
+
+    SIGTERM and SIGINT end it after the present pass of the loop. One that comes before the loop runs, or when the
+    daemon is ending already, kills it: device code may keep the loop for ever.
+    """
 
     def __init__(self, config: VmConfig) -> None:
         """Creates every device and starts to listen. Raises UsageError."""
@@ -39,7 +50,14 @@ class Remoted:
         self._servers: list[DeviceServer] = []
         self._control: ControlServer | None = None
         self._log = logging.getLogger(PROGRAM)
+        self._is_serving = False
+        self._watchdog = Watchdog()
         try:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._loop.stop_on_signal(signum)
+                signal.signal(signum, self._on_signal)
+            log_stray_errors(self._log)
+            self._watchdog.start()
             devices: list[tuple[DeviceConfig, DeviceServer]] = []
             path = str(config.runtime_dir / "remoted.varlink")
             interface = RemotedService(config.name, devices)
@@ -53,29 +71,52 @@ class Remoted:
 
     def run(self) -> None:
         """Serves until SIGTERM or SIGINT, or until the last inherited link has closed."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._loop.stop_on_signal(signum)
+        self._is_serving = True
         notify("READY=1")
         freeze_heap()
         self._loop.run()
+        self._is_serving = False
         notify("STOPPING=1")
 
     def close(self) -> None:
         """Ends sessions, unlinks sockets, closes devices and eventfds."""
-        if self._control is not None:
-            self._control.close()
+        self._hang_up()
         for server in self._servers:
             server.close()
         self._hub.finalize()
+        self._watchdog.close()
         self._loop.close()
 
+    def _hang_up(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        for server in self._servers:
+            server.hang_up()
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        if self._is_serving and not self._loop.is_stopped:
+            self._loop.stop()
+            return
+        # Whatever this interrupts may be anywhere: it is not expected to be in order.
+        with contextlib.suppress(Exception):
+            self._log.warning("killed: a second signal, or one outside of the loop")
+        with contextlib.suppress(Exception):
+            self._hang_up()
+        with contextlib.suppress(Exception):
+            flush_stdio()
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+
     def _create(self, config: VmConfig, device: DeviceConfig) -> DeviceServer:
-        model = find_model(device.model or "", device.id)
         log = device_log(PROGRAM, device.id)
+        with Guard(log, self._watchdog).watching("loading its class"):
+            model = find_model(device.model or "", device.id)
+        for other in hidden_models():
+            if other.name == device.model:
+                log.warning("%s is the built-in model, not that of %s: %s", other.name, other.origin, other.target)
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
-        loop = GuardedLoop(self._loop, Failures(log))
-        host = Host(device.id, loop, log, GuestMemory(), pirq.set_irq)
-        function = self._power_on(model, host, device)
+        host = Host(device.id, self._loop, log, GuestMemory(), pirq.set_irq, self._watchdog)
+        function = _power_on(model, host, device)
         if sum(other.devfn >> 3 == device.devfn >> 3 for other in config.devices) > 1:
             function.set_multifunction()
         server = DeviceServer(self._loop, function, pirq, self._on_idle)
@@ -90,28 +131,27 @@ class Remoted:
         log.info("%s at %s", device.model, format_devfn(device.devfn))
         return server
 
-    @staticmethod
-    def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> PciFunction:
-        name = f"model {device.model}"
-        try:
-            unknown = sorted(set(device.properties).difference(model.PROPERTIES))
-            if unknown:
-                known = ", ".join(sorted(model.PROPERTIES)) or "none"
-                raise UsageError(f"{name} has no option {', '.join(unknown)}; it has {known}")
-            function = model(host, device.properties)
-            function.full_reset()  # fails if the class overrides __init__() without calling this one
-        except UsageError as error:
-            raise UsageError(f"device {device.id}: {error}") from error
-        except DEVICE_ERRORS as error:
-            host.log.exception("the device's code failed: %s()", model.__name__)
-            reason = printable(f"{type(error).__name__}: {error}")
-            raise UsageError(f"device {device.id}: {name} can't be created: {reason}") from error
-        return function
-
     def _on_idle(self) -> None:
         """A client has gone: without listeners and links there is nothing left to do."""
         if not any(server.is_listening or server.session for server in self._servers):
             self._loop.stop()
+
+
+def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> PciFunction:
+    """Raises UsageError."""
+    try:
+        with host.guard.watching("__init__"):
+            function = model(host, device.properties)
+        if not (isinstance(function, PciFunction) and function.is_initialised):
+            raise UsageError("its __init__() does not call that of PciFunction")
+    except UsageError as error:
+        raise UsageError(f"device {device.id}: {error}") from error
+    except DEVICE_ERRORS as error:
+        host.log.exception("the device's code failed: __init__")
+        reason = "{}: {} ({})".format(*describe_error(error))
+        raise UsageError(f"device {device.id}: model {device.model} can't be created: {reason}") from error
+    function.full_reset()
+    return function
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         raise_fd_limit()
         eventsignal.prepare()
-        config = parse_remoted(argv)
+        config = parse_remoted(argv, describe_models)
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")
         setup(PROGRAM, config.name, verbose=config.verbose)

@@ -39,7 +39,7 @@ _READ_ONLY_SEALS = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
 
 
 class DmaError(IohubError):
-    """An address that isn't RAM."""
+    """An address that isn't RAM, or bus mastering is off."""
 
 
 class _Region(NamedTuple):
@@ -66,6 +66,8 @@ class GuestMemory:
     """The guest-physical address space as far as it is RAM. Addresses and sizes are in bytes."""
 
     def __init__(self) -> None:
+        self.is_bus_master = True
+        """whether its function may access RAM: the bus master bit, which the function keeps up to date"""
         self._regions: list[_Region] = []
         self._starts: list[int] = []
         self._copy = -1
@@ -144,6 +146,8 @@ class GuestMemory:
 
     def _pieces(self, address: int, size: int) -> list[_Piece]:
         """The parts of regions that make up a range, which must be covered without a gap."""
+        if not self.is_bus_master:
+            raise DmaError("the guest has not set bus mastering in the command register")
         pieces = []
         position, end = address, address + size
         while position < end:

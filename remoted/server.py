@@ -14,7 +14,6 @@ from common.listen import UnixListener
 from common.loop import Loop
 from common.peer import peer_credentials
 from remoted.function import PciFunction
-from remoted.host import DEVICE_ERRORS
 from remoted.iohub import Pirq
 from remoted.session import Session
 
@@ -64,17 +63,18 @@ class DeviceServer:
         self._is_refusal_told = False
         self._log.info("connected", peer=self.session.client)
 
-    def close(self) -> None:
-        """Ends the session, unlinks the socket and closes the device."""
+    def hang_up(self) -> None:
+        """Ends the session and unlinks the socket."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
         if self.session is not None:
             self.session.close()
-        try:
-            self.function.close()
-        except DEVICE_ERRORS:
-            self.function.host.log.exception("the device's code failed: close")
+
+    def close(self) -> None:
+        """Ends the session, unlinks the socket and closes the device."""
+        self.hang_up()
+        self.function.shut_down()
 
     def _on_client(self, sock: socket.socket) -> None:
         if self.session is None:

@@ -129,11 +129,11 @@ class Session:
 
     def _config_read(self) -> None:
         addr, _, length = CONFIG.unpack_from(self._link.payload)
-        self._link.reply(self._function.config_read(addr, length))
+        self._link.reply(self._function.bus_config_read(addr, length))
 
     def _config_write(self) -> None:
         addr, value, length = CONFIG.unpack_from(self._link.payload)
-        self._link.reply(0 if self._function.config_write(addr, length, value) else ERROR)
+        self._link.reply(0 if self._function.bus_config_write(addr, length, value) else ERROR)
 
     def _bar_read(self) -> None:
         addr, _, size, memory = BAR.unpack_from(self._link.payload)

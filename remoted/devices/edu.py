@@ -7,12 +7,10 @@ The option ``dma_mask`` is QEMU's: what the DMA engine can address, 28 bits unle
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import ClassVar
 
-from common import pci
-from remoted.device import Bar, BarKind, Host, PciFunction, Timer, UsageError
+from remoted.device import Bar, BarKind, Host, Option, PciFunction, Timer
 from remoted.devices.edu_dma import DEFAULT_MASK, DmaEngine
 
 __all__ = ["Edu"]
@@ -30,7 +28,6 @@ STATUS_COMPUTING = 0x01
 STATUS_IRQFACT = 0x80
 FACT_IRQ = 0x00000001
 
-_MASK = re.compile(r"0x[0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19}", re.ASCII)
 _DMA_AREA = 0x80
 """from here on accesses may have 8 bytes"""
 _ALL_ONES = 0xFFFFFFFFFFFFFFFF
@@ -47,13 +44,14 @@ class Edu(PciFunction):
     REVISION = 0x10
     CLASS_CODE = 0x00FF00
     BARS: ClassVar = {0: Bar(BarKind.MEM32, 1 << 20)}
-    PROPERTIES = frozenset({"dma_mask"})
+    OPTIONS = (
+        Option("dma_mask", int, DEFAULT_MASK, "what DMA can address", minimum=0, maximum=_ALL_ONES),
+    )
 
-    def __init__(self, host: Host, properties: Mapping[str, str]) -> None:
+    def __init__(self, host: Host, options: Mapping[str, str]) -> None:
         """Raises UsageError."""
-        super().__init__(host, properties)
-        mask = _parse_mask(properties["dma_mask"]) if "dma_mask" in properties else DEFAULT_MASK
-        self._dma = DmaEngine(host, mask, self._is_master, self._raise_irq)
+        super().__init__(host, options)
+        self._dma = DmaEngine(host, self.options["dma_mask"], self._raise_irq)
         self._computing: Timer | None = None
         self.reset()
 
@@ -118,12 +116,3 @@ class Edu(PciFunction):
     def _raise_irq(self, value: int) -> None:
         self._irq_status |= value
         self.set_intx(self._irq_status != 0)
-
-    def _is_master(self) -> bool:
-        return bool(self.config_read(pci.PCI_COMMAND, 2) & pci.PCI_COMMAND_MASTER)
-
-
-def _parse_mask(text: str) -> int:
-    if not _MASK.fullmatch(text) or int(text, 0) > _ALL_ONES:
-        raise UsageError(f"dma_mask={text}: must be a number of up to 64 bits, decimal or 0x hexadecimal")
-    return int(text, 0)

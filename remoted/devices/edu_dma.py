@@ -38,14 +38,11 @@ _ALL_ONES = 0xFFFFFFFFFFFFFFFF
 class DmaEngine:
     """Registers, buffer and transfers."""
 
-    def __init__(
-        self, host: Host, mask: int, is_master: Callable[[], bool], raise_irq: Callable[[int], None]
-    ) -> None:
-        """``mask`` is what addresses of RAM are cut to; ``is_master()`` tells whether bus mastering is on."""
+    def __init__(self, host: Host, mask: int, raise_irq: Callable[[int], None]) -> None:
+        """``mask`` is what addresses of RAM are cut to."""
         self._host = host
         self._log = RateLimited(host.log)
         self._mask = mask
-        self._is_master = is_master
         self._raise_irq = raise_irq
         self._registers: dict[int, int] = {}
         self._buffer = bytearray()
@@ -91,8 +88,6 @@ class DmaEngine:
         start = (source if from_device else destination) - BUFFER_START
         if start < 0 or start + count > BUFFER_SIZE:
             raise DmaError(f"{count} bytes at {start + BUFFER_START:#x} are not within the device's buffer")
-        if not self._is_master():
-            raise DmaError("bus mastering is off in the command register")
         if from_device:
             self._host.memory.write(destination & self._mask, self._buffer[start : start + count])
         else:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from common.chardev import open_chardev
 from common.serial_reg import UART_MSR_CTS, UART_MSR_DCD, UART_MSR_DSR
 from common.uart import Uart16550
-from remoted.device import Bar, BarKind, Host, PciFunction, UsageError
+from remoted.device import Bar, BarKind, Host, Option, PciFunction
 
 __all__ = ["PciSerial"]
 
@@ -26,19 +26,19 @@ class PciSerial(PciFunction):
     REVISION = 1
     CLASS_CODE = 0x070002
     BARS: ClassVar = {0: Bar(BarKind.IO, 8)}
-    PROPERTIES = frozenset({"chardev", "carrier"})
+    OPTIONS = (
+        Option("chardev", str, "null", "its other end: null, pty, file:PATH or unix:PATH"),
+        Option("carrier", bool, False, "whether DCD and DSR tell that somebody is there"),
+    )
 
-    def __init__(self, host: Host, properties: Mapping[str, str]) -> None:
+    def __init__(self, host: Host, options: Mapping[str, str]) -> None:
         """Opens the chardev. Raises UsageError."""
-        super().__init__(host, properties)
-        carrier = properties.get("carrier", "off")
-        if carrier not in ("on", "off"):
-            raise UsageError(f"carrier={carrier}: must be on or off")
-        self._carrier = carrier == "on"
+        super().__init__(host, options)
+        self._carrier = self.options["carrier"]
         self._in_access = False
         self._uart = Uart16550(self._on_irq, self._transmit, host.loop.call_later, self._input_ready)
         self._chardev = open_chardev(
-            properties.get("chardev", "null"), host.loop, host.log, self._uart, self._on_connected
+            self.options["chardev"], host.loop, host.log, self._uart, self._on_connected
         )
         self.amiss.add(self._chardev.amiss)
         self._on_connected(self._chardev.connected)

@@ -19,6 +19,7 @@ import pytest
 from common.config import parse_proxyd, parse_remoted
 from common.ctl.guestconsole import GuestConsole, Record
 from remoted.models import find_model
+from remoted.options import parse_options
 from tests.support.checkout import ROOT
 from tests.support.monitorclient import MonitorClient
 from tests.support.qemu import PATIENCE, Qemu, boot, guest_image
@@ -246,7 +247,7 @@ def test_both_daemons_read_the_configuration(tmp_path: Path) -> None:
         assert (config.name, config.vm) == ("vm1", "qmp:/run/vm1/qmp.sock")
         (device,) = config.devices
         assert (device.id, device.devfn) == ("com1", 5 << 3)
-        assert device.properties.keys() <= find_model(device.model or "", device.id).PROPERTIES
+        parse_options(find_model(device.model or "", device.id).OPTIONS, device.properties)
 
 
 def shown_commands() -> list[str]:

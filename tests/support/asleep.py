@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from common.ctl.children import Child
@@ -25,14 +26,21 @@ def switches(pid: int) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def wait_asleep(pid: int) -> dict[str, tuple[str, ...]]:
-    """Waits until every thread sleeps, and has not run since the look before. Returns their switches()."""
+def wait_asleep(pid: int, seconds: float = 0.0) -> dict[str, tuple[str, ...]]:
+    """Waits until every thread sleeps, and has not run since the look before and for so many seconds.
+
+    Returns their switches().
+    """
     last: dict[str, tuple[str, ...]] = {}
+    since = time.monotonic()
 
     def settled() -> bool:
-        nonlocal last
+        nonlocal last, since
         before, last = last, switches(pid)
-        return before == last and all(state.startswith("S") for state, _, _ in last.values())
+        if before != last or not all(state.startswith("S") for state, _, _ in last.values()):
+            since = time.monotonic()
+            return False
+        return time.monotonic() - since >= seconds
 
     wait_until(settled, f"process {pid} goes to sleep")
     return last

@@ -367,7 +367,7 @@ def test_proxyd_does_not_take_a_misspelt_key_for_the_models_own(tmp_path: Path, 
 
 def test_proxyd_takes_the_models_options_that_come_with_iohub(tmp_path: Path) -> None:
     path = tmp_path / "vm.toml"
-    options = "".join(f'{key} = "x"\n' for key in PciSerial.PROPERTIES | Edu.PROPERTIES)
+    options = "".join(f'{key} = "x"\n' for key in [option.name for option in (*PciSerial.OPTIONS, *Edu.OPTIONS)])
     path.write_text(f'name = "vm1"\n[[device]]\nid = "a"\n{options}')
     assert len(parse_proxyd(["--config", str(path)]).devices[0].properties) == 3
 

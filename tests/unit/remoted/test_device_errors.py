@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Self
@@ -60,8 +59,8 @@ class Faulty(Scratch):
     DEVICE_ID = 0x0002
     REGISTERS = {0: {0x8: "STATUS", 0xC: "CONTROL"}}
 
-    def __init__(self, host, properties):
-        super().__init__(host, properties)
+    def __init__(self, host, options):
+        super().__init__(host, options)
         self.events = 0
         self.eventfd = os.eventfd(0)
         host.loop.add(self.eventfd, self.on_event)
@@ -318,8 +317,9 @@ def test_impossible_declaration_is_one_line_and_status_2(parts: Callable[[str], 
 CONSTRUCTORS = {
     "fails": ("self.x = 1 / 0", "ZeroDivisionError: division by zero"),
     "exits": ("raise SystemExit('no licence')", "SystemExit: no licence"),
+    "is cancelled": ("import asyncio; raise asyncio.CancelledError('late')", "CancelledError: late"),
     "fails in two lines": (r"raise ValueError('one\ntwo')", r"ValueError: one\ntwo"),
-    "leaves out the base class's": ("self.x = 1", "AttributeError: 'Thing' object has no attribute '_level'"),
+    "has no text": ("class E(Exception):\n        def __str__(self): 1/0\n    raise E", "E: no text"),
 }
 
 
@@ -328,13 +328,30 @@ def test_failing_constructor_is_a_traceback_a_line_and_status_2(
     parts: Callable[[str], Path], case: str
 ) -> None:
     body, complaint = CONSTRUCTORS[case]
-    methods = f"def __init__(self, host, properties):\n    {body}\n"
+    methods = f"def __init__(self, host, options):\n    {body}\n"
     directory = parts(f"{HEAD}class Thing(PciFunction):\n{indent(methods, '    ')}")
     lines = refused(directory, "acme.parts:Thing,id=thing")
     model = "model acme.parts:Thing"
-    assert lines[-1] == f"iohub-remoted: device thing: {model} can't be created: {complaint}"
-    assert len([line for line in lines if "Traceback" in line]) == 1
-    assert lines[0].endswith("thing: error: the device's code failed: Thing()")
+    start = f"iohub-remoted: device thing: {model} can't be created: {complaint} ("
+    assert lines[-1].startswith(start)
+    assert re.fullmatch(r"\S+/acme/parts\.py:\d+\)", lines[-1].removeprefix(start))
+    assert len([line for line in lines if line.endswith("Traceback (most recent call last):")]) == 1
+    assert lines[0].endswith("thing: error: the device's code failed: __init__")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "def __init__(self, host, options):\n    self.x = 1\n",
+        "def __new__(cls, host, options):\n    return 5\n",
+    ],
+)
+def test_constructor_that_leaves_out_the_base_classs_is_one_line_and_status_2(
+    parts: Callable[[str], Path], method: str
+) -> None:
+    directory = parts(f"{HEAD}class Thing(PciFunction):\n{indent(method, '    ')}")
+    (line,) = refused(directory, "acme.parts:Thing,id=thing")
+    assert line == "iohub-remoted: device thing: its __init__() does not call that of PciFunction"
 
 
 MODULES = {
@@ -377,18 +394,6 @@ def test_no_device_at_all_is_one_line_and_status_2(parts: Callable[[str], Path])
     assert line == "iohub-remoted: no devices: --device gives one, or --config a file with some"
 
 
-def test_help_tells_of_every_model_and_its_options() -> None:
-    command = [sys.executable, "-m", "remoted", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    models = shown.partition("models and their options:\n")[2].partition("  NAME ")[0]
-    told = {
-        name: set(re.findall(r"\b([a-z_]+)=", text))
-        for name, text in re.findall(r"^  ([a-z-]+) +(.*(?:\n {4}.*)*)", models, re.MULTILINE)
-    }
-    there_are = {point.name: point.load().PROPERTIES for point in entry_points(group="iohub.devices")}
-    assert told == there_are
-
-
 def test_a_model_is_found_by_its_entry_point(parts: Callable[[str], Path]) -> None:
     directory = parts(PARTS)
     distribution = directory.parent / "lib" / "acme_parts-1.0.dist-info"
@@ -403,10 +408,10 @@ def test_a_model_is_found_by_its_entry_point(parts: Callable[[str], Path]) -> No
             """
         )
     )
-    (line,) = refused(directory, "acme-bell,id=bell")
+    (line,) = refused(directory, "acme-jukebox,id=bell")
     assert line == (
-        "iohub-remoted: device bell: model 'acme-bell' is unknown; "
-        "there are acme-missing, acme-scratch, edu, irq-line, pci-serial, and package.module:Class"
+        "iohub-remoted: device bell: model 'acme-jukebox' is unknown; "
+        "there are acme-missing, acme-scratch, edu, irq-line, pci-serial, package.module:Class and ./file.py:Class"
     )
     (line,) = refused(directory, "acme-missing,id=bell")
     complaint = "AttributeError: module 'acme.parts' has no attribute 'Missing'"

@@ -100,15 +100,15 @@ def test_config_access_out_of_range_is_all_ones_and_writes_nothing(
 ) -> None:
     function.config_write(0xFC, 4, 0x12345678)
     before = [function.config_read(at, 4) for at in range(0, 256, 4)]
-    assert function.config_read(addr, size) == ONES
-    assert not function.config_write(addr, size, 0xFFFFFFFF)
+    assert function.bus_config_read(addr, size) == ONES
+    assert not function.bus_config_write(addr, size, 0xFFFFFFFF)
     assert [function.config_read(at, 4) for at in range(0, 256, 4)] == before
 
 
 def test_what_writing_all_ones_leaves(function: PciFunction) -> None:
     """Everything read-only is as before; BARs answer with the mask of their size."""
     for addr in range(0, 64, 4):
-        assert function.config_write(addr, 4, 0xFFFFFFFF)
+        assert function.bus_config_write(addr, 4, 0xFFFFFFFF)
     whole = b"".join(function.config_read(addr, 4).to_bytes(4, "little") for addr in range(0, 64, 4))
     assert whole == bytes.fromhex(
         "361b4200 07050000 07028007 ff000000"

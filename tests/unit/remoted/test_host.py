@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -10,9 +11,13 @@ from functools import partial
 import pytest
 
 from common.loop import Loop
-from remoted.host import Failures, GuardedLoop
+from remoted.guard import Guard
+from remoted.host import GuardedLoop
+from remoted.watchdog import Watchdog
 from tests.support.fds import count_fds
 from tests.support.remotebench import Clock, Recorder
+
+ERRORS = [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
 
 
 class Bench:
@@ -20,7 +25,7 @@ class Bench:
         self.clock = Clock()
         self.loop = Loop(self.clock)
         self.log = Recorder()
-        self.guarded = GuardedLoop(self.loop, Failures(self.log.logger))
+        self.guarded = GuardedLoop(self.loop, Guard(self.log.logger, Watchdog()))
         self.fd = os.eventfd(1, os.EFD_NONBLOCK)
 
     def step(self) -> None:
@@ -38,7 +43,7 @@ def bench() -> Iterator[Bench]:
     assert count_fds() == before
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+@pytest.mark.parametrize("error", ERRORS)
 def test_fd_whose_callback_fails_is_watched_no_more(bench: Bench, error: type[BaseException]) -> None:
     calls = []
 
@@ -65,7 +70,7 @@ def test_callback_that_fails_after_it_removed_its_fd(bench: Bench) -> None:
     assert len(bench.log.records) == 1
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+@pytest.mark.parametrize("error", ERRORS)
 def test_timer_that_fails_is_logged_once(bench: Bench, error: type[BaseException]) -> None:
     calls = []
 
@@ -79,15 +84,6 @@ def test_timer_that_fails_is_logged_once(bench: Bench, error: type[BaseException
     bench.step()
     assert calls == ["next"]
     assert len(bench.log.records) == 1
-
-
-def test_an_interrupt_from_the_keyboard_is_no_mistake_of_the_device(bench: Bench) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    bench.guarded.call_later(0, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        bench.step()
 
 
 def test_callback_without_a_name_may_fail_as_well(bench: Bench) -> None:

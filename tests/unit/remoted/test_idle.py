@@ -26,6 +26,8 @@ FUNCTIONS = 256
 CLIENTS = 128
 DEADLINE = 60.0
 SECONDS = 5.0
+SAMPLE_SECONDS = 1.5
+"""more than the time between two samples of the watchdog"""
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_idle_remoted_with_256_functions_is_never_woken(
             for notifier in pair:
                 notifier.close()
             assert client.request(Command.PCI_CFGREAD, CONFIG.pack(0, 0, 4)) == 0x11E81234
-        before = wait_asleep(remoted.pid)
+        before = wait_asleep(remoted.pid, SAMPLE_SECONDS)
         pidfd = os.pidfd_open(remoted.pid)
         # This wait is the measurement itself.
         ended = select.select([pidfd], [], [], SECONDS)[0]

@@ -205,7 +205,7 @@ def test_without_bus_mastering_nothing_moves(bench: Bench, caplog: pytest.LogCap
     assert bench.edu.line
     bench.edu.function.config_write(pci.PCI_COMMAND, 2, MASTER)
     assert bench.buffer() == bytes(4096)
-    assert messages(caplog) == ["DMA failed: bus mastering is off in the command register"]
+    assert messages(caplog) == ["DMA failed: the guest has not set bus mastering in the command register"]
 
 
 def test_addresses_are_cut_to_28_bits(bench: Bench) -> None:
@@ -238,7 +238,7 @@ def test_dma_mask(loop: Loop, mask: str, address: int, reached: bool) -> None:
     "mask", ["", "x", "-1", "0x", "0b1", "012", "1_000", "0x10000000000000000", "18446744073709551616", "1 "]
 )
 def test_bad_dma_mask(loop: Loop, mask: str) -> None:
-    with pytest.raises(UsageError, match=r"^dma_mask=.*: must be a number"):
+    with pytest.raises(UsageError, match=r"^dma_mask=.*: must be (a whole number|at least 0$|at most 0xf{16}$)"):
         FunctionBench(Edu, loop, dma_mask=mask)
 
 

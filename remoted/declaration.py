@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checks what a device's class declares: one sentence for what is wrong, before the device is used."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from common import pci
+from common.errors import UsageError
+from common.options import COMMON_KEYS, KEY
+from common.pci import Bar, BarKind
+from remoted.options import Option
+
+__all__ = ["check_declaration", "check_options"]
+
+_BAR_SIZES = {BarKind.IO: (4, 1 << 16), BarKind.MEM32: (16, 1 << 31), BarKind.MEM64: (16, 1 << 63)}
+"""the smallest and the largest; a PC has 16 bits of I/O addresses"""
+_NUMBERS = (
+    ("VENDOR_ID", 16),
+    ("DEVICE_ID", 16),
+    ("REVISION", 8),
+    ("CLASS_CODE", 24),
+    ("SUBSYSTEM_VENDOR_ID", 16),
+    ("SUBSYSTEM_ID", 16),
+)
+"""class attributes that config space shows, and their bits"""
+_METHODS = ("reset", "bar_read", "bar_write", "config_read", "config_write", "set_intx", "close")
+"""what a class may override"""
+
+
+def check_declaration(function: object, base: type, reserved: Collection[str]) -> None:
+    """Raises UsageError unless the attributes describe a possible function.
+
+    ``base`` is the class that all devices are derived from; of it, ``reserved`` names what none may redefine.
+    """
+    model = type(function)
+    for each in model.__mro__[: model.__mro__.index(base)]:
+        for name in reserved:
+            if name in vars(each):
+                raise UsageError(f"{each.__name__} defines {name}, which a device must not redefine")
+    if hasattr(function, "PROPERTIES"):
+        raise UsageError("PROPERTIES: options are declared as OPTIONS = (Option(NAME, ...), ...)")
+    for name in _METHODS:
+        method = getattr(function, name)
+        if not callable(method):
+            raise UsageError(f"{name} is {_shown(method)} and no method")
+        if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
+            raise UsageError(f"{name}() is a coroutine or generator, which the daemon would not run")
+    for name, bits in _NUMBERS:
+        value = getattr(function, name, None)
+        if value is None:
+            raise UsageError(f"its class has no {name}")
+        if not _is_int(value) or value >> bits:
+            raise UsageError(f"{name} {_shown(value)} is no number of {bits} bits")
+    pin = getattr(function, "INTERRUPT_PIN", None)
+    if not _is_int(pin) or pin not in range(5):
+        raise UsageError(f"INTERRUPT_PIN {_shown(pin)} is not 0 to 4")
+    if type(is_drivable := getattr(function, "IS_DRIVABLE", None)) is not bool:
+        raise UsageError(f"IS_DRIVABLE {_shown(is_drivable)} is neither True nor False")
+    bars: Any = getattr(function, "BARS", None)
+    _check_bars(bars)
+    _check_registers(getattr(function, "REGISTERS", None), bars)
+    check_options(getattr(function, "OPTIONS", None))
+
+
+def _check_bars(bars: Any) -> None:
+    if not isinstance(bars, Mapping):
+        raise UsageError(f"BARS {_shown(bars)} is no dict of Bars by their numbers")
+    taken: set[int] = set()
+    for number, bar in bars.items():
+        if not _is_int(number):
+            raise UsageError(f"BARS: {_shown(number)} is no number of a BAR")
+        if not isinstance(bar, Bar):
+            raise UsageError(f"BAR {number}: {_shown(bar)} is no Bar(KIND, SIZE)")
+        if not isinstance(bar.kind, BarKind):
+            raise UsageError(f"BAR {number}: the kind {_shown(bar.kind)} is no BarKind")
+        smallest, largest = _BAR_SIZES[bar.kind]
+        if not _is_int(bar.size) or not smallest <= bar.size <= largest or bar.size & bar.size - 1:
+            raise UsageError(
+                f"BAR {number}: a size of {_shown(bar.size)} is no power of two from {smallest} to {largest:#x}"
+            )
+        if type(bar.prefetchable) is not bool:
+            raise UsageError(f"BAR {number}: prefetchable {_shown(bar.prefetchable)} is neither True nor False")
+        occupied = {number, number + 1} if bar.kind is BarKind.MEM64 else {number}
+        if occupied & taken or not occupied <= set(range(pci.PCI_NUM_BARS)):
+            raise UsageError(f"BAR {number} has no room among the {pci.PCI_NUM_BARS} BARs")
+        taken |= occupied
+
+
+def _check_registers(registers: Any, bars: Mapping[int, Bar]) -> None:
+    if not isinstance(registers, Mapping):
+        raise UsageError(f"REGISTERS {_shown(registers)} is no dict of names by BAR and offset")
+    for number, names in registers.items():
+        if not _is_int(number) or number not in bars:
+            raise UsageError(f"REGISTERS: there is no BAR {_shown(number)}")
+        if not isinstance(names, Mapping):
+            raise UsageError(f"REGISTERS of BAR {number}: {_shown(names)} is no dict of names by offset")
+        for offset, name in names.items():
+            if not _is_int(offset) or not 0 <= offset < bars[number].size:
+                raise UsageError(f"REGISTERS: {_shown(offset)} is no offset in BAR {number}")
+            if not isinstance(name, str):
+                raise UsageError(f"REGISTERS of BAR {number} at {offset:#x}: {_shown(name)} is no text")
+
+
+def check_options(options: Any) -> None:
+    """Raises UsageError unless it is a sequence of Options that can be given."""
+    if not isinstance(options, Sequence) or isinstance(options, str | bytes):
+        raise UsageError(f"OPTIONS {_shown(options)} is no tuple of Options: OPTIONS = (Option(NAME, ...),)")
+    names: set[str] = set()
+    for option in options:
+        if not isinstance(option, Option):
+            raise UsageError(f"OPTIONS: {_shown(option)} is no Option(NAME, ...)")
+        if not isinstance(option.name, str) or not re.fullmatch(KEY, option.name):
+            raise UsageError(f"OPTIONS: {_shown(option.name)} is no name: letters, digits, '-' and '_'")
+        where = f"option {option.name}"
+        if option.name in COMMON_KEYS:
+            raise UsageError(f"{where}: every device has one of this name")
+        if option.name in names:
+            raise UsageError(f"{where} is declared twice")
+        names.add(option.name)
+        if option.type not in (str, int, float, bool):
+            raise UsageError(f"{where}: the type {_shown(option.type)} is not str, int, float or bool")
+        if not isinstance(option.help, str):
+            raise UsageError(f"{where}: the help {_shown(option.help)} is no text")
+        _check_values(option, where)
+
+
+def _check_values(option: Option, where: str) -> None:
+    wanted = option.type.__name__
+    if option.default is not None and type(option.default) is not option.type:
+        raise UsageError(f"{where}: the default {_shown(option.default)} is no {wanted}")
+    if not isinstance(option.choices, Sequence) or isinstance(option.choices, str | bytes):
+        raise UsageError(f"{where}: choices {_shown(option.choices)} is no tuple")
+    for choice in option.choices:
+        if type(choice) is not option.type:
+            raise UsageError(f"{where}: the choice {_shown(choice)} is no {wanted}")
+    for bound in (option.minimum, option.maximum):
+        if bound is None:
+            continue
+        if option.type not in (int, float) or type(bound) not in (int, float):
+            raise UsageError(f"{where}: a bound of {_shown(bound)} for a {wanted}")
+
+
+def _is_int(value: object) -> bool:
+    """A bool is none: where a number is due it is a mistake."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: not more of it than fits there."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,7 +13,7 @@ from common.errors import UsageError
 from common.pci import format_devfn, parse_devfn
 from common.remoted_interface import Function, Link, NoSuchDevice, NotDrivable, Remoted, StatusReply
 from remoted.function import PciFunction
-from remoted.host import DEVICE_ERRORS
+from remoted.guard import DEVICE_ERRORS
 from remoted.server import DeviceServer
 
 __all__ = ["RemotedService"]

@@ -248,7 +248,7 @@ class Client:
         self.send(command, payload)
         have, wanted = 0, _RET_SIZE
         while have < wanted:
-            have += self._receive(have, expires, command)
+            have += self._receive(have, expires, command, payload)
             if have >= _HEADER_SIZE:
                 reply, size = HEADER.unpack_from(self._buffer)
                 mpqemu.check_reply(command, reply, size)
@@ -271,10 +271,11 @@ class Client:
         """Closes the socket; who has another copy may go on with it. A second call does nothing."""
         self._disposal.close_socket(self._sock)
 
-    def _receive(self, have: int, expires: float, command: Command) -> int:
+    def _receive(self, have: int, expires: float, command: Command, payload: bytes) -> int:
         remaining = expires - time.monotonic()
         if remaining <= 0 or not self._poll.poll(remaining * 1000):
-            raise PeerGone(f"no answer to {command.name} within {self._deadline:g} s")
+            request = mpqemu.describe_request(command, payload)
+            raise PeerGone(f"no answer to {request} within {self._deadline:g} s")
         count = self._read(self._view[have:])
         if count == 0:
             raise self._gone(f"the peer closed the link instead of answering {command.name}")

@@ -33,6 +33,7 @@ __all__ = [
     "check_reply",
     "check_request",
     "command_name",
+    "describe_request",
     "reply_frame",
     "request_frame",
 ]
@@ -93,6 +94,17 @@ def command_name(command: int) -> str:
         return Command(command).name
     except ValueError:
         return f"command {command}"
+
+
+def describe_request(command: Command, payload: bytes) -> str:
+    """What a request of ours accesses, such as ``BAR_READ of 4 bytes at memory 0xfebf0008``."""
+    if command in (Command.PCI_CFGREAD, Command.PCI_CFGWRITE):
+        addr, _, size = CONFIG.unpack(payload)
+        return f"{command.name} of {size} bytes at {addr:#x}"
+    if command in (Command.BAR_READ, Command.BAR_WRITE):
+        addr, _, size, memory = BAR.unpack(payload)
+        return f"{command.name} of {size} bytes at {'memory' if memory else 'port'} {addr:#x}"
+    return command.name
 
 
 def check_request(command: int, size: int) -> Rule:

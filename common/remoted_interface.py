@@ -36,6 +36,8 @@ class Function:
     reasserts: int
     rejected: int
     refused: int
+    accesses: int
+    quiet_seconds: int
     has_irqfd: bool
     link: Link
     client_pid: int | None = None
@@ -85,7 +87,9 @@ class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     level: what the device drives. asserted: what reaches the interrupt line, false while INTX_DISABLE is set.
     Counters begin with the daemon. raised: rises of the line. resamples: acknowledgements (EOI) that KVM reported.
     reasserts: irqfd writes for a line that was high already. rejected: messages that broke the protocol.
-    refused: clients turned away because another was served.
+    refused: clients turned away because another was served. accesses: messages handled, most of them the guest's
+    accesses. quiet_seconds: for how long at least that number has been the same; this is known only as far back as
+    Status was called.
     has_irqfd: there is an eventfd that asserts the line in the guest.
     link: waiting: listening, no client; connected: a client is served; closed: the inherited connection has ended.
     client_pid, client_name: the process that has connected; the name is null when that had gone before it could

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from common.disposal import Disposal
 from common.errors import ShortageError, UsageError
@@ -31,12 +31,16 @@ class DeviceServer:
         self.refused = 0
         """clients turned away while another was served"""
         self._rejected = 0  # in sessions that have ended
+        self._accesses = 0  # likewise
+        self._seen_accesses = 0  # by the last call of quiet_seconds(), since _quiet_since
+        self._quiet_since = loop.time()
         self._is_refusal_told = False
         self._loop = loop
         self._on_idle = on_idle
         self._listener: UnixListener | None = None
         self._log = RateLimited(function.host.log)
         self._disposal = Disposal()
+        function.amiss.add(self._amiss)
 
     @property
     def is_listening(self) -> bool:
@@ -46,6 +50,18 @@ class DeviceServer:
     def rejected(self) -> int:
         """How many messages broke the protocol, in all sessions."""
         return self._rejected + (self.session.rejected if self.session is not None else 0)
+
+    @property
+    def accesses(self) -> int:
+        """How many messages were handled, in all sessions."""
+        return self._accesses + (self.session.accesses if self.session is not None else 0)
+
+    def quiet_seconds(self) -> float:
+        """For how long no message has come, as far as this was asked: the hot path reads no clock."""
+        accesses, now = self.accesses, self._loop.time()
+        if accesses != self._seen_accesses:
+            self._seen_accesses, self._quiet_since = accesses, now
+        return now - self._quiet_since
 
     def listen(self, path: str) -> None:
         """Takes clients at a path. Raises UsageError."""
@@ -76,6 +92,10 @@ class DeviceServer:
         self.hang_up()
         self.function.shut_down()
 
+    def _amiss(self) -> Iterator[str]:
+        if self.session is not None and self.session.ram_refusal:
+            yield f"DMA is impossible, the guest's RAM was refused: {self.session.ram_refusal}"
+
     def _on_client(self, sock: socket.socket) -> None:
         if self.session is None:
             client = str(peer_credentials(sock))
@@ -93,6 +113,7 @@ class DeviceServer:
 
     def _on_end(self, session: Session) -> None:
         self._rejected += session.rejected
+        self._accesses += session.accesses
         self.session = None
         self._on_idle()
 

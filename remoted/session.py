@@ -54,6 +54,10 @@ class Session:
         self.client_name = self.peer.name
         self.rejected = 0
         """messages that broke the protocol"""
+        self.accesses = 0
+        """messages handled"""
+        self.ram_refusal = ""
+        """why the guest's RAM was refused last; empty if the client's last SYNC_SYSMEM was accepted"""
         self._loop = loop
         self._function = function
         self._pirq = pirq
@@ -100,6 +104,7 @@ class Session:
             command = self._receive()
             while command >= 0:
                 self._handlers[command]()
+                self.accesses += 1
                 if not link.is_partial:  # so after each frame that took several reads: the last ends with it
                     if self._partial is not None:
                         self._partial.cancel()
@@ -168,7 +173,9 @@ class Session:
         fds = self._link.take_fds()
         try:
             fds = self._function.host.memory.sync(self._link.payload, fds)
+            self.ram_refusal = ""
         except ProtocolError as error:
+            self.ram_refusal = str(error)
             self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"))
         finally:
             self._link.discard(fds)

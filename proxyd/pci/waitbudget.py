@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 from common.errors import PeerGone
 from common.link import Client
-from common.mpqemu import Command
+from common.mpqemu import Command, describe_request
 
 __all__ = ["WaitBudget"]
 
@@ -30,12 +30,14 @@ _PAGE_SECONDS = 60.0
 class _Page:
     """The answers of a minute."""
 
-    __slots__ = ("count", "maximum", "total")
+    __slots__ = ("count", "maximum", "slowest", "total")
 
     def __init__(self) -> None:
         self.count = 0
         self.total = 0.0
         self.maximum = 0.0
+        self.slowest: tuple[Command, bytes] = (Command.RET, b"")
+        """the request that took longest"""
 
 
 class WaitBudget:
@@ -50,13 +52,16 @@ class WaitBudget:
         self._leaked_at = clock()
         self._page, self._last_page = _Page(), _Page()
         self._turned_at = clock()
+        self._waiting: tuple[float, Command, bytes] | None = None
 
     def request(self, client: Client, command: Command, payload: bytes = b"") -> int:
         """Client.request(), on this budget. Raises PeerGone also when that is used up, and ProtocolError."""
         began = self._clock()
+        self._waiting = began, command, payload
         try:
             value = client.request(command, payload)
         finally:
+            self._waiting = None
             now = self._clock()
             took = now - began
             if now - self._turned_at >= _PAGE_SECONDS:
@@ -66,11 +71,13 @@ class WaitBudget:
             page.total += took
             if took > page.maximum:
                 page.maximum = took
+                page.slowest = command, payload
             if took > _TOLERANCE_SECONDS:
                 self._leak(now)
                 self._level += took - _TOLERANCE_SECONDS
         if self._level > _CAPACITY_SECONDS and took > _TOLERANCE_SECONDS:
-            raise PeerGone(f"too slow: the answer to {command.name} took {took:.1f} s, and others before it")
+            request = describe_request(command, payload)
+            raise PeerGone(f"too slow: the answer to {request} took {took:.1f} s, and others before it")
         return value
 
     def check(self) -> None:
@@ -94,11 +101,18 @@ class WaitBudget:
 
     def amiss(self) -> Iterator[str]:
         """See Amiss.add()."""
+        waiting = self._waiting  # by another thread, which may get its answer at any time
+        if waiting is not None:
+            began, command, payload = waiting
+            took = self._clock() - began
+            if took > _SLOW_SECONDS:
+                yield f"waiting for {took:.1f} s now for the answer to {describe_request(command, payload)}"
         mean, longest = self.times or (0.0, 0.0)
         if longest > _SLOW_SECONDS:
+            slowest = max(self._pages(), key=lambda page: page.maximum).slowest
             yield (
                 f"the guest's CPU has waited up to {longest:.1f} s for an answer in the last two minutes, "
-                f"{mean * 1000:.3g} ms on average"
+                f"{mean * 1000:.3g} ms on average; the longest was that to {describe_request(*slowest)}"
             )
 
     def _leak(self, now: float) -> None:

@@ -16,7 +16,7 @@ import pytest
 from common.config import DeviceConfig, VmConfig
 from common.control import call
 from common.errors import UsageError
-from common.mpqemu import Command
+from common.mpqemu import SYSMEM, Command
 from common.pci import parse_devfn
 from common.remoted_interface import NoSuchDevice, NotDrivable
 from common.remoted_interface import Remoted as Interface
@@ -76,6 +76,8 @@ def test_an_unused_function(bench: Bench) -> None:
         "reasserts": 0,
         "rejected": 0,
         "refused": 0,
+        "accesses": 0,
+        "quiet_seconds": 0,
         "has_irqfd": False,
         "link": "waiting",
         "client_pid": None,
@@ -197,6 +199,41 @@ def test_rejected_messages_are_counted_over_all_sessions(bench: Bench) -> None:
         assert client.has_ended
     assert bench.status()["rejected"] == 3
     assert bench.status("line0")["rejected"] == 0
+
+
+def test_accesses_are_counted_over_all_sessions_and_how_long_ago_they_stopped(bench: Bench) -> None:
+    for session in (1, 2):
+        with bench.connect("dev0") as client:
+            client.enable()
+            counted = bench.status()["accesses"]
+            assert counted >= session
+            client.call(Command.DEVICE_RESET)
+            assert (bench.status()["accesses"], bench.status()["quiet_seconds"]) == (counted + 1, 0)
+            bench.clock.now += 7
+            assert bench.status()["quiet_seconds"] == 7
+        bench.settle()
+    assert (bench.status()["accesses"], bench.status()["quiet_seconds"]) == (counted + 1, 7)
+    assert bench.status("line0")["accesses"] == 0
+
+
+def test_guest_ram_that_was_refused_is_amiss_until_it_is_accepted(bench: Bench, tmp_path: Path) -> None:
+    def sync(fd: int) -> None:
+        client.send(Command.SYNC_SYSMEM, sysmem, fds=(fd,))
+        bench.settle()
+
+    sysmem = SYSMEM.pack(*[0] * 8, 4096, *[0] * 7, *[0] * 8)
+    with bench.connect("dev0") as client, open(os.devnull, "rb") as wrong:
+        memfd = os.memfd_create("ram")
+        os.ftruncate(memfd, 4096)
+        sync(wrong.fileno())
+        (line,) = bench.status()["amiss"]
+        assert line.startswith("DMA is impossible, the guest's RAM was refused: ")
+        sync(memfd)
+        assert bench.status()["amiss"] == []
+        sync(wrong.fileno())
+        os.close(memfd)
+    bench.settle()
+    assert bench.status()["amiss"] == []
 
 
 def test_refused_clients_are_counted(bench: Bench) -> None:

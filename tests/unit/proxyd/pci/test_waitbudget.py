@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -29,9 +29,12 @@ class Slow(LineDevice):
 
     clock: Clock
     seconds: float
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
+    """called while the guest waits"""
 
     def config_read(self, addr: int, size: int) -> int:
         self.clock.now += self.seconds
+        self.meanwhile()
         return super().config_read(addr, size)
 
 
@@ -84,7 +87,8 @@ def test_answers_within_the_deadline_use_the_budget_up(bench: Bench) -> None:
     Slow.seconds = 1.9
     assert bench.waited(100) < 6.5
     assert bench.proxy.remote is None
-    assert bench.proxy.reason.startswith("link lost: too slow: the answer to PCI_CFGREAD took 1.9 s")
+    reason = "link lost: too slow: the answer to PCI_CFGREAD of 4 bytes at 0x0 took 1.9 s"
+    assert bench.proxy.reason.startswith(reason)
     assert bench.proxy.config_read(0, 4) == ALL_ONES
 
 
@@ -154,6 +158,16 @@ def test_who_is_too_slow_while_connecting_is_not_linked(bench: Bench, monkeypatc
     bench.link()
 
 
+def test_what_is_waited_for_at_present_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(Slow, "meanwhile", lambda _self: texts.extend(bench.proxy._budget.amiss()))
+    bench.proxy.config_read(0x3C, 2)
+    assert texts == []
+    Slow.seconds = 0.8
+    bench.proxy.config_read(0x3C, 2)
+    assert texts == ["waiting for 0.8 s now for the answer to PCI_CFGREAD of 2 bytes at 0x3c"]
+
+
 def test_the_times_are_those_of_the_last_two_minutes(bench: Bench) -> None:
     def texts() -> list[str]:
         return list(bench.proxy._budget.amiss())
@@ -164,9 +178,11 @@ def test_the_times_are_those_of_the_last_two_minutes(bench: Bench) -> None:
     Slow.seconds = 0.1
     bench.waited(2)
     assert bench.proxy.answer_times == (pytest.approx(0.3), pytest.approx(0.7))
-    assert texts() == [
-        "the guest's CPU has waited up to 0.7 s for an answer in the last two minutes, 300 ms on average"
-    ]
+    (text,) = texts()
+    assert text == (
+        "the guest's CPU has waited up to 0.7 s for an answer in the last two minutes, 300 ms on average; "
+        "the longest was that to PCI_CFGREAD of 4 bytes at 0x0"
+    )
     bench.clock.now += 60.0
     bench.waited(1)
     assert bench.proxy.answer_times == (pytest.approx(0.25), pytest.approx(0.7))

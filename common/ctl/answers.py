@@ -67,7 +67,7 @@ def _clean(value: Any) -> Any:
     if isinstance(value, list):
         return [_clean(item) for item in value]
     if isinstance(value, dict):
-        return {name: _clean(item) for name, item in value.items()}
+        return {one_line(name): _clean(item) for name, item in value.items()}
     return value
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -79,36 +80,68 @@ def short_path() -> Iterator[Path]:
         yield Path(directory)
 
 
+class RunningDemo:
+    """A demo in the middle of its interrupts, which would take minutes; what pytest ignores, it does not."""
+
+    def __init__(self, directory: Path, *environment: str) -> None:
+        """``environment`` is options for env(1), which sets what the demo inherits."""
+        self.directory = directory
+        self.process = subprocess.Popen(
+            ["env", "--default-signal", *environment, IOHUBCTL, "demo", "--rounds=100000", "--vm=soft"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(directory)},
+        )
+        self.pids: list[int] = []
+        try:
+            wait_until(self.resamples, "interrupts are served")
+        except BaseException:
+            self.close()
+            raise
+
+    def resamples(self) -> int:
+        """How many acknowledgements remoted has counted; 0 before all runs."""
+        if not list(self.directory.glob("*/proxyd.varlink")):
+            return 0
+        (directory,) = self.directory.iterdir()
+        remoted = call(directory / "remoted.varlink", "org.iohub.Remoted.Status")
+        self.pids = [remoted["pid"], call(directory / "proxyd.varlink", "org.iohub.Proxyd.Status")["pid"]]
+        return sum(function["resamples"] for function in remoted["functions"])
+
+    def check_end(self, signum: int) -> None:
+        """The signal ends it, and nothing is left behind."""
+        self.process.send_signal(signum)
+        assert self.process.wait(60) == 130
+        assert not list(self.directory.iterdir())
+        for pid in self.pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_demo_that_is_ended_leaves_nothing_behind(short_path: Path, signum: int) -> None:
-    process = subprocess.Popen(
-        [IOHUBCTL, "demo", "--rounds=100000", "--vm=soft"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "TMPDIR": str(short_path)},
-    )
-    pids: list[int] = []
+    with contextlib.closing(RunningDemo(short_path)) as demo:
+        demo.check_end(signum)
 
-    def is_running() -> bool:
-        if not list(short_path.glob("*/proxyd.varlink")):
-            return False
-        (directory,) = short_path.iterdir()
-        remoted = call(directory / "remoted.varlink", "org.iohub.Remoted.Status")
-        pids[:] = [remoted["pid"], call(directory / "proxyd.varlink", "org.iohub.Proxyd.Status")["pid"]]
-        return any(function["resamples"] for function in remoted["functions"])
 
-    try:
-        wait_until(is_running, "interrupts are served")
-        process.send_signal(signum)
-        assert process.wait(60) == 130
-    finally:
-        process.kill()
-        process.wait()
-    assert not list(short_path.iterdir())
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_when_the_demo_began_is_ignored(
+    short_path: Path, signum: signal.Signals
+) -> None:
+    """As nohup(1), and a shell without job control in the background, leave them."""
+    with contextlib.closing(RunningDemo(short_path, f"--ignore-signal={signum.name}")) as demo:
+        demo.process.send_signal(signum)
+        before = demo.resamples()
+        wait_until(lambda: demo.resamples() > before, "interrupts are served")
+        demo.check_end(signal.SIGTERM)
 
 
 def test_a_remote_that_loses_interrupts_makes_the_demo_fail(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_bad_commands_are_refused(console: GuestConsole, line: str, reason: str)
     ],
 )
 def test_bad_lines_are_refused(machine: QemuGuest, sent: bytes, reason: str) -> None:
-    machine.socket.sendall(sent)
+    machine.channels["console"].sendall(sent)
     reply = machine.console.command("")
     assert (reply.ok, reply.reason) == (False, reason)
     ok(machine.console, "version")
@@ -281,7 +281,7 @@ def test_an_idle_guest_sleeps(machine: QemuGuest, console: GuestConsole) -> None
     switches = []
     for _ in range(10):
         before = machine.vcpu_switches()
-        assert select.select([machine.socket], [], [], 0.5) == ([], [], [])
+        assert select.select([machine.channels["console"]], [], [], 0.5) == ([], [], [])
         switches.append(machine.vcpu_switches() - before)
         if not switches[-1]:
             return

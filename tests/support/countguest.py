@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import select
-import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,24 +17,19 @@ class CountGuest(Qemu):
 
     def __init__(self, machine: str = "", args: Sequence[str] = ()) -> None:
         """``machine`` follows on -machine, with its comma."""
-        self._letters, letters = socket.socketpair()
-        monitor, qmp = socket.socketpair()
-        with letters, qmp:
-            super().__init__(
-                [
-                    *kvm_machine(machine),
-                    *boot(GUESTS / "irqcount.bin"),
-                    *("-chardev", f"socket,id=letters,fd={letters.fileno()}"),
-                    *("-device", "isa-debugcon,iobase=0xe9,chardev=letters"),
-                    *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
-                    *args,
-                ],
-                [letters.fileno(), qmp.fileno()],
-            )
+        super().__init__(
+            [
+                *kvm_machine(machine),
+                *boot(GUESTS / "irqcount.bin"),
+                *("-device", "isa-debugcon,iobase=0xe9,chardev=letters", "-mon", "qmp,mode=control"),
+                *args,
+            ],
+            channels=("letters", "qmp"),
+        )
         with self._starting() as owned:
-            owned.enter_context(self._letters)
+            self._letters = self.channels["letters"]
             self._letters.settimeout(PATIENCE)
-            self._monitor = owned.enter_context(Monitor(monitor))
+            self._monitor = owned.enter_context(Monitor(self.channels["qmp"]))
             if self._letters.recv(1) != b"R":
                 raise RuntimeError("the guest didn't get ready")
 

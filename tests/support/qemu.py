@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -55,10 +56,25 @@ def boot(image: Path, seabios: bool = False) -> list[str]:
 class Qemu:
     """One process, which is killed at the end; then what it owns is closed."""
 
-    def __init__(self, args: Sequence[str], pass_fds: Sequence[int] = (), cwd: Path | None = None) -> None:
-        self.process = subprocess.Popen([QEMU, *args], pass_fds=pass_fds, cwd=cwd)
+    def __init__(
+        self,
+        args: Sequence[str],
+        pass_fds: Sequence[int] = (),
+        cwd: Path | None = None,
+        channels: Sequence[str] = (),
+    ) -> None:
+        """Starts it, with a chardev for each id in ``channels``, which ``self.channels`` has the other end of."""
+        self.channels: dict[str, socket.socket] = {}
+        command, fds = [QEMU], list(pass_fds)
+        with ExitStack() as owned, ExitStack() as theirs:
+            for name in channels:
+                ours, end = socket.socketpair()
+                self.channels[name] = owned.enter_context(ours)
+                fds.append(theirs.enter_context(end).fileno())
+                command += ["-chardev", f"socket,id={name},fd={end.fileno()}"]
+            self.process = subprocess.Popen([*command, *args], pass_fds=fds, cwd=cwd)
+            self._owned = owned.pop_all()
         self.pid = self.process.pid
-        self._owned = ExitStack()
 
     def __enter__(self) -> Self:
         return self

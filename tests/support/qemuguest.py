@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,21 +25,18 @@ class QemuGuest(Qemu):
         self, args: Sequence[str], pass_fds: Sequence[int] = (), machine: str = "", seabios: bool = False
     ) -> None:
         """``args`` follow on the command line, ``machine`` on the machine's options (with its comma)."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            super().__init__(
-                [
-                    *kvm_machine(machine),
-                    *boot(guest_image(), seabios),
-                    *("-name", "guest,debug-threads=on"),
-                    *("-chardev", f"socket,id=console,fd={theirs.fileno()}", "-serial", "chardev:console"),
-                    *args,
-                ],
-                [theirs.fileno(), *pass_fds],
-            )
-        self.socket = ours
+        super().__init__(
+            [
+                *kvm_machine(machine),
+                *boot(guest_image(), seabios),
+                *("-name", "guest,debug-threads=on", "-serial", "chardev:console"),
+                *args,
+            ],
+            pass_fds,
+            channels=("console",),
+        )
         with self._starting() as owned:
-            self.console = owned.enter_context(GuestConsole(ours))
+            self.console = owned.enter_context(GuestConsole(self.channels["console"]))
             self.console.wait_ready(PATIENCE)
 
     def vcpu_switches(self) -> int:

@@ -6,7 +6,6 @@ Virtual time stands still while the machine is stopped. The guest CPU halts at i
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -24,24 +23,19 @@ class Qtest(Qemu):
         bios = directory / "bios"
         bios.write_bytes((bytes(FIRMWARE_SIZE - 16) + _HALT).ljust(FIRMWARE_SIZE, b"\0"))
         self.irqs: list[tuple[int, bool]] = []
-        self._qtest, qtest = socket.socketpair()
-        monitor, qmp = socket.socketpair()
-        with qtest, qmp:
-            super().__init__(
-                [
-                    *("-S", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg"),
-                    *("-chardev", f"socket,id=qtest,fd={qtest.fileno()}", "-qtest", "chardev:qtest"),
-                    *("-qtest-log", "/dev/null", "-bios", str(bios)),
-                    *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
-                    *args,
-                ],
-                [qtest.fileno(), qmp.fileno()],
-            )
+        super().__init__(
+            [
+                *("-S", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg"),
+                *("-qtest", "chardev:qtest", "-qtest-log", "/dev/null", "-bios", str(bios)),
+                *("-mon", "qmp,mode=control", *args),
+            ],
+            channels=("qtest", "qmp"),
+        )
         with self._starting() as owned:
-            owned.enter_context(self._qtest)
+            self._qtest = self.channels["qtest"]
             self._qtest.settimeout(PATIENCE)
             self._qtest_lines = owned.enter_context(self._qtest.makefile("r"))
-            self.monitor = owned.enter_context(Monitor(monitor))
+            self.monitor = owned.enter_context(Monitor(self.channels["qmp"]))
             self.command("irq_intercept_in ioapic")
 
     def command(self, text: str) -> str:

@@ -22,17 +22,16 @@ class StockRemote(Qemu):
 
         Raises EOFError or ConnectionError when the process has ended instead, as it does when its client goes.
         """
-        ours, theirs = socket.socketpair()
-        with link, theirs:
+        with link:
             super().__init__(
                 [
                     *("-machine", "x-remote", "-display", "none", "-monitor", "none"),
-                    *("-serial", "none", "-mon", "monitor,mode=control"),
-                    *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
+                    *("-serial", "none", "-mon", "qmp,mode=control"),
                     *("-chardev", "null,id=null", "-device", "pci-serial,id=d,chardev=null"),
                     *("-object", f"x-remote-object,id=r,devid=d,fd={link.fileno()}", *args),
                 ],
-                [theirs.fileno(), link.fileno()],
+                [link.fileno()],
+                channels=("qmp",),
             )
-        with self._starting(), Monitor(ours) as monitor:
+        with self._starting(), Monitor(self.channels["qmp"]) as monitor:
             monitor.execute("query-status")

@@ -3,6 +3,6 @@
 
 import sys
 
-from proxyd.main import main
+from qemu_iohub import iohub_proxyd
 
-sys.exit(main())
+sys.exit(iohub_proxyd())

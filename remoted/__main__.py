@@ -3,6 +3,6 @@
 
 import sys
 
-from remoted.main import main
+from qemu_iohub import iohub_remoted
 
-sys.exit(main())
+sys.exit(iohub_remoted())

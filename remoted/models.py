@@ -128,7 +128,7 @@ def _load_file(path: str) -> ModuleType:
     """The module in a file. What it imports is looked for in its folder as well, after all other places."""
     folder, name = os.path.split(path)
     os.stat(path)  # for the error that says what is wrong
-    name = name.removesuffix(".py")
+    name = name.removesuffix(".py").replace(".", "_")
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         name = f"{name} in {folder}"
     spec = importlib.util.spec_from_file_location(name, path)

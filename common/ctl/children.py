@@ -21,6 +21,11 @@ __all__ = ["Child", "ChildFailed"]
 _END_SECONDS = 20.0
 
 
+def _starting(module: str) -> list[str]:
+    """The module to run and its arguments: a package that PYTHONPATH leads to must not be taken for a daemon."""
+    return ["qemu_iohub", module] if module in ("proxyd", "remoted") else [module]
+
+
 class ChildFailed(IohubError):
     """A daemon that didn't start, or died."""
 
@@ -46,7 +51,7 @@ class Child:
         ):
             notify.bind(str(address))
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [sys.executable, "-m", *_starting(module), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

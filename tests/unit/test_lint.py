@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""ruff and mypy find nothing, and imports run one way: proxyd -> common <- remoted."""
+"""ruff and mypy find nothing; imports run one way, between folders and between the halves; files stay short."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import os
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkout import ROOT
+
+PACKAGES = ("common", "proxyd", "remoted")
+SUFFIXES = (".py", ".c", ".h", ".S", ".ld")
 
 
 @pytest.mark.parametrize("tool", [["ruff", "check", "--quiet"], ["mypy"]], ids=lambda tool: tool[0])
@@ -35,11 +39,14 @@ def test_lint(tool: list[str]) -> None:
     ],
 )
 def test_imports_run_one_way(package: str, forbidden: set[str]) -> None:
-    sources = list((ROOT / package).rglob("*.py"))
-    assert sources
-    for source in sources:
+    for source in (ROOT / package).rglob("*.py"):
         for name in imports(source):
             assert name.partition(".")[0] not in forbidden, f"{source.relative_to(ROOT)} imports {name}"
+
+
+def sources(suffix: str) -> list[Path]:
+    """All that is not a test."""
+    return [source for package in PACKAGES for source in (ROOT / package).rglob(f"*{suffix}")]
 
 
 def imports(source: Path) -> Iterator[str]:
@@ -47,14 +54,69 @@ def imports(source: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if is_source(inner) else node.module or ""
 
 
-@pytest.mark.parametrize("suffix", [".py", ".c", ".h", ".S", ".ld"])
+def is_source(module: str) -> bool:
+    path = ROOT / Path(*module.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+LAYERS: tuple[set[str], ...] = (
+    {"common"},
+    {"common.chardev", "common.ctl", "proxyd.kvm", "remoted"},
+    {"proxyd.pci", "remoted.devices"},
+    {"proxyd"},
+    {"proxyd.machine", "proxyd.vm"},
+    {"proxyd.vm.embedded", "proxyd.vm.pid", "proxyd.vm.qmp", "proxyd.vm.soft"},
+    {"common.ctl.main", "proxyd.main", "remoted.main"},
+    {"proxyd.__main__", "remoted.__main__"},
+)
+"""folders, and the programs, which put them together: each imports from those above it in this list only"""
+
+
+def test_folders_import_in_one_direction() -> None:
+    level = {place: number for number, layer in enumerate(LAYERS) for place in layer}
+    for source in sources(".py"):
+        place = place_of(source)
+        assert place in level, f"{place} is in none of the layers"
+        for name in imports(source):
+            if name.partition(".")[0] not in PACKAGES:
+                continue
+            target = place_of(ROOT / Path(*name.split(".")).with_suffix(".py"))
+            shown = f"{source.relative_to(ROOT)} imports {name}"
+            assert target == place or level[target] < level[place], shown
+
+
+def place_of(source: Path) -> str:
+    """The layer's name for a module: its folder, or itself if it is a program. Of a folder, the folder."""
+    module = ".".join(source.relative_to(ROOT).with_suffix("").parts)
+    if module in LAYERS[-1] | LAYERS[-2] or source.with_suffix("").is_dir():
+        return module
+    return module.rpartition(".")[0]
+
+
+def test_modules_import_in_no_circle() -> None:
+    graph = {
+        ".".join(source.relative_to(ROOT).with_suffix("").parts): set(imports(source))
+        for source in sources(".py")
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_no_source_outside_the_tests_is_long(suffix: str) -> None:
+    for source in sources(suffix):
+        lines = len(source.read_text().splitlines())
+        assert lines <= 400, f"{source.relative_to(ROOT)} has {lines} lines: divide it by concern"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_sources_name_their_licence(suffix: str) -> None:
-    folders = ("common", "proxyd", "remoted", "tests")
-    sources = [source for folder in folders for source in (ROOT / folder).rglob(f"*{suffix}")]
-    assert sources
-    for source in sources:
+    found = [*sources(suffix), *(ROOT / "tests").rglob(f"*{suffix}")]
+    assert found
+    for source in found:
         first = source.read_text().partition("\n")[0]
         assert "SPDX-License-Identifier: GPL-2.0-or-later" in first, source.relative_to(ROOT)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from typing import Self
 
 from common.errors import ProtocolError, ShortageError
@@ -24,11 +25,13 @@ _EVENTFD = "anon_inode:[eventfd]"
 class EventNotifier:
     """Owner of an eventfd; ``fd`` is -1 once closed."""
 
-    __slots__ = ("_buffers", "_fd", "_send", "_signal")
+    __slots__ = ("_buffers", "_fd", "_send", "_signal", "identity")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, identity: str | None = None) -> None:
         """Takes ownership of an eventfd. Raises OSError, upon which it stays the caller's; see EventSignal."""
         self._signal = EventSignal(fd)
+        self.identity = identity
+        """what tells a peer's eventfd from all others that are open, whichever fds refer to it"""
         self._fd = fd
         self._buffers = [bytearray(8)]
         self._send = self._signal.send
@@ -67,18 +70,26 @@ class EventNotifier:
             os.close(fd)
 
 
-def adopt_pair(irqfd: int, resamplefd: int) -> tuple[EventNotifier, EventNotifier]:
+def adopt_pair(
+    irqfd: int, resamplefd: int, is_foreign: Callable[[str], bool]
+) -> tuple[EventNotifier, EventNotifier]:
     """Takes ownership of a received irqfd and resamplefd.
 
-    Raises ProtocolError, with both still the caller's, unless they are two eventfds without EFD_SEMAPHORE, and
-    ShortageError, likewise, when there is no fd left to have a look at them. Of a
-    semaphore KVM would consume one of n events and find the rest at the next assign (virt/kvm/eventfd.c); one
-    eventfd as both it accepts, and then re-asserts the line after every EOI, for ever.
+    ``is_foreign(identity)`` tells whether another device uses an eventfd. Raises ProtocolError, with both fds
+    still the caller's, unless they are two eventfds without EFD_SEMAPHORE that no other device uses;
+    ShortageError, likewise, when no fd is left to examine them.
+
+    KVM would consume one of n events of a semaphore, and find the rest at the next assign (virt/kvm/eventfd.c).
+    It accepts one eventfd as both, and then asserts the line again after every EOI, for ever. Two devices that
+    have each other's irqfd as their resamplefd would assert each other's line for ever.
     """
-    first, second = _identify(irqfd), _identify(resamplefd)
-    if first is not None and first == second:
+    identities = _identify(irqfd), _identify(resamplefd)
+    if identities[0] == identities[1]:
         raise ProtocolError("irqfd and resamplefd are the same eventfd")
-    return EventNotifier(irqfd), EventNotifier(resamplefd)
+    for identity in identities:
+        if is_foreign(identity):
+            raise ProtocolError("an eventfd that another device uses")
+    return EventNotifier(irqfd, identities[0]), EventNotifier(resamplefd, identities[1])
 
 
 def is_eventfd(fd: int) -> bool:
@@ -88,11 +99,8 @@ def is_eventfd(fd: int) -> bool:
     return False
 
 
-def _identify(fd: int) -> str | None:
-    """The number of an eventfd, None where the kernel doesn't tell.
-
-    Raises ProtocolError for an unfit fd, and ShortageError.
-    """
+def _identify(fd: int) -> str:
+    """The number of an eventfd. Raises ProtocolError for an unfit fd, and ShortageError."""
     try:
         kind = _kind(fd)
         if kind != _EVENTFD:
@@ -107,7 +115,10 @@ def _identify(fd: int) -> str | None:
         raise ProtocolError(f"can't examine an eventfd: {error.strerror}") from error
     if fields.get("eventfd-semaphore", "0") != "0":  # kernels before 6.5 don't tell
         raise ProtocolError("an eventfd with EFD_SEMAPHORE can't carry interrupts")
-    return fields.get("eventfd-id")
+    identity = fields.get("eventfd-id", "-1")  # since Linux 5.2
+    if identity.startswith("-"):  # ida_alloc() failed in do_eventfd() in fs/eventfd.c
+        raise ProtocolError("an eventfd without a number can't be told from others")
+    return identity
 
 
 def _kind(fd: int) -> str:

@@ -28,10 +28,12 @@ NB_PIRQS = PCI_DEVFN_MAX
 class Pirq:
     """One interrupt line: its level, its eventfds, and what happened on it."""
 
-    __slots__ = ("_irqfd", "_loop", "_resamplefd", "level", "raised", "reasserts", "resamples")
+    __slots__ = ("_irqfd", "_loop", "_owners", "_resamplefd", "level", "raised", "reasserts", "resamples")
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, owners: dict[str, Pirq]) -> None:
+        """``owners`` is shared by all pirqs: who uses an eventfd, by its identity."""
         self._loop = loop
+        self._owners = owners
         self._irqfd: EventNotifier | None = None
         self._resamplefd: EventNotifier | None = None
         self.level = 0
@@ -46,6 +48,10 @@ class Pirq:
     @property
     def has_irqfd(self) -> bool:
         return self._irqfd is not None
+
+    def is_foreign(self, identity: str) -> bool:
+        """Whether the eventfd is in use by another pirq."""
+        return self._owners.get(identity, self) is not self
 
     def set_irq(self, asserted: bool) -> None:
         """One source asserts the line, or stops to."""
@@ -74,6 +80,9 @@ class Pirq:
             resamplefd.close()
             raise ShortageError(f"the resamplefd can't be watched: {error.strerror}") from error
         self._irqfd, self._resamplefd = irqfd, resamplefd
+        for notifier in (irqfd, resamplefd):
+            if notifier.identity is not None:
+                self._owners[notifier.identity] = self
         if self.level:
             # The peer may have kicked already, to have the level looked at: that is done here, once.
             self.resamples += resamplefd.test_and_clear()
@@ -83,8 +92,10 @@ class Pirq:
         """Closes the eventfds at once: the last close is what takes a careless VMM's irqfd out of KVM."""
         if self._irqfd is not None and self._resamplefd is not None:
             self._loop.remove(self._resamplefd.fd)
-            self._irqfd.close()
-            self._resamplefd.close()
+            for notifier in (self._irqfd, self._resamplefd):
+                if notifier.identity is not None:
+                    del self._owners[notifier.identity]
+                notifier.close()
         self._irqfd = self._resamplefd = None
 
     def _on_resample(self, _events: int) -> None:
@@ -104,7 +115,8 @@ class IoHub:
     """The 256 pirqs of one daemon."""
 
     def __init__(self, loop: Loop) -> None:
-        self.pirqs = tuple(Pirq(loop) for _ in range(NB_PIRQS))
+        owners: dict[str, Pirq] = {}
+        self.pirqs = tuple(Pirq(loop, owners) for _ in range(NB_PIRQS))
 
     @staticmethod
     def map_irq(devfn: int, _pin: int) -> int:

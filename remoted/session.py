@@ -158,7 +158,7 @@ class Session:
             self._link.discard(fds)
             return
         try:
-            irqfd, resamplefd = adopt_pair(*fds)
+            irqfd, resamplefd = adopt_pair(fds[0], fds[1], self._pirq.is_foreign)
         except ProtocolError as error:
             self._reject(ProtocolError(f"SET_IRQFD: {error}"))
             self._link.discard(fds)

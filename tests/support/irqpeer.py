@@ -17,7 +17,7 @@ class Peer:
 
     def __init__(self, pair: Pair) -> None:
         self._loop = Loop()
-        self.pirq = Pirq(self._loop)
+        self.pirq = Pirq(self._loop, {})
         self.pirq.set_irqfd(*(EventNotifier(os.dup(notifier.fd)) for notifier in pair))
 
     def set_level(self, level: bool) -> None:

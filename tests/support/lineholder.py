@@ -12,7 +12,7 @@ from __future__ import annotations
 import socket
 import sys
 
-from common.notifier import adopt_pair
+from common.notifier import EventNotifier
 from proxyd.vm.pid.inject import Target
 
 
@@ -28,7 +28,7 @@ def proxyd(link: socket.socket, pid: int, gsi: int) -> None:
 
 def remoted(link: socket.socket) -> None:
     _, fds, _, _ = socket.recv_fds(link, 1, 2)
-    irqfd, resamplefd = adopt_pair(*fds)
+    irqfd, resamplefd = (EventNotifier(fd) for fd in fds)
     irqfd.set()
     print("asserted", flush=True)
     link.recv(1)

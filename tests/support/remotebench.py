@@ -215,10 +215,12 @@ class Peer:
         command = pci.PCI_COMMAND_IO | pci.PCI_COMMAND_MEMORY
         self.config_write(pci.PCI_COMMAND, 2, command | (pci.PCI_COMMAND_INTX_DISABLE if disabled else 0))
 
-    def set_irqfd(self) -> Pair:
-        """Sends a new pair, and keeps a copy of it, as a VMM does."""
+    def set_irqfd(self, *, kicked: bool = False) -> Pair:
+        """Sends a new pair, kicked if wanted, and keeps a copy of it, as a VMM does."""
         pair = Pair()
         self._pairs.append(pair)
+        if kicked:
+            pair.resamplefd.set()
         self.send(Command.SET_IRQFD, fds=pair.fds)
         self._bench.settle()
         return pair

@@ -94,6 +94,10 @@ class Line:
     seconds: float
     """for how long the process stood still for it, at most"""
 
+    @property
+    def is_closed(self) -> bool:
+        return self.irqfd.fd == -1
+
     def close(self) -> None:
         """Closes both eventfds. The last copy of the irqfd takes it out of KVM and lowers the line."""
         self.irqfd.close()
@@ -109,6 +113,7 @@ class Target:
         Stops the process once, to ask KVM what irqchip its VM has.
         """
         self._process = process
+        self._lines: list[Line] = []
         status = process.refuse_unfit()
         try:
             self._vm_fd, self._landmarks = run_bounded(
@@ -146,7 +151,9 @@ class Target:
         if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
             raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
         (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi), _close_pair)
-        return Line(gsi, irqfd, resamplefd, seconds)
+        line = Line(gsi, irqfd, resamplefd, seconds)
+        self._lines = [other for other in self._lines if not other.is_closed] + [line]
+        return line
 
     def detach(self, line: Line) -> float:
         """Has the process deassign the irqfd, whoever holds a copy of it, and closes the line in any case.
@@ -160,6 +167,14 @@ class Target:
     def close(self) -> None:
         """Lets go of the process; lines stay as they are."""
         self._process.close()
+
+    def _is_in_use(self, identity: str) -> bool:
+        """Whether an eventfd is one of another line."""
+        return any(
+            identity in (line.irqfd.identity, line.resamplefd.identity)
+            for line in self._lines
+            if not line.is_closed
+        )
 
     def _run(
         self, body: Callable[[StoppedThread], _T], discard: Callable[[_T], None] = lambda _result: None
@@ -202,7 +217,7 @@ class Target:
                     copies.callback(os.close, copy)
                     ours.append(copy)
                 # Another thread of the process may have put anything where the eventfds were.
-                notifiers = adopt_pair(ours[1], ours[0])
+                notifiers = adopt_pair(ours[1], ours[0], self._is_in_use)
                 resamplefd, irqfd = pair  # the irqfd is the first to be closed
                 self._vm_ioctl(
                     thread, Request.KVM_IRQFD, kvm_irqfd(irqfd, gsi, IrqfdFlag.RESAMPLE, resamplefd)

@@ -20,6 +20,10 @@ from tests.support.unsendable import returns_soon
 FULL = (1 << 64) - 2
 
 
+def is_own(_identity: str) -> bool:
+    return False
+
+
 def with_peer(notifier: EventNotifier) -> int:
     """A copy that went through a socket, as a peer holds it: one open file, one set of flags."""
     ours, theirs = socket.socketpair()
@@ -152,7 +156,7 @@ def test_pair_with_an_unfit_fd_is_refused_and_stays_the_callers(
     os.close(pair[place])
     pair[place] = make()
     with pytest.raises(ProtocolError, match=complaint.replace("[", r"\[")):
-        adopt_pair(*pair)
+        adopt_pair(pair[0], pair[1], is_own)
     for fd in pair:
         os.close(fd)
 
@@ -161,15 +165,30 @@ def test_one_eventfd_as_both_of_a_pair_is_refused() -> None:
     fd = os.eventfd(0)
     copy = os.dup(fd)
     with pytest.raises(ProtocolError, match="the same eventfd"):
-        adopt_pair(fd, copy)
+        adopt_pair(fd, copy, is_own)
     os.close(fd)
     os.close(copy)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_eventfd_of_another_device_is_refused(place: int) -> None:
+    """Whichever of a pair it is, and whichever fd refers to it."""
+    others = adopt_pair(os.eventfd(0), os.eventfd(0), is_own)
+    pair = [os.eventfd(0), os.eventfd(0)]
+    for other in others:
+        os.dup2(other.fd, pair[place])
+        with pytest.raises(ProtocolError, match="an eventfd that another device uses"):
+            adopt_pair(pair[0], pair[1], lambda identity: identity in [other.identity for other in others])
+    for fd in pair:
+        os.close(fd)
+    for other in others:
+        other.close()
 
 
 def test_pair() -> None:
     fds = [os.eventfd(0), os.eventfd(0)]
     peer = os.dup(fds[0])
-    pair = adopt_pair(*fds)
+    pair = adopt_pair(fds[0], fds[1], is_own)
     assert [notifier.fd for notifier in pair] == fds
     pair[0].set()
     assert os.eventfd_read(peer) == 1
@@ -181,7 +200,7 @@ def test_pair() -> None:
 def test_pair_is_refused_when_no_fd_is_left_to_examine_it() -> None:
     fds = [os.eventfd(0), os.eventfd(0)]
     with no_more_fds(), pytest.raises(ShortageError, match="an eventfd can't be examined: Too many open files"):
-        adopt_pair(*fds)
+        adopt_pair(fds[0], fds[1], is_own)
     for fd in fds:
         os.close(fd)
 
@@ -196,7 +215,7 @@ def test_file_whose_path_is_too_long_is_refused(tmp_path: Path) -> None:
         directory = inner
     eventfd = os.eventfd(0)
     with pytest.raises(ProtocolError, match="can't examine an eventfd: File name too long"):
-        adopt_pair(eventfd, directory)
+        adopt_pair(eventfd, directory, is_own)
     assert not is_eventfd(directory)
     os.close(eventfd)
     os.close(directory)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from common.loop import Loop
-from common.notifier import EventNotifier
+from common.notifier import EventNotifier, adopt_pair
 from remoted.iohub import NB_PIRQS, IoHub
 from tests.support.fds import count_fds
 from tests.support.unsendable import returns_soon
@@ -236,6 +236,46 @@ def test_peer_that_fills_the_counter_loses_nothing_and_holds_nobody(bench: Bench
     bench.pirq.set_irq(False)
     bench.pirq.set_irq(True)
     assert written(irqfd) == 1
+
+
+def test_eoi_from_before_a_rise_is_consumed_by_it(bench: Bench, pair: Fds) -> None:
+    """The second assertion could arrive after the guest has served the first."""
+    irqfd, resamplefd = pair
+    os.eventfd_write(resamplefd, 1)
+    bench.pirq.set_irq(True)
+    bench.loop.step()
+    assert written(irqfd) == 1
+    assert (bench.pirq.resamples, bench.pirq.reasserts) == (1, 0)
+
+
+def test_kick_that_comes_with_a_new_irqfd_is_consumed_by_it(bench: Bench, pair: Fds) -> None:
+    bench.pirq.set_irq(True)
+    notifiers = EventNotifier.create(), EventNotifier.create()
+    irqfd = os.dup(notifiers[0].fd)
+    notifiers[1].set()
+    bench.pirq.set_irqfd(*notifiers)
+    bench.loop.step()
+    assert written(irqfd) == 1
+    assert (bench.pirq.resamples, bench.pirq.reasserts) == (1, 1)
+    os.close(irqfd)
+
+
+def test_eventfds_are_in_use_by_one_pirq_until_they_are_dropped_or_replaced(bench: Bench) -> None:
+    one, two = bench.hub.pirqs[1], bench.hub.pirqs[2]
+    fds = os.eventfd(0), os.eventfd(0)
+    identities = []
+    for _ in range(2):  # the same device may bring its own again
+        pair = adopt_pair(os.dup(fds[0]), os.dup(fds[1]), one.is_foreign)
+        one.set_irqfd(*pair)
+        identities = [str(notifier.identity) for notifier in pair]
+    assert [two.is_foreign(identity) for identity in identities] == [True, True]
+    for fd in bench.assign(1):
+        os.close(fd)
+    assert [two.is_foreign(identity) for identity in identities] == [False, False]
+    one.set_irqfd(*adopt_pair(fds[0], fds[1], one.is_foreign))
+    assert [two.is_foreign(identity) for identity in identities] == [True, True]
+    one.drop_irqfd()
+    assert [two.is_foreign(identity) for identity in identities] == [False, False]
 
 
 def test_counters(bench: Bench, pair: Fds) -> None:

@@ -94,10 +94,11 @@ class World:
 
     def take(self, function: Function) -> bool:
         """KVM's wake-up by an irqfd."""
-        written = function.pair is not None and function.pair.irqfd.test_and_clear()
-        if written:
+        count = function.pair.written() if function.pair is not None else 0
+        assert count <= 1, f"{function.name} asserted twice for one reason"
+        if count:
             self.lines[function.gsi] = True
-        return written
+        return bool(count)
 
     def assign(self, function: Function, gsi: int) -> None:
         function.gsi = gsi
@@ -131,11 +132,11 @@ class World:
         peer.config_write(pci.PCI_BASE_ADDRESS_0, 4, IO_BASE)
         peer.config_write(pci.PCI_COMMAND, 2, function.command)
 
-    def replace(self, function: Function, peer: Peer, pair: Pair, gsi: int) -> None:
-        """A new pair on another GSI, or the same one; nobody kicks."""
+    def replace(self, function: Function, peer: Peer, pair: Pair, gsi: int, *, kicked: bool) -> None:
+        """A new pair on another GSI, or the same one."""
         self.deassign(function)
         peer.forget(pair)
-        function.pair = peer.set_irqfd()
+        function.pair = peer.set_irqfd(kicked=kicked)
         self.assign(function, gsi)
 
     def disconnect(self, function: Function, peer: Peer) -> None:
@@ -159,6 +160,12 @@ def lower_line(world: World, function: Function, gsi: int) -> None:
 
 def eoi(world: World, function: Function, gsi: int) -> None:
     world.eoi(gsi)
+
+
+def eoi_and_raise(world: World, function: Function, gsi: int) -> None:
+    """The device raises its line before it sees the EOI."""
+    world.eoi(function.gsi)
+    raise_line(world, function, gsi)
 
 
 def connect(world: World, function: Function, gsi: int) -> None:
@@ -274,7 +281,14 @@ def reroute(world: World, function: Function, peer: Peer, pair: Pair, gsi: int) 
 
 @client
 def reroute_with_new_pair(world: World, function: Function, peer: Peer, pair: Pair, gsi: int) -> None:
-    world.replace(function, peer, pair, gsi)
+    world.replace(function, peer, pair, gsi, kicked=False)
+
+
+@client
+def reroute_with_new_pair_and_kick(
+    world: World, function: Function, peer: Peer, pair: Pair, gsi: int
+) -> None:
+    world.replace(function, peer, pair, gsi, kicked=True)
 
 
 @client
@@ -330,6 +344,9 @@ def reconnect(world: World, function: Function, peer: Peer, pair: Pair, gsi: int
 def send_nonsense(world: World, function: Function, peer: Peer, pair: Pair, gsi: int) -> None:
     """It costs nothing that is in force."""
     peer.send(Command.SET_IRQFD, fds=[pair.irqfd.fd, pair.irqfd.fd])
+    for other in world.functions:
+        if other.pair is not None and other is not function:
+            peer.send(Command.SET_IRQFD, fds=[other.pair.resamplefd.fd, other.pair.irqfd.fd])
     peer.send(Command.BAR_WRITE, BAR.pack(IO_BASE + 64, 1, 1, False))
     world.bench.settle()
     assert peer.receive() == (1 << 64) - 1
@@ -339,6 +356,7 @@ KINDS: dict[Step, int] = {
     raise_line: 4,
     lower_line: 3,
     eoi: 6,
+    eoi_and_raise: 2,
     connect: 4,
     guest_raises: 2,
     guest_acknowledges: 3,
@@ -352,6 +370,7 @@ KINDS: dict[Step, int] = {
     kick: 1,
     reroute: 3,
     reroute_with_new_pair: 2,
+    reroute_with_new_pair_and_kick: 2,
     reset: 1,
     reset_without_irqfd: 1,
     reset_and_eoi: 1,

@@ -8,8 +8,10 @@ that is high and routed has its IRQ requested; after the EOIs that a guest would
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -20,7 +22,7 @@ from common.loop import Loop
 from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
 from proxyd.pci.pcihost import PciHost
-from proxyd.vm.soft.softirqchip import SoftIrqchip
+from proxyd.vm.soft.softirqchip import SoftIrqchip, _Assignment
 from tests.support.fds import count_fds
 from tests.support.irqbench import M_CMD, READ_IRR, S_CMD, SPECIFIC_EOI
 from tests.support.lives import check_lives
@@ -51,13 +53,29 @@ class Function:
         self.has_missed_reset = False
 
 
+class CountingIrqchip(SoftIrqchip):
+    """Counts how often each irqfd was written."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__(loop)
+        self.written: Counter[int] = Counter()
+        """by the irqfd's number"""
+
+    def _inject(self, assignment: _Assignment) -> None:
+        try:
+            self.written[assignment.irqfd.fd] += os.eventfd_read(assignment.irqfd.fd)
+        except BlockingIOError:
+            return
+        self._assert(assignment.gsi, True)
+
+
 class World:
     """A guest's bus, its devices, and what must be."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._loop = Loop()
-        self._irqchip = SoftIrqchip(self._loop)
+        self._irqchip = CountingIrqchip(self._loop)
         self.functions = [Function(number) for number in range(len(ADDRESSES))]
         self.proxies = {
             function.name: PciProxy(
@@ -184,14 +202,24 @@ class World:
             and self.routes[function.pirq] in IRQS
         }
 
+    def begin(self) -> None:
+        """What is asserted is counted from here on."""
+        self._irqchip.written.clear()
+
+    def check_count(self) -> None:
+        """A step gives each function one reason to assert its line, at most."""
+        self.settle()
+        assert not self._irqchip.written or max(self._irqchip.written.values()) == 1, "asserted twice"
+
     def check(self) -> None:
         self.settle()
         wanted = self.wanted()
         assert self.requested() >= wanted, "lost"
         pic = self._irqchip.pic
+        self.begin()
         for irq in IRQS:
             pic.port_out(S_CMD if irq >= 8 else M_CMD, 1, SPECIFIC_EOI | irq & 7)
-        self.settle()
+        self.check_count()
         assert self.requested() == wanted, "stuck, or lost at the EOI"
 
     def close(self) -> None:
@@ -320,10 +348,15 @@ def play(life: Sequence[Taken]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         world = World(Path(directory))
         try:
+            was_at_rest = True
             for (step, number), look in life:
+                world.begin()
                 step(world, world.functions[number])
                 if look:
+                    if was_at_rest:
+                        world.check_count()
                     world.check()
+                was_at_rest = look
             world.check()
         finally:
             world.close()

@@ -38,6 +38,7 @@ class Function:
     refused: int
     accesses: int
     quiet_seconds: int
+    errors: int
     has_irqfd: bool
     link: Link
     client_pid: int | None = None
@@ -89,7 +90,7 @@ class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     reasserts: irqfd writes for a line that was high already. rejected: messages that broke the protocol.
     refused: clients turned away because another was served. accesses: messages handled, most of them the guest's
     accesses. quiet_seconds: for how long at least that number has been the same; this is known only as far back as
-    Status was called.
+    Status was called. errors: exceptions in the device's code.
     has_irqfd: there is an eventfd that asserts the line in the guest.
     link: waiting: listening, no client; connected: a client is served; closed: the inherited connection has ended.
     client_pid, client_name: the process that has connected; the name is null when that had gone before it could

@@ -83,6 +83,7 @@ def _function_status(config: DeviceConfig, server: DeviceServer) -> Function:
         refused=server.refused,
         accesses=server.accesses,
         quiet_seconds=int(server.quiet_seconds()),
+        errors=server.function.errors,
         has_irqfd=pirq.has_irqfd,
         link=Link.connected if session else Link.waiting if server.is_listening else Link.closed,
         amiss=server.function.amiss.texts(),

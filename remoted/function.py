@@ -14,13 +14,12 @@ redefine them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from common import pci
 from common.amiss import Amiss
 from common.pci import Bar, BarKind
-from remoted.configspace import power_on_config, write_masks
+from remoted.configspace import Window, power_on_config, write_masks
 from remoted.declaration import check_declaration
 from remoted.guard import CONFIG_SPACE, DEVICE_ERRORS, as_int
 from remoted.host import Host, PeriodicTimer
@@ -41,6 +40,7 @@ _RESERVED = (
     "last_place",
     "stall",
     "intx_level",
+    "is_decoded",
     "is_bus_master",
     "is_initialised",
     "call_every",
@@ -56,16 +56,6 @@ _RESERVED = (
     "__setattr__",
 )
 """what the daemon relies on"""
-
-
-@dataclass(slots=True)
-class _Window:
-    """Where a BAR is decoded at present."""
-
-    memory: bool
-    start: int
-    end: int
-    bar: int
 
 
 class PciFunction:
@@ -110,7 +100,7 @@ class PciFunction:
         self.__asserted = False
         self.__has_pin = self.INTERRUPT_PIN != 0
         self.__bars = dict(self.BARS)
-        self.__windows: list[_Window] = []
+        self.__windows: list[Window] = []
         self.__timers: list[PeriodicTimer] = []
         host.guard.names = {
             (bar, offset): name for bar, names in self.REGISTERS.items() for offset, name in names.items()
@@ -188,6 +178,11 @@ class PciFunction:
     def intx_level(self) -> bool:
         """The level that the device drives, whatever INTX_DISABLE says; status bit 3."""
         return self.__level
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the guest has placed and enabled one of its BARs, without which no driver reaches the device."""
+        return bool(self.__windows) or not self.__bars
 
     @property
     def amiss(self) -> Amiss:
@@ -383,7 +378,7 @@ class PciFunction:
             end = start + bar.size
             # As pci_bar_address() in QEMU's hw/pci/pci.c: at 0, or as sizing leaves it, a BAR is not decoded.
             if start and end <= (ALL_ONES if width == 8 else 0xFFFFFFFF):
-                self.__windows.append(_Window(memory, start, end, number))
+                self.__windows.append(Window(memory, start, end, number))
         self.__host.memory.is_bus_master = bool(command & pci.PCI_COMMAND_MASTER)
         self.__update_line()
 

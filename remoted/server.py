@@ -95,6 +95,8 @@ class DeviceServer:
     def _amiss(self) -> Iterator[str]:
         if self.session is not None and self.session.ram_refusal:
             yield f"DMA is impossible, the guest's RAM was refused: {self.session.ram_refusal}"
+        if self.pirq.level and not self.function.is_decoded:
+            yield "its line is high, but the guest doesn't let it decode its BARs: no driver can acknowledge it"
 
     def _on_client(self, sock: socket.socket) -> None:
         if self.session is None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.config import check_name
-from common.ctl.vms import find_runtime_dir
+from common.ctl.vms import find_runtime_dir, runtime_roots
 from common.errors import IohubError, UsageError
 from common.options import Parser, add_version
 from common.output import OutputError, complain
@@ -23,23 +23,26 @@ PROGRAM = "iohubctl"
 _ADDR_HELP = "one function: its address, such as 05.0, or its device's id"
 
 _STATUS_EPILOG = """\
-columns, what remoted counts first:
+columns:
   LINE        high, low, or masked: the device asserts it, but the guest has set INTX_DISABLE
+  PIN, GSI    the function's pin, and where the guest has it routed to; - when proxyd doesn't know, as in a QEMU
   RAISED      how often the line rose
   RESAMPLES   acknowledgements (EOI) that KVM reported; those of functions on the same GSI count here too
   RE-ASSERTS  irqfd writes for a line that was high already: still high at the EOI, or a new irqfd
-  REJECTED    messages that broke the protocol
-  REFUSED     clients turned away because another one was served
-  IRQFD       set: there is an eventfd that asserts the line in the guest
-  CLIENT      who connected to the device: its process and pid; for a QEMU that is the proxyd that has handed it
-              the link, and that may have gone since
-  PIN, GSI    proxyd: the function's pin, and where the guest has it routed to; - when proxyd doesn't know, as in
-              a QEMU
-  LINK        proxyd: the process and pid that it is connected to, or down
-  RECONNECTS  proxyd: how often a lost link was replaced
+  ACCESSES    messages of the client, most of them accesses of the guest
+  QUIET       for how long at least ACCESSES has been the same: since a status first showed that number
 
-A healthy function has a client, an irqfd, a link and, outside of QEMU, a GSI; what is amiss is written below,
-and is the list `amiss` in JSON.
+below each, after the device's id, the model and:
+  irqfd       set: there is an eventfd that asserts the line in the guest
+  client      who connected to the device: its process and pid; for a QEMU that is the proxyd that has handed it
+              the link, and that may have gone since
+  link        of proxyd: the process and pid that it is connected to, or down
+  answers     for how long the guest has waited for an answer in the last minute or two: mean and maximum
+and if they are not 0: reconnects: how often a lost link was replaced; rejected: messages that broke the protocol;
+refused: clients turned away because another one was served; errors: exceptions in the device's code; and what
+the model counts
+
+What is amiss is written below the table, and is the list `amiss` in JSON.
 
 exit status:
   0  all is well
@@ -50,6 +53,26 @@ examples:
   iohubctl status vm1
   iohubctl status vm1 05.0
   iohubctl status --json vm1 | jq '.remoted.functions[] | select(.rejected > 0)'
+"""
+
+_LIST_EPILOG = """\
+columns:
+  REMOTED    the pid of the VM's iohub-remoted; - if it gives no answer
+  PROXYD     the pid of its iohub-proxyd
+  FUNCTIONS  how many functions they have
+  AMISS      how many things are amiss: `iohubctl status VM` tells them
+  VM         its name, and where its runtime directory is if that is not the usual place
+
+The VMs are those with a control socket below /run/iohub and $XDG_RUNTIME_DIR/iohub.
+
+exit status:
+  0  all is well
+  1  something is amiss; a daemon that doesn't answer is amiss, too
+  2  bad usage
+
+example:
+  iohubctl list
+  iohubctl list --json | jq '.[] | select(.amiss != [])'
 """
 
 _DRIVE_EPILOG = """\
@@ -120,7 +143,7 @@ def _parser(argv: Sequence[str]) -> Parser:
         prog=PROGRAM,
         description="Looks at the PCI functions that iohub-remoted and iohub-proxyd give to a VM, "
         "and drives lines by hand.",
-        epilog="examples:\n  iohubctl status vm1\n  iohubctl raise vm1 05.0\n  iohubctl demo\n\n"
+        epilog="examples:\n  iohubctl list\n  iohubctl status vm1\n  iohubctl raise vm1 05.0\n  iohubctl demo\n\n"
         "`iohubctl COMMAND --help` explains each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -133,6 +156,9 @@ def _parser(argv: Sequence[str]) -> Parser:
     )
     status.add_argument("addr", metavar="ADDR", nargs="?", help=_ADDR_HELP)
     status.set_defaults(run=_status)
+    listing = _add_command(commands, "list", "show all VMs of this host", _LIST_EPILOG, has_vm=False)
+    listing.add_argument("--json", action="store_true", help="print one JSON array: an object for each VM")
+    listing.set_defaults(run=_list)
     for name, method, what, already in (
         ("raise", "Raise", "assert", "A line that is high already stays high."),
         ("lower", "Lower", "deassert", "A line that is low already stays low."),
@@ -158,7 +184,7 @@ def _parser(argv: Sequence[str]) -> Parser:
 
 
 def _add_command(
-    commands: argparse._SubParsersAction[Parser], name: str, summary: str, epilog: str
+    commands: argparse._SubParsersAction[Parser], name: str, summary: str, epilog: str, *, has_vm: bool = True
 ) -> Parser:
     command = commands.add_parser(
         name,
@@ -168,12 +194,14 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_argument(
-        "--runtime-dir",
-        metavar="DIR",
-        help="where the VM's sockets are (default: /run/iohub/VM, or "
-        "$XDG_RUNTIME_DIR/iohub/VM if that is there for users other than root)",
-    )
+    if has_vm:
+        command.add_argument(
+            "--runtime-dir",
+            metavar="DIR",
+            help="where the VM's sockets are (default: /run/iohub/VM, or, "
+            "first for users other than root, $XDG_RUNTIME_DIR/iohub/VM)",
+        )
+        command.add_argument("vm", metavar="VM", help="the VM's name")
     command.add_argument(
         "--allow-user",
         metavar="USER",
@@ -181,7 +209,6 @@ def _add_command(
         default=[],
         help="another user, by name or number, whose daemons are talked to besides root's and one's own",
     )
-    command.add_argument("vm", metavar="VM", help="the VM's name")
     return command
 
 
@@ -189,6 +216,12 @@ def _status(options: argparse.Namespace) -> int:
     from common.ctl.status import show_status
 
     return show_status(options.vm, _runtime_dir(options), _trust(options), options.addr, json=options.json)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from common.ctl.list import show_list
+
+    return show_list(runtime_roots(os.geteuid(), os.environ), _trust(options), json=options.json)
 
 
 def _drive(options: argparse.Namespace) -> int:

@@ -36,7 +36,19 @@ def ask_daemons(vm: str, directory: Path, trust: Trust) -> Report:
             report.errors[daemon] = str(error)
     for answer in report.answers.values():
         _check_vm(answer, vm, directory)
+    if "remoted" in report.errors and "proxyd" in report.answers:
+        linked = [each for each in report.answers["proxyd"]["functions"] if each["connected"]]
+        if linked:
+            _contradict(report.errors, "remoted", linked[0]["remote_name"], linked[0]["remote_pid"])
     return report
+
+
+def _contradict(errors: dict[str, str], daemon: str, name: str | None, pid: int | None) -> None:
+    """A daemon without a control socket isn't one that doesn't run, if the other one has a link to it."""
+    absent = f"{daemon} is not running: "
+    if errors[daemon].startswith(absent):
+        reason = errors[daemon].removeprefix(absent)
+        errors[daemon] = f"{daemon} runs as {name or 'a process'}[{pid}], but does not answer: {reason}"
 
 
 def show_status(vm: str, directory: Path, trust: Trust, addr: str | None, *, json: bool) -> int:

@@ -1,37 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The functions of a VM as a table, one line each, of what remoted and proxyd say about it; and what is amiss."""
+"""The functions of a VM as a table of 80 columns, of what remoted and proxyd say about it; and what is amiss.
+
+A function has a line of its interrupt's state and counters, and below that one of what it is and who is linked to
+it. Counters that usually are 0 are there only if they are not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["find_amiss", "render"]
+__all__ = ["WIDTH", "align", "find_amiss", "render"]
 
-_HEADINGS = (
-    "ADDR",
-    "ID",
-    "MODEL",
-    "LINE",
-    "RAISED",
-    "RESAMPLES",
-    "RE-ASSERTS",
-    "REJECTED",
-    "REFUSED",
-    "IRQFD",
-    "CLIENT",
-    "PIN",
-    "GSI",
-    "LINK",
-    "RECONNECTS",
-)
-_RIGHT_ALIGNED = frozenset(("RAISED", "RESAMPLES", "RE-ASSERTS", "REJECTED", "REFUSED", "GSI", "RECONNECTS"))
-_REMOTED_COLUMNS = 9  # from MODEL to CLIENT
-_PROXYD_COLUMNS = 4
+WIDTH = 80
+"""columns, which only words that are longer exceed"""
+
+_HEADINGS = ("ADDR", "LINE", "PIN", "GSI", "RAISED", "RESAMPLES", "RE-ASSERTS", "ACCESSES", "QUIET")
+_RIGHT_ALIGNED = frozenset(("GSI", "RAISED", "RESAMPLES", "RE-ASSERTS", "ACCESSES", "QUIET"))
+_COUNTS = ("raised", "resamples", "reasserts", "accesses")
+_MAX_DIGITS = 9
 _UNKNOWN = "?"
 _NONE = "-"
 _PINS = (_NONE, "INTA", "INTB", "INTC", "INTD")
-
 
 _Views = dict[str, Mapping[str, Any]]
 """what each daemon says of one function"""
@@ -66,21 +57,22 @@ def render(vm: str, answers: Mapping[str, Any], errors: Mapping[str, str], amiss
 
     Columns of a daemon that gave no answer are ``?``, those of a function that a daemon doesn't have are ``-``.
     """
+    functions = _join(answers)
     rows: list[tuple[str, ...]] = [_HEADINGS]
-    for name, views in _join(answers):
-        rows.append(
-            (
-                "/".join(_addresses(views, answers.get("proxyd", {}))),
-                name,
-                *_remoted_cells(views.get("remoted"), "remoted" in errors),
-                *_proxyd_cells(views.get("proxyd"), "proxyd" in errors),
-            )
-        )
-    table = _align(rows) if len(rows) > 1 else ["no functions"]
-    lines = [f"VM {vm}", *_daemon_lines(answers, errors), "", *table]
-    notes = amiss[len(errors) :]
-    if notes:
-        lines += ["", *notes]
+    for _, views in functions:
+        address = "/".join(_addresses(views, answers.get("proxyd", {})))
+        rows.append((address, *_cells(views, errors)))
+    heading, *table = align(rows, _RIGHT_ALIGNED)
+    lines = [f"VM {vm}"]
+    for line in _daemon_lines(answers, errors):
+        lines += _wrap(line, "  ")
+    lines += ["", heading] if functions else ["", "no functions"]
+    for row, (name, views) in zip(table, functions, strict=True):
+        lines += [row, *_wrap(f"{name}: {', '.join(_details(views))}", "      ")]
+    if amiss[len(errors) :]:
+        lines.append("")
+        for note in amiss[len(errors) :]:
+            lines += _wrap(note)
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -103,45 +95,82 @@ def _addresses(views: _Views, proxyd: Mapping[str, Any]) -> list[str]:
 def _daemon_lines(answers: Mapping[str, Any], errors: Mapping[str, str]) -> Iterator[str]:
     for daemon in ("remoted", "proxyd"):
         if daemon in errors:
-            yield f"  NO ANSWER: {errors[daemon]}"
+            yield f"NO ANSWER: {errors[daemon]}"
         else:
             answer = answers[daemon]
-            line = f"  {daemon} runs as pid {answer['pid']}"
-            if "kind" in answer:
+            line = f"{daemon} runs as pid {answer['pid']}"
+            if daemon == "proxyd":
                 line += f", VM {answer['kind']}"
-                line += ", not attached" if answer.get("reason") else f", irqchip {answer['irqchip']}"
-            if answer.get("attached"):
-                line += f", attached to {answer['attached']}"
+                line += ", not attached" if answer["reason"] else f", irqchip {answer['irqchip']}"
+                if answer["attached"]:
+                    line += f", attached to {answer['attached']}"
             yield line
 
 
-def _remoted_cells(function: Mapping[str, Any] | None, silent: bool) -> tuple[str, ...]:
-    if function is None:
-        return (_UNKNOWN if silent else _NONE,) * _REMOTED_COLUMNS
-    line = "high" if function["asserted"] else "masked" if function["level"] else "low"
-    counters = (function[name] for name in ("raised", "resamples", "reasserts", "rejected", "refused"))
-    client = function["link"]
-    if client == "connected":
-        client = _process(function.get("client_name"), function["client_pid"])
-        if function.get("client_gone"):
-            client = f"pid {function['client_pid']} (gone, its link lives on)"
-    irqfd = "set" if function["has_irqfd"] else "none"
-    return (function["model"], line, *map(str, counters), irqfd, client)
+def _cells(views: _Views, errors: Mapping[str, str]) -> tuple[str, ...]:
+    """Those of _HEADINGS after the address."""
+    line, counts, quiet = _absent("remoted", errors), [_absent("remoted", errors)] * len(_COUNTS), ""
+    pin = gsi = _absent("proxyd", errors)
+    if remote := views.get("remoted"):
+        line = "high" if remote["asserted"] else "masked" if remote["level"] else "low"
+        counts = [_count(remote[name]) for name in _COUNTS]
+        quiet = _duration(remote["quiet_seconds"])
+    if proxy := views.get("proxyd"):
+        number = proxy["pin"] or 0
+        pin = _PINS[number] if number in range(len(_PINS)) else str(number)
+        gsi = _NONE if proxy["gsi"] is None else str(proxy["gsi"])
+    return (line, pin, gsi, *counts, quiet or counts[0])
 
 
-def _proxyd_cells(function: Mapping[str, Any] | None, silent: bool) -> tuple[str, ...]:
-    if function is None:
-        return (_UNKNOWN if silent else _NONE,) * _PROXYD_COLUMNS
-    gsi = function.get("gsi")
-    link = "down"
-    if function["connected"]:
-        link = _process(function.get("remote_name"), function["remote_pid"])
-    pin = _PINS[function.get("pin") or 0]
-    route = _NONE if gsi is None else str(gsi)
-    return (pin, route, link, str(function["reconnects"]))
+def _absent(daemon: str, errors: Mapping[str, str]) -> str:
+    return _UNKNOWN if daemon in errors else _NONE
 
 
-def _process(name: str | None, pid: int) -> str:
+def _details(views: _Views) -> Iterator[str]:
+    """What the function is, who is linked to it, and counters that are not 0."""
+    if remote := views.get("remoted"):
+        yield remote["model"]
+        yield f"irqfd {'set' if remote['has_irqfd'] else 'none'}"
+        if remote["link"] != "connected":
+            yield f"client {remote['link']}"
+        elif remote["client_gone"]:
+            yield f"client pid {remote['client_pid']} (gone, its link lives on)"
+        else:
+            yield f"client {_process(remote['client_name'], remote['client_pid'])}"
+    if proxy := views.get("proxyd"):
+        up = proxy["connected"]
+        yield f"link {_process(proxy['remote_name'], proxy['remote_pid'])}" if up else "link down"
+        if proxy["answer_mean_us"] is not None:
+            mean, most = (_microseconds(proxy[name]) for name in ("answer_mean_us", "answer_max_us"))
+            yield f"answers within {mean} (at most {most})"
+        if proxy["reconnects"]:
+            yield f"{proxy['reconnects']} reconnects"
+    if remote := views.get("remoted"):
+        for name in ("rejected", "refused", "errors"):
+            if remote[name]:
+                yield f"{remote[name]} {name}"
+        for name, count in remote["counters"].items():
+            if count:
+                yield f"{count} {name}"
+
+
+def _count(number: int) -> str:
+    """Exact as long as it fits into a column."""
+    return str(number) if len(str(number)) <= _MAX_DIGITS else f"{number:.3g}".replace("e+", "e")
+
+
+def _duration(seconds: int) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{_count(seconds // length)}{unit}"
+    return f"{seconds}s"
+
+
+def _microseconds(number: int) -> str:
+    return f"{number} us" if number < 1000 else f"{number / 1000:.3g} ms"
+
+
+def _process(name: str | None, pid: int | None) -> str:
     return f"{name}[{pid}]" if name else f"pid {pid}"
 
 
@@ -168,11 +197,23 @@ def _notes(
         yield "the guest has its pin routed nowhere: interrupts don't arrive"
 
 
-def _align(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def align(rows: Sequence[Sequence[str]], right_aligned: frozenset[str]) -> Iterator[str]:
+    """The lines of a table whose first row are the headings; ``right_aligned`` are those of columns of numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (
-            cell.rjust(width) if heading in _RIGHT_ALIGNED else cell.ljust(width)
-            for heading, cell, width in zip(_HEADINGS, row, widths, strict=True)
+            cell.rjust(width) if heading in right_aligned else cell.ljust(width)
+            for heading, cell, width in zip(rows[0], row, widths, strict=True)
         )
         yield "  ".join(cells).rstrip()
+
+
+def _wrap(line: str, indent: str = "") -> Iterable[str]:
+    return textwrap.wrap(
+        line,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -16,8 +16,8 @@ import pytest
 from common.config import DeviceConfig, VmConfig
 from common.control import call
 from common.errors import UsageError
-from common.mpqemu import SYSMEM, Command
-from common.pci import parse_devfn
+from common.mpqemu import ERROR, SYSMEM, Command
+from common.pci import PCI_COMMAND, parse_devfn
 from common.remoted_interface import NoSuchDevice, NotDrivable
 from common.remoted_interface import Remoted as Interface
 from remoted.control import RemotedService
@@ -26,7 +26,7 @@ from remoted.main import Remoted
 from remoted.server import DeviceServer
 from tests.support.fds import count_fds
 from tests.support.loops import running
-from tests.support.remotebench import LineDevice, RemoteBench
+from tests.support.remotebench import MEM_BASE, LineDevice, RemoteBench
 from tests.support.varlinkreply import status_of
 
 DEVICES = {"line0": ("irq-line", "05.0", IrqLine), "dev0": ("line-device", "06.1", LineDevice)}
@@ -78,6 +78,7 @@ def test_an_unused_function(bench: Bench) -> None:
         "refused": 0,
         "accesses": 0,
         "quiet_seconds": 0,
+        "errors": 0,
         "has_irqfd": False,
         "link": "waiting",
         "client_pid": None,
@@ -234,6 +235,33 @@ def test_guest_ram_that_was_refused_is_amiss_until_it_is_accepted(bench: Bench, 
         os.close(memfd)
     bench.settle()
     assert bench.status()["amiss"] == []
+
+
+def test_a_line_that_is_high_while_no_bar_is_decoded_is_amiss(bench: Bench) -> None:
+    with bench.connect("dev0") as client:
+        client.enable()
+        client.drive(True)
+        assert bench.status()["amiss"] == []
+        client.config_write(PCI_COMMAND, 2, 0)
+        (line,) = bench.status()["amiss"]
+        assert line.startswith("its line is high, but the guest doesn't let it decode its BARs")
+        client.enable()
+        client.drive(False)
+        client.config_write(PCI_COMMAND, 2, 0)
+        assert bench.status()["amiss"] == []
+    bench.interface.Raise(device="line0")
+    assert bench.status("line0")["amiss"] == [], "a function without BARs needs no decoding"
+
+
+def test_errors_of_the_devices_code_are_counted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LineDevice, "bar_read", lambda *_: 1 // 0)
+    with bench.connect("dev0") as client:
+        client.enable()
+        for _ in range(2):
+            assert client.bar_read(True, MEM_BASE, 4) == ERROR
+    status = bench.status()
+    assert status["errors"] == 2
+    assert "ZeroDivisionError" in status["amiss"][0]
 
 
 def test_refused_clients_are_counted(bench: Bench) -> None:

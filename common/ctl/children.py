@@ -20,6 +20,18 @@ __all__ = ["Child", "ChildFailed"]
 
 _END_SECONDS = 20.0
 
+_LAUNCHER = """\
+import ctypes, os, runpy, signal, sys
+parent, module, *arguments = sys.argv[1:]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+if os.getppid() != int(parent):  # it has ended before that
+    sys.exit(1)
+sys.argv = [module, *arguments]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+"""a module as __main__, in a process that ends with its parent whatever ends that"""
+
 
 def _starting(module: str) -> list[str]:
     """The module to run and its arguments: a package that PYTHONPATH leads to must not be taken for a daemon."""
@@ -31,7 +43,11 @@ class ChildFailed(IohubError):
 
 
 class Child:
-    """One daemon, ``python -m MODULE``, that says READY=1 (sd_notify(3)) when it serves."""
+    """One daemon, ``python -m MODULE``, that says READY=1 (sd_notify(3)) when it serves.
+
+    It is killed when the thread that has started it ends, be it by SIGKILL (PR_SET_PDEATHSIG, prctl(2)). Ctrl+C in
+    a terminal doesn't reach it: who has started it ends it.
+    """
 
     def __init__(
         self, module: str, arguments: Sequence[str], directory: Path, deadline: float = 20.0
@@ -51,11 +67,12 @@ class Child:
         ):
             notify.bind(str(address))
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *_starting(module), *arguments],
+                [sys.executable, "-c", _LAUNCHER, str(os.getpid()), *_starting(module), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "NOTIFY_SOCKET": str(address)},
+                process_group=0,
             )
             try:
                 self._await_ready(notify, deadline)

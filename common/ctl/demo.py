@@ -8,6 +8,7 @@ and serves in its handler), ``resamples`` and ``reasserts`` are remoted's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import signal
@@ -322,8 +323,9 @@ class _Progress:
 
     @staticmethod
     def _write(text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # what it shows is no reason to end
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from common.control import call
 from common.ctl.demo import _Demo
 from common.errors import ProtocolError
 from tests.support.fds import count_fds
+from tests.support.process import is_running
 from tests.support.wait import wait_until
 
 IOHUBCTL = str(Path(sys.executable).with_name("iohubctl"))
@@ -130,6 +131,13 @@ class RunningDemo:
 def test_a_demo_that_is_ended_leaves_nothing_behind(short_path: Path, signum: int) -> None:
     with contextlib.closing(RunningDemo(short_path)) as demo:
         demo.check_end(signum)
+
+
+def test_a_demo_that_is_killed_takes_its_daemons_along(short_path: Path) -> None:
+    with contextlib.closing(RunningDemo(short_path)) as demo:
+        demo.process.kill()
+        demo.process.wait()
+        wait_until(lambda: not any(map(is_running, demo.pids)), "the daemons end")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])

@@ -84,11 +84,22 @@ class PtyChardev(StreamChardev):
 
     def _hang_up(self) -> None:
         try:
-            termios.tcflush(self._fd, termios.TCOFLUSH)
-            tty.setraw(self._fd)
-        except termios.error as error:
-            self._log.warning("%s can't be set to raw mode: %s", self._path, error)
+            # TCSAFLUSH would wait for a next user who is blocked in a write (set_termios() in tty_ioctl.c).
+            tty.setraw(self._fd, termios.TCSANOW)
+            if self.connected:
+                self._drop_unread()
+        except (OSError, termios.error) as error:
+            self._log.warning("%s can't be reset after its user: %s", self._path, error)
         super()._hang_up()
+
+    def _drop_unread(self) -> None:
+        """Drops what waits in the terminal; once for each user, as the close here is reported as another end."""
+        termios.tcflush(self._fd, termios.TCOFLUSH)
+        slave = os.open(self._path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            termios.tcflush(slave, termios.TCIFLUSH)
+        finally:
+            os.close(slave)
 
     def _on_end_of_input(self) -> None:
         # The read has said that the slave was closed; by now the next user may have opened it.

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import termios
+import threading
 import tty
+from pathlib import Path
 
 import pytest
 
 from common import inotify
 from tests.support.chardevbench import Device, PtyUser, connect
 from tests.support.steploop import run_ready, run_until
+from tests.support.wait import wait_until
 
 
 def test_is_raw_from_the_start_and_after_each_user(device: Device, pty_user: PtyUser) -> None:
@@ -45,6 +49,30 @@ def test_a_user_is_noticed_when_he_opens_it(device: Device, pty_user: PtyUser) -
         assert run_ready(device.loop) < 3
         assert run_ready(device.loop) == 0
         device.connections.clear()
+
+
+def test_setting_raw_mode_does_not_wait_for_the_next_user(device: Device, pty_user: PtyUser) -> None:
+    """One who has opened the slave since and is blocked in a write holds the terminal's lock for writers."""
+    device.room = 0
+    stream = pty_user.connect()
+    data = random.randbytes(1 << 18)
+    os.set_blocking(stream.fd, True)
+    written: list[int] = []
+    writer = threading.Thread(target=lambda: written.append(os.write(stream.fd, data)))
+    writer.start()
+    system_call = Path(f"/proc/self/task/{writer.native_id}/syscall")
+    write_number = "1 "  # x86-64
+    wait_until(lambda: system_call.read_text().startswith(write_number), "the writer is blocked")
+    hang_up = threading.Thread(target=device.chardev._hang_up, daemon=True)  # type: ignore[attr-defined]
+    hang_up.start()
+    hang_up.join(10.0)
+    assert not hang_up.is_alive()
+    device.make_room(1 << 20)
+    run_until(device.loop, lambda: len(device.received) == len(data))
+    writer.join()
+    assert written == [len(data)]
+    assert device.received == data
+    stream.close()
 
 
 def test_output_notices_the_reader(device: Device, pty_user: PtyUser) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The driving side of the guest's console: one command line out, records and one final line back.
+"""The client of the guest's console: one command line out, records and one final line back.
 
 The protocol is described at the top of proxyd/vm/embedded/guest/main.c.
 """
@@ -106,14 +106,16 @@ class GuestConsole:
         """Sends one command and reads its whole answer.
 
         ``on_record`` sees each record as it arrives. ``timeout`` is the longest silence in seconds before a
-        line of the answer is complete. Raises PeerGone on end of file and on silence, ProtocolError on a
-        line that the protocol does not have (a guest that stopped or started anew is such a case), and
-        ValueError for a command that is no single line of at most 127 printable ASCII characters.
+        line of the answer is complete. Lines for people are skipped. Raises PeerGone on end of file and on
+        silence, ProtocolError on a line that the protocol does not have (a guest that stopped or started anew is
+        such a case), and ValueError for a command that is no single line of at most 127 printable ASCII
+        characters.
         """
         if len(line) > COMMAND_MAX or not (line.isascii() and line.isprintable()):
             raise ValueError(f"not a command line: {line[:80]!r}")
         self._send(line, timeout)
         records: list[Record] = []
+        notes = 0
         while True:
             answer = self._line(timeout)
             if match := _RECORD.fullmatch(answer):
@@ -123,6 +125,8 @@ class GuestConsole:
                 records.append(record)
                 if on_record is not None:
                     on_record(record)
+            elif answer.startswith("# ") and notes < RECORDS_MAX:
+                notes += 1
             elif match := _OK.fullmatch(answer):
                 return Reply(True, "", Record("ok", _fields(match[1])), tuple(records))
             elif match := _ERR.fullmatch(answer):

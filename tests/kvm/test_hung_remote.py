@@ -5,75 +5,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from common.control import call
-from common.ctl.children import Child
-from common.ctl.guestconsole import GuestConsole
+from tests.support.daemonpair import Daemons
 from tests.support.wait import wait_until
 
 END_SECONDS = 20
 """less than the round trips of MANY functions take one after the other, each until its deadline"""
 MANY = 16
-
-
-class Daemons:
-    """The two daemons of one VM, and the guest's console."""
-
-    def __init__(self, directory: Path, vm: str, count: int) -> None:
-        self._directory = directory
-        self._vm = vm
-        self._devices = [(f"edu{slot}", f"{slot:02x}.0") for slot in range(3, 3 + count)]
-        self._stack = ExitStack()
-
-    def start_remoted(self, model: str = "edu") -> Child:
-        options = [f"--device={model},id={name},addr={addr}" for name, addr in self._devices]
-        return self._start("remoted", options)
-
-    def start_proxyd(self) -> Child:
-        options = [f"--device=id={name},addr={addr}" for name, addr in self._devices]
-        return self._start("proxyd", [f"--vm={self._vm}", *options])
-
-    def connect_console(self) -> GuestConsole:
-        """The console of a guest that is ready."""
-        self._console = socket.socket(socket.AF_UNIX)
-        self._console.connect(str(self._directory / "proxyd.console"))
-        console = self._stack.enter_context(GuestConsole(self._console))
-        console.wait_ready(END_SECONDS)
-        return console
-
-    def send(self, command: str) -> None:
-        """A command whose answer nobody waits for."""
-        self._console.sendall(command.encode() + b"\n")
-
-    def functions(self) -> list[dict[str, Any]]:
-        """What proxyd tells of them."""
-        status = call(self._directory / "proxyd.varlink", "org.iohub.Proxyd.Status")
-        return list(status["functions"])
-
-    def connected(self) -> int:
-        return sum(function["connected"] for function in self.functions())
-
-    def resamples(self) -> int:
-        """How many EOIs remoted was told of."""
-        status = call(self._directory / "remoted.varlink", "org.iohub.Remoted.Status")
-        return sum(function["resamples"] for function in status["functions"])
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def _start(self, module: str, options: list[str]) -> Child:
-        arguments = ["--name=vm", f"--runtime-dir={self._directory}", *options]
-        child = Child(module, arguments, self._directory)
-        self._stack.callback(child.kill)
-        return child
 
 
 @pytest.fixture(params=["embedded", "soft"])
@@ -146,7 +89,7 @@ def test_a_remote_that_goes_on_is_linked_again(few: Daemons) -> None:
 
 def test_rounds_that_are_redone_are_counted_once(few: Daemons) -> None:
     """A remote that hung goes on with its line high: the interrupt is that of a round that is not counted."""
-    remoted = few.start_remoted(model="tests.support.oddfunctions:HangsWithItsLineHigh")
+    remoted = few.start_remoted("tests.support.oddfunctions:HangsWithItsLineHigh")
     proxyd = few.start_proxyd()
     console = few.connect_console()
     assert console.command("setup").result.number("functions") == 2

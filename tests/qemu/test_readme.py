@@ -235,6 +235,34 @@ def check_rings(guest: Guest) -> None:
     assert guest.get(f"read 32 {RING:#x}") == 2
 
 
+@pytest.mark.usefixtures("requires_kvm")
+def test_device_can_be_tried_without_a_qemu(tmp_path: Path, shell: Shell) -> None:
+    (tmp_path / "doorbell.py").write_text(doorbell())
+    script = found(r"^It can be tried without a QEMU first:\n\n(.*?)\n\n")
+    session = found(r"^    \$ socat - UNIX:try/proxyd\.console\n(.*?)\n\n")
+    said = [line.removeprefix("    ") for line in session.splitlines()]
+    with shell.daemons(script, 2), socket.socket(socket.AF_UNIX) as console:
+        console.settimeout(PATIENCE)
+        console.connect(str(tmp_path / "try" / "proxyd.console"))
+        with console.makefile("r") as lines:
+
+            def answer(command: str) -> list[str]:
+                console.sendall(f"{command}\n".encode())
+                got = [lines.readline().rstrip("\n")]
+                while got[-1] and not got[-1].startswith(("ok", "err")):
+                    got.append(lines.readline().rstrip("\n"))
+                return got
+
+            assert lines.readline() == f"{said.pop(0)}\n"
+            while said:
+                command = said.pop(0)
+                expected: list[str] = []
+                while not expected or not expected[-1].startswith("ok"):
+                    expected.append(said.pop(0))
+                # An interrupt takes its time, an access that rings doesn't wait for it.
+                wait_until(lambda: answer(command) == expected, f"{command}: {expected}")  # noqa: B023
+
+
 def test_device_has_twenty_lines_at_most() -> None:
     assert len([line for line in doorbell().splitlines() if line.strip()]) <= 20
 

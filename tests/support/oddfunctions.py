@@ -73,3 +73,15 @@ class HangsWithItsLineHigh(Edu):
             self._raised += 1
             if self._raised == 10:
                 os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Huge(_Odd):
+    """BARs of which some fit nowhere below 4 GiB, and no interrupt."""
+
+    INTERRUPT_PIN = 0
+    BARS: ClassVar = {
+        0: Bar(BarKind.MEM64, 1 << 33),
+        2: Bar(BarKind.MEM32, 1 << 29),
+        3: Bar(BarKind.IO, 1 << 13),
+        4: Bar(BarKind.MEM32, 4096),
+    }

@@ -16,8 +16,10 @@ from proxyd.machine.console import COM1_PORTS, Console
 from proxyd.pci.pcihost import RESET_CPU, RESET_PORT, PciHost
 from proxyd.vm.soft.i8259 import I8259Pair
 
-__all__ = ["TICK_SECONDS", "TSC_KHZ", "MachineReset", "PowerOff", "SoftMachine"]
+__all__ = ["LINE_MAX", "TICK_SECONDS", "TSC_KHZ", "MachineReset", "PowerOff", "SoftMachine"]
 
+LINE_MAX = 127
+"""characters of a command line"""
 TICK_SECONDS = 0.01
 TSC_KHZ = 1_000_000
 """the scripted guest's time stamps are nanoseconds"""
@@ -83,10 +85,11 @@ class SoftMachine:
         self._begin_access()
         self._host.mmio_write(addr, size, value)
 
-    def set_level_triggered(self, irq: int) -> None:
-        """Sets the IRQ's ELCR bit."""
+    def set_level_triggered(self, irq: int, level: bool = True) -> None:
+        """Sets the IRQ's ELCR bit, or clears it."""
         port = 0x4D0 + (irq >> 3)
-        self.outp(port, self.inp(port) | 1 << (irq & 7))
+        bits = self.inp(port)
+        self.outp(port, bits | 1 << (irq & 7) if level else bits & ~(1 << (irq & 7)))
 
     def mask(self, irq: int, masked: bool) -> None:
         """Masks or unmasks an IRQ at the 8259s."""
@@ -124,25 +127,37 @@ class SoftMachine:
         self._wait(0)
         while not self._pic.intr and (remaining := until - time.monotonic()) > 0:
             self._wait(remaining)
-        while self._pic.intr:
-            take(self._pic.acknowledge())
+        self._serve(take)
 
-    def read_line(self) -> str:
-        """The next line from the console. Raises PowerOff when the daemon ends."""
+    def read_line(self, take: Callable[[int], None]) -> str:
+        """The next line from the console, without its end, and cut if it is longer than LINE_MAX + 1.
+
+        Serves interrupts meanwhile, as halt(). Raises PowerOff when the daemon ends.
+        """
         line = bytearray()
         while True:
             while not self.inp(_LSR) & _LSR_DATA_READY:
-                self._wait(None)
+                if not self._serve(take):
+                    self._wait(None)
             byte = self.inp(_COM1)
             if byte == ord("\n"):
                 return line.decode("ascii", "replace")
-            line.append(byte)
-            del line[256:]
+            if byte != ord("\r"):
+                line.append(byte)
+                del line[LINE_MAX + 1 :]
 
     def write_line(self, text: str) -> None:
         """Prints a line on the console."""
         for byte in (text + "\n").encode("ascii", "replace"):
             self.outp(_COM1, byte)
+
+    def _serve(self, take: Callable[[int], None]) -> bool:
+        """Takes the interrupts that are pending; whether there was one."""
+        is_served = False
+        while self._pic.intr:
+            take(self._pic.acknowledge())
+            is_served = True
+        return is_served
 
     def _begin_access(self) -> None:
         """The one before may have taken a remote's whole deadline: who waits for the daemon comes next."""

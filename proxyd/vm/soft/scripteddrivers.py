@@ -16,8 +16,9 @@ _COOKIE = 0x1A6E57D3
 class Driver(ABC):
     """One function's driver; ``base`` is the address of its BAR 0."""
 
+    name: ClassVar[str]
+    """vendor and device id"""
     model: ClassVar[str]
-    is_memory: ClassVar[bool]
 
     def __init__(self, machine: SoftMachine, base: int) -> None:
         self._machine = machine
@@ -41,8 +42,8 @@ class Driver(ABC):
 
 
 class _Edu(Driver):
+    name = "1234:11e8"
     model = "edu"
-    is_memory = True
 
     def init(self) -> None:
         self._machine.mmio_write(self.base + 0x20, 4, 0)
@@ -64,8 +65,8 @@ class _Edu(Driver):
 
 
 class _Serial(Driver):
+    name = "1b36:0002"
     model = "pci-serial"
-    is_memory = False
 
     def init(self) -> None:
         for register, value in ((3, 0x03), (1, 0x00), (4, 0x00)):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The scripted guest's functions, and the handler of their interrupts: what guest/irq.c does, in Python."""
+"""The scripted guest's functions, and the handler of their interrupts: what guest/irq.c, function.c and generic.c
+do, in Python.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from common.pci import PCI_COMMAND_INTX_DISABLE, PCI_STATUS_INTERRUPT, format_devfn, parse_devfn
+from common.pci import PCI_COMMAND, PCI_COMMAND_INTX_DISABLE, format_devfn, parse_devfn
 from proxyd.vm.soft.machine import SoftMachine
 from proxyd.vm.soft.scripteddrivers import Driver
+from proxyd.vm.soft.scriptedpci import RUNNING, is_asserting
 
-__all__ = ["MASTER_VECTOR", "PIRQ_IRQS", "SLAVE_VECTOR", "SPARE_IRQ", "Function", "Interrupts", "Line"]
+__all__ = ["MASTER_VECTOR", "PIRQ_IRQS", "SLAVE_VECTOR", "SPARE_IRQ", "Device", "Function", "Interrupts", "Line"]
 
 PIRQ_IRQS = (10, 11, 5, 9)
 """where PIRQ A to D go at first"""
 SPARE_IRQ = 12
 MASTER_VECTOR, SLAVE_VECTOR = 0x20, 0x28
 
-_COMMAND_RUNNING = 0x0003
 _ISA_BRIDGE = parse_devfn("01.0")
 _STORM_LIMIT = 200
 
@@ -45,6 +47,8 @@ class Function:
     """the IRQ that it then routes the function's PIRQ to, before the EOI"""
     intx_disabled: bool = False
     recovering: bool = False
+    parked: bool = False
+    """raised by "hold", its IRQ masked"""
     samples: dict[str, list[int]] = field(default_factory=dict)
     """nanoseconds, by the kinds that are wanted"""
     _raised_at: int = 0
@@ -53,13 +57,6 @@ class Function:
     @property
     def addr(self) -> str:
         return format_devfn(self.devfn)
-
-    def start(self) -> None:
-        """Gives it its address and lets it decode."""
-        self.machine.config_write(self.devfn, 0x10, 4, self.driver.base)
-        self.machine.config_write(self.devfn, 0x3C, 1, self.irq)
-        self.machine.config_write(self.devfn, 0x04, 2, _COMMAND_RUNNING)
-        self.driver.init()
 
     def raise_line(self) -> None:
         """Makes the device assert its line."""
@@ -75,14 +72,14 @@ class Function:
         self.driver.init()
 
     def is_asserting(self) -> bool:
-        """The status register's interrupt bit, which INTX_DISABLE does not hide."""
-        return bool(self.machine.config_read(self.devfn, 0x06, 2) & PCI_STATUS_INTERRUPT)
+        """Whether its line is high, INTX_DISABLE or not."""
+        return is_asserting(self.machine, self.devfn)
 
     def disable_intx(self, disable: bool) -> None:
         """Writes INTX_DISABLE."""
         self.intx_disabled = disable
-        command = _COMMAND_RUNNING | (PCI_COMMAND_INTX_DISABLE if disable else 0)
-        self.machine.config_write(self.devfn, 0x04, 2, command)
+        command = RUNNING | (PCI_COMMAND_INTX_DISABLE if disable else 0)
+        self.machine.config_write(self.devfn, PCI_COMMAND, 2, command)
 
     def entered(self, now: int) -> None:
         """The handler, entered at ``now``, has found it asserting."""
@@ -101,6 +98,42 @@ class Function:
         self._eoi_at = time.perf_counter_ns()
 
 
+@dataclass(eq=False)
+class Device:
+    """One function without a driver."""
+
+    machine: SoftMachine
+    devfn: int
+    pirq: int | None
+    irq: int | None
+    """both are None without an interrupt pin"""
+    interrupts: int = 0
+
+    @property
+    def addr(self) -> str:
+        return format_devfn(self.devfn)
+
+    def is_asserting(self) -> bool:
+        """Whether its line is high, INTX_DISABLE or not."""
+        return is_asserting(self.machine, self.devfn)
+
+    def is_disabled(self) -> bool:
+        """Whether INTX_DISABLE is set."""
+        return bool(self.machine.config_read(self.devfn, PCI_COMMAND, 2) & PCI_COMMAND_INTX_DISABLE)
+
+    def enable(self) -> None:
+        """Clears INTX_DISABLE."""
+        self.machine.config_write(self.devfn, PCI_COMMAND, 2, RUNNING)
+
+    def claim(self) -> bool:
+        """If it asserts the line: counts, and sets INTX_DISABLE, since nobody knows how to acknowledge it."""
+        if not self.is_asserting() or self.is_disabled():
+            return False
+        self.machine.config_write(self.devfn, PCI_COMMAND, 2, RUNNING | PCI_COMMAND_INTX_DISABLE)
+        self.interrupts += 1
+        return True
+
+
 @dataclass
 class Line:
     """The counts of one IRQ."""
@@ -117,13 +150,20 @@ class Line:
 class Interrupts:
     """The handler, the PIRQ router, and what is counted for each IRQ."""
 
-    def __init__(self, machine: SoftMachine, functions: Sequence[Function]) -> None:
+    def __init__(
+        self, machine: SoftMachine, functions: Sequence[Function], devices: Sequence[Device] = ()
+    ) -> None:
         self.lines = {irq: Line() for irq in (*PIRQ_IRQS, SPARE_IRQ)}
         self.spurious = {7: 0, 15: 0}
         """vectors of an IRQ that had gone by the time of the INTA"""
         self._machine = machine
         self._functions = functions
+        self._devices = devices
         self._routes: dict[int, int] = {}
+
+    def is_used(self, irq: int) -> bool:
+        """Whether a function with a driver is on the IRQ at present."""
+        return any(self._routes.get(function.pirq) == irq for function in self._functions)
 
     def route(self, pirq: int, value: int) -> None:
         """Writes a PIRQ's register: an IRQ, or bit 7 for none."""
@@ -164,6 +204,9 @@ class Interrupts:
             else:
                 continue
             claimed = True
+        for device in self._devices:
+            if device.pirq is not None and self._routes.get(device.pirq) == irq:
+                claimed |= device.claim()
         self._account(line, irq, claimed, on_line)
         if held is not None and held.move_to is not None:
             self.route(held.pirq, held.move_to)

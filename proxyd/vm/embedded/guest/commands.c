@@ -2,6 +2,7 @@
 /* The command table, and the commands that only set up and report. */
 #include "commands.h"
 #include "console.h"
+#include "generic.h"
 #include "io.h"
 #include "irq.h"
 #include "setup.h"
@@ -38,6 +39,27 @@ static const char *command_version(u32 argc, char **argv)
 	return NULL;
 }
 
+/* memoryN= or ioN= for each BAR that has an address. */
+static void locate(const u32 bars[PCI_BAR_COUNT])
+{
+	char key[] = "memoryN";
+	u32 i;
+
+	for (i = 0; i < PCI_BAR_COUNT; i++) {
+		if (!bars[i])
+			continue;
+		key[6] = '0' + i;
+		if (bar_is_io(bars[i])) {
+			key[4] = 'i';
+			key[5] = 'o';
+		} else {
+			key[4] = 'r';
+			key[5] = 'y';
+		}
+		field_hex(bar_is_io(bars[i]) ? key + 4 : key, bar_address(bars[i]));
+	}
+}
+
 static const char *command_setup(u32 argc, char **argv)
 {
 	const char *error = functions_setup();
@@ -49,10 +71,23 @@ static const char *command_setup(u32 argc, char **argv)
 		return error;
 	for (i = 0; i < function_count; i++) {
 		identify(&functions[i]);
+		locate(functions[i].bars);
+		end_line();
+	}
+	for (i = 0; i < generic_count; i++) {
+		const struct generic *fn = &generics[i];
+
+		record("device");
+		field_devfn("addr", fn->devfn);
+		field_id("id", config_read(fn->devfn, PCI_VENDOR_ID, 2), config_read(fn->devfn, PCI_DEVICE_ID, 2));
+		if (fn->irq)
+			field_decimal("gsi", fn->irq);
+		locate(fn->bars);
 		end_line();
 	}
 	put_string("ok");
 	field_decimal("functions", function_count);
+	field_decimal("devices", generic_count);
 	return NULL;
 }
 
@@ -109,28 +144,53 @@ static const char *command_reboot(u32 argc, char **argv)
 	cpu_stop();
 }
 
+static const char *command_help(u32 argc, char **argv);
+
 static const struct command {
 	const char *name;
 	u32 min, max;	/* words, the name among them */
 	const char *(*handler)(u32 argc, char **argv);
+	const char *usage, *help;
 } commands[] = {
-	{ "version", 1, 1, command_version },
-	{ "in", 3, 3, command_in },
-	{ "out", 4, 4, command_out },
-	{ "read", 3, 3, command_read },
-	{ "write", 4, 4, command_write },
-	{ "config", 5, 6, command_config },
-	{ "lspci", 1, 1, command_lspci },
-	{ "setup", 1, 1, command_setup },
-	{ "run", 2, 4, command_run },
-	{ "samples", 2, 2, command_samples },
-	{ "stats", 1, 1, command_stats },
-	{ "reroute", 2, 2, command_reroute },
-	{ "intx", 2, 2, command_intx },
-	{ "hold", 2, 2, command_hold },
-	{ "release", 2, 2, command_release },
-	{ "reboot", 1, 1, command_reboot },
+	{ "help", 1, 1, command_help, "", "this list" },
+	{ "version", 1, 1, command_version, "", "the guest's name and version" },
+	{ "lspci", 1, 1, command_lspci, "", "the functions on the bus" },
+	{ "setup", 1, 1, command_setup, "", "gives all functions addresses and an IRQ" },
+	{ "read", 3, 3, command_read, "WIDTH ADDRESS", "reads memory; WIDTH is 8, 16 or 32 bits" },
+	{ "write", 4, 4, command_write, "WIDTH ADDRESS VALUE", "writes memory" },
+	{ "in", 3, 3, command_in, "WIDTH PORT", "reads an I/O port" },
+	{ "out", 4, 4, command_out, "WIDTH PORT VALUE", "writes an I/O port" },
+	{ "config", 5, 6, command_config, "read|write WIDTH ADDR OFFSET [VALUE]", "accesses config space" },
+	{ "irq", 2, 3, command_irq, "ADDR [enable]", "interrupts of a function without a driver" },
+	{ "run", 2, 4, command_run, "ROUNDS [held EVERY]", "so many interrupts of each function with a driver" },
+	{ "stats", 1, 1, command_stats, "", "counts since setup" },
+	{ "samples", 2, 2, command_samples, "ADDR", "latencies of the last run" },
+	{ "reroute", 2, 2, command_reroute, "ADDR", "moves the IRQ while the line is high" },
+	{ "intx", 2, 2, command_intx, "ADDR", "sets and clears INTX_DISABLE while the line is high" },
+	{ "hold", 2, 2, command_hold, "ADDR", "raises the line with its IRQ masked" },
+	{ "release", 2, 2, command_release, "ADDR", "unmasks the IRQ after hold" },
+	{ "reboot", 1, 1, command_reboot, "", "resets the machine" },
 };
+
+static const char *command_help(u32 argc, char **argv)
+{
+	u32 i;
+
+	(void)argc;
+	(void)argv;
+	for (i = 0; i < ARRAY_SIZE(commands); i++) {
+		put_string("# ");
+		put_string(commands[i].name);
+		if (*commands[i].usage)
+			put_char(' ');
+		put_string(commands[i].usage);
+		put_string(": ");
+		put_string(commands[i].help);
+		end_line();
+	}
+	put_string("ok");
+	return NULL;
+}
 
 static const char *dispatch(u32 argc, char **argv)
 {

@@ -29,6 +29,9 @@ const char *command_write(u32 argc, char **argv);
 const char *command_config(u32 argc, char **argv);
 const char *command_lspci(u32 argc, char **argv);
 
+/* generic.c */
+const char *command_irq(u32 argc, char **argv);
+
 /* run.c */
 const char *command_run(u32 argc, char **argv);
 const char *command_samples(u32 argc, char **argv);

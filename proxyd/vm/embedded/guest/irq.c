@@ -73,12 +73,16 @@ void irq_counters_reset(void)
 /* Writes the router's register and moves the PIRQ's functions to the IRQ's list. */
 void pirq_route(u8 pirq, u8 irq)
 {
-	if (pirq_lines[pirq])
+	if (pirq_lines[pirq]) {
 		pirq_lines[pirq]->first = NULL;
+		pirq_lines[pirq]->generic = NULL;
+	}
 	pirq_write(pirq, irq);
 	pirq_lines[pirq] = irq == PIRQ_DISABLED ? NULL : &irq_lines[irq];
-	if (pirq_lines[pirq])
+	if (pirq_lines[pirq]) {
 		pirq_lines[pirq]->first = pirq_functions[pirq];
+		pirq_lines[pirq]->generic = pirq_generics[pirq];
+	}
 }
 
 static void account_unclaimed(struct irq_line *line, u8 irq)
@@ -132,7 +136,7 @@ static void device_interrupt(u64 tsc, u8 irq)
 		}
 		claimed = true;
 	}
-	if (claimed)
+	if (generic_claim(line->generic) || claimed)
 		line->unclaimed = 0;
 	else
 		account_unclaimed(line, irq);

@@ -4,11 +4,13 @@
 #define GUEST_IRQ_H
 
 #include "function.h"
+#include "generic.h"
 #include "pic.h"
 #include "types.h"
 
 struct irq_line {
 	struct function *first;	/* the functions of the PIRQ that is routed here */
+	struct generic *generic;	/* and those without a driver */
 	u32 entries;		/* handler invocations */
 	u32 eois;
 	u32 spurious;		/* entries that no function had asserted */

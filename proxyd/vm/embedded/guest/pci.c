@@ -81,6 +81,14 @@ int pci_next(int devfn)
 	return -1;
 }
 
+/* Not of the chipset, which has its addresses. */
+bool pci_is_device(u8 devfn)
+{
+	return PCI_SLOT(devfn) != PCI_SLOT(ROUTER_DEVFN) &&
+	       (config_read(devfn, PCI_HEADER_TYPE, 1) & ~PCI_HEADER_MULTI) == PCI_HEADER_NORMAL &&
+	       config_read(devfn, PCI_CLASS_BASE, 1) != PCI_BASE_CLASS_BRIDGE;
+}
+
 /* Whether the function asserts INTx; not by a function that reads all ones. */
 bool pci_intx_status(u8 devfn)
 {
@@ -111,11 +119,13 @@ static u32 window_take(u32 *next, u32 end, u32 size, u32 room)
 
 /*
  * Sizes every BAR with decoding off and gives each its place; bars[] keeps
- * what the registers then read.  Decoding stays off.
+ * what the registers then read.  One that fits no window stays at 0, where
+ * nothing decodes it, and makes the result false.  Decoding stays off.
  */
 bool pci_assign_bars(u8 devfn, u32 bars[PCI_BAR_COUNT])
 {
 	u16 command = config_read(devfn, PCI_COMMAND, 2);
+	bool complete = true;
 	u32 i;
 
 	config_write(devfn, PCI_COMMAND, 2, command & ~(PCI_COMMAND_IO | PCI_COMMAND_MEMORY));
@@ -135,21 +145,25 @@ bool pci_assign_bars(u8 devfn, u32 bars[PCI_BAR_COUNT])
 			size = -(mask & ~BAR_MEMORY_FLAGS);
 			start = window_take(&memory_next, MEMORY_END, size, MEMORY_ROOM);
 		}
-		if (!start)
-			return false;
+		complete &= start != 0;
 		config_write(devfn, offset, 4, start);
-		bars[i] = config_read(devfn, offset, 4);
+		bars[i] = start ? config_read(devfn, offset, 4) : 0;
 		if (!(mask & BAR_IO) && mask & BAR_MEMORY_64 && i + 1 < PCI_BAR_COUNT) {
 			bars[++i] = 0;
 			config_write(devfn, offset + 4, 4, 0);
 		}
 	}
-	return true;
+	return complete;
 }
 
 u32 bar_address(u32 bar)
 {
 	return bar & (bar & BAR_IO ? ~BAR_IO_FLAGS : ~BAR_MEMORY_FLAGS);
+}
+
+bool bar_is_io(u32 bar)
+{
+	return bar & BAR_IO;
 }
 
 u8 pirq_of(u8 devfn, u8 pin)

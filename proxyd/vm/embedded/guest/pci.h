@@ -19,7 +19,10 @@
 #define PCI_STATUS		0x06
 #define  PCI_STATUS_INTERRUPT		0x0008
 #define PCI_CLASS_REVISION	0x08
+#define PCI_CLASS_BASE		0x0b
+#define  PCI_BASE_CLASS_BRIDGE		0x06
 #define PCI_HEADER_TYPE		0x0e
+#define  PCI_HEADER_NORMAL		0x00
 #define  PCI_HEADER_MULTI		0x80
 #define PCI_BASE_ADDRESS_0	0x10
 #define PCI_INTERRUPT_LINE	0x3c
@@ -36,11 +39,13 @@ u32 config_read(u8 devfn, u8 offset, u8 bytes);
 void config_write(u8 devfn, u8 offset, u8 bytes, u32 value);
 bool pci_present(u8 devfn);
 int pci_next(int devfn);
+bool pci_is_device(u8 devfn);
 bool pci_intx_status(u8 devfn);
 
 void pci_windows_reset(void);
 bool pci_assign_bars(u8 devfn, u32 bars[PCI_BAR_COUNT]);
 u32 bar_address(u32 bar);
+bool bar_is_io(u32 bar);
 
 u8 pirq_of(u8 devfn, u8 pin);
 void pirq_write(u8 pirq, u8 irq);

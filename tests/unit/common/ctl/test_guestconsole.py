@@ -49,6 +49,19 @@ def test_an_answer_with_records(guest: socket.socket, console: GuestConsole) -> 
     assert (reply.result.number("value"), reply.result.number("ticks")) == (255, 12)
 
 
+def test_lines_for_people_are_skipped(guest: socket.socket, console: GuestConsole) -> None:
+    guest.sendall(b"# help: this list\n# lspci: the functions on the bus\n* a b=1\nok\n")
+    reply = console.command("help", timeout=ANSWERED)
+    assert reply.ok
+    assert [record.kind for record in reply.records] == ["a"]
+
+
+def test_lines_for_people_have_an_end(guest: socket.socket, console: GuestConsole) -> None:
+    guest.sendall(b"# on and on\n" * 4097)
+    with pytest.raises(ProtocolError, match="no answer to 'help'"):
+        console.command("help", timeout=ANSWERED)
+
+
 def test_answers_that_arrive_together_are_told_apart(guest: socket.socket, console: GuestConsole) -> None:
     guest.sendall(READY.encode() + b"\nok n=1\nerr no such th")
     console.wait_ready(ANSWERED)

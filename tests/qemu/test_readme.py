@@ -280,7 +280,7 @@ def test_both_daemons_read_the_configuration(tmp_path: Path) -> None:
 
 def shown_commands() -> list[str]:
     """Every command line in a block of the README that begins with one of the programs."""
-    lines = re.findall(r"^(?:    )?(?:\w+=\S+ )*(iohub[a-z-]+ .*?)(?: &)?$", README, re.MULTILINE)
+    lines = re.findall(r"^(?:    )?(?:\w+=\S+ )*(iohub(?:ctl|-remoted|-proxyd) .*?)(?: &)?$", README, re.MULTILINE)
     return sorted(set(lines))
 
 

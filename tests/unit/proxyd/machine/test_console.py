@@ -259,6 +259,39 @@ def test_a_client_that_is_gone_makes_room_though_the_guest_never_listens(bench: 
     assert received(second) == b"hello"
 
 
+def test_a_client_that_sends_no_more_still_hears_the_answer(bench: Bench) -> None:
+    client = bench.connect()
+    client.sendall(b"lspci\n")
+    client.shutdown(socket.SHUT_WR)
+    second = bench.connect()
+    second.sendall(b"setup\n")
+    run_ready(bench.loop)
+    assert bench.hear() == b"lspci\n", "nothing of the second one's"
+    bench.say(b"ok count=2\n")
+    assert received(client) == b"ok count=2\n"
+    assert received(second) == b""
+    client.close()
+    run_ready(bench.loop)
+    assert bench.hear() == b"setup\n"
+    bench.say(b"ok\n")
+    assert received(second) == b"ok\n"
+
+
+def test_what_a_client_left_behind_is_heard_before_the_next_one(bench: Bench) -> None:
+    """However many have come and gone since the guest has last listened, without a line lost or mixed."""
+    for number in range(8):
+        client = bench.connect()
+        client.sendall(f"command {number}\n".encode() * 8)
+        client.close()
+    last = bench.connect()
+    last.sendall(b"last\n")
+    run_ready(bench.loop)
+    said = bench.hear().splitlines()
+    assert said == [b"command %d" % number for number in range(8) for _ in range(8)] + [b"last"]
+    bench.say(b"ok\n")
+    assert received(last) == b"ok\n"
+
+
 def test_close_hangs_up_and_removes_the_socket(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     client = bench.connect()

@@ -13,11 +13,11 @@ SHELL := /bin/sh
 .ONESHELL:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench guest clean
+.PHONY: help demo test lint bench mutants guest clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while read -r target text; do
-		printf '  make %-6s  %s\n' "$$target" "$$text"
+		printf '  make %-7s  %s\n' "$$target" "$$text"
 	done
 
 demo: $(VENV)/demo.stamp guest  ## interrupts from remoted into a KVM guest and back, counted (ARGS="--rounds 100")
@@ -34,6 +34,9 @@ lint: $(VENV)/test.stamp  ## ruff and mypy
 
 bench: $(VENV)/test.stamp  ## remoted's round trips beside those of QEMU's remote process (ARGS="--json")
 	@exec $(VENV)/bin/python -m tests.bench.bench $(ARGS)
+
+mutants: $(VENV)/test.stamp guest  ## faults put into the code, and which the tests don't notice (ARGS="-k iohub")
+	@exec $(VENV)/bin/python -m tests.mutants $(ARGS)
 
 guest: $(TEST_GUESTS)  ## the guests of the embedded VM and of the tests
 	@$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest

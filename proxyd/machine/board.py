@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 from common.config import DeviceConfig, VmConfig
 from common.control import ControlServer
@@ -49,20 +50,20 @@ class Board:
         self._config = config
         self._irqchip = irqchip
         self._ram = ram
-        self._keeper = LinkKeeper(loop)
         self._proxies: list[PciProxy] = []
         log = logging.getLogger(program)
         self._interface = ProxydService(config.name, config.vm, "", None, self._proxies)
-        path = str(config.runtime_dir / "proxyd.varlink")
-        self._control = ControlServer(loop, path, self._interface, log)
-        try:
+        with ExitStack() as opened:
+            path = str(config.runtime_dir / "proxyd.varlink")
+            self._control = ControlServer(loop, path, self._interface, log)
+            opened.callback(self._control.close)
+            self._keeper = LinkKeeper(loop)
+            opened.callback(self._keeper.close)
             self._proxies += [self._create_proxy(device) for device in config.devices]
             self.host = PciHost(irqchip, self._proxies)
             path = str(config.runtime_dir / "proxyd.console")
             self.console = Console(loop, path, self._set_console_irq, log)
-        except BaseException:
-            self._control.close()
-            raise
+            opened.pop_all()
 
     def start(self, irqchip: str, tsc_khz: int | None) -> None:
         """Begins to connect; ``irqchip`` and ``tsc_khz`` are what the control socket tells of the guest."""
@@ -75,7 +76,8 @@ class Board:
         self._keeper.close()
 
     def close(self) -> None:
-        """Takes the irqfds out of the irqchip one by one, and closes everything; after abort()."""
+        """Takes the irqfds out of the irqchip one by one, and closes everything; once started, after abort()."""
+        self._keeper.close()
         self._control.close()
         for proxy in self._proxies:
             proxy.close()

@@ -162,7 +162,7 @@ class Link:
         self._have = rest
 
     def _take_ancillary(self, ancillary: _Ancillary, *, wanted: bool) -> None:
-        received = _received_fds(ancillary)
+        received = received_fds(ancillary)
         if not wanted:  # they came with a payload's bytes
             self.discard(received)
             return
@@ -306,12 +306,13 @@ class Client:
         except OSError as error:
             raise self._gone(f"reading the link: {error.strerror}") from error
         if ancillary or flags & socket.MSG_CTRUNC:
-            self._disposal.close_fds(_received_fds(ancillary))
+            self._disposal.close_fds(received_fds(ancillary))
             raise ProtocolError("the peer sent file descriptors with a reply")
         return count
 
 
-def _received_fds(ancillary: _Ancillary) -> array.array[int]:
+def received_fds(ancillary: _Ancillary) -> array.array[int]:
+    """The fds that a recvmsg() has brought; they are the caller's to close."""
     fds = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

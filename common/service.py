@@ -10,7 +10,9 @@ import resource
 import socket
 import threading
 
-__all__ = ["freeze_heap", "notify", "raise_fd_limit"]
+from common.loop import EventLoop
+
+__all__ = ["feed_watchdog", "freeze_heap", "notify", "raise_fd_limit"]
 
 
 class _Notifier:
@@ -64,6 +66,24 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address.startswith(("/", "@")):
         _notifier.send(address, state)
+
+
+def feed_watchdog(loop: EventLoop) -> None:
+    """Lets the manager know, as often as it wants to (``$WATCHDOG_USEC``), that the loop is turning.
+
+    It does nothing where no watchdog is set up for this process.
+    """
+    interval = os.environ.pop("WATCHDOG_USEC", "")
+    pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
+    if not interval.isdecimal() or pid != str(os.getpid()):
+        return
+    seconds = int(interval) / 1e6 / 2
+
+    def feed() -> None:
+        notify("WATCHDOG=1")
+        loop.call_later(seconds, feed)
+
+    feed()
 
 
 def _send(address: str, state: str, flags: int) -> None:

@@ -16,10 +16,10 @@ Like QEMU's and unlike the chip:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from common.fields import buffer, register, set_to_reset_values
 from common.serial_reg import (
     UART_FCR,
     UART_FCR_CLEAR_RCVR,
@@ -37,6 +37,7 @@ from common.serial_reg import (
     UART_IIR_RDI,
     UART_IIR_RLSI,
     UART_IIR_RX_TIMEOUT,
+    UART_IIR_SOURCE,
     UART_IIR_THRI,
     UART_LCR,
     UART_LCR_DLAB,
@@ -80,6 +81,23 @@ class Timer(Protocol):
 class Uart16550:
     """The chip. Every register access is one byte at offset 0 to 7."""
 
+    _rbr: int = register(8)
+    _thr: int = register(8)
+    _tsr: int = register(8)
+    _ier: int = register(8)
+    _iir: int = register(8, UART_IIR_NO_INT)
+    _lcr: int = register(8)
+    _lsr: int = register(8, UART_LSR_THRE | UART_LSR_TEMT)
+    _scr: int = register(8)
+    _fifo_enabled: int = register(1)
+    _divisor: int = register(16, _RESET_DIVISOR)
+    _trigger: int = register(8, 1)
+    _thre_pending: int = register(1)
+    _timeout_pending: int = register(1)
+    _tsr_held: int = register(1)
+    _rx_fifo: bytearray = buffer(FIFO_SIZE)
+    _tx_fifo: bytearray = buffer(FIFO_SIZE)
+
     def __init__(
         self,
         set_irq: Callable[[bool], None],
@@ -99,9 +117,7 @@ class Uart16550:
         self._call_later = call_later
         self._input_ready = input_ready
         self._timeout: Timer | None = None
-        self._rx_fifo: deque[int] = deque()
-        self._tx_fifo: deque[int] = deque()
-        self._modem = ModemLines()
+        self.modem = ModemLines()
         self.irq = False
         """the level of INTR"""
         self._power_on()
@@ -112,25 +128,19 @@ class Uart16550:
         self._update_irq()
         self._input_ready()
 
+    def restored(self) -> None:
+        """The registers have been set to those of another process's chip: goes on where that was."""
+        self._line_changed()
+        self.irq = self._iir & UART_IIR_SOURCE != UART_IIR_NO_INT
+        if self._fifo_enabled and self._rx_fifo and not self._timeout_pending:
+            self._start_timeout()
+        self.transmit_ready()
+        self._input_ready()
+
     def _power_on(self) -> None:
-        self._rbr = 0
-        self._thr = 0
-        self._tsr = 0
-        self._ier = 0
-        self._iir = UART_IIR_NO_INT
-        self._lcr = 0
-        self._modem.power_on()
-        self._lsr = UART_LSR_THRE | UART_LSR_TEMT
-        self._scr = 0
-        self._fifo_enabled = False
-        self._divisor = _RESET_DIVISOR
+        set_to_reset_values(self)
+        self.modem.power_on()
         self._character_seconds = _RESET_CHARACTER_BITS * _RESET_DIVISOR / BASE_BAUD
-        self._trigger = 1
-        self._thre_pending = False
-        self._timeout_pending = False
-        self._tsr_held = False
-        self._rx_fifo.clear()
-        self._tx_fifo.clear()
         self._stop_timeout()
 
     def read(self, offset: int) -> int:
@@ -155,7 +165,7 @@ class Uart16550:
             return self._read_msr()
         if offset == UART_LCR:
             return self._lcr
-        return self._modem.mcr if offset == UART_MCR else self._scr
+        return self.modem.mcr if offset == UART_MCR else self._scr
 
     def write(self, offset: int, value: int) -> None:
         """Writes the low byte of ``value``. LSR and MSR can't be written."""
@@ -188,7 +198,7 @@ class Uart16550:
         With FIFOs that is what is missing to the trigger level: filling them up at once would override the
         level that the guest has set (serial_can_receive() in QEMU).
         """
-        if self._modem.is_loopback:
+        if self.modem.is_loopback:
             return 0
         if not self._fifo_enabled:
             return 0 if self._lsr & UART_LSR_DR else 1
@@ -217,7 +227,7 @@ class Uart16550:
         Each that changes sets its delta bit; RI only when it goes off (trailing edge). After power-on all but
         RI are on. In loopback the pins are disconnected.
         """
-        self._modem.set_pins(lines)
+        self.modem.set_pins(lines)
         self._update_irq()
 
     def transmit_ready(self) -> None:
@@ -227,7 +237,7 @@ class Uart16550:
 
     def _read_rbr(self) -> int:
         if self._fifo_enabled:
-            value = self._rx_fifo.popleft() if self._rx_fifo else 0
+            value = self._rx_fifo.pop(0) if self._rx_fifo else 0
             if self._rx_fifo:
                 self._start_timeout()
             else:
@@ -242,7 +252,7 @@ class Uart16550:
         return value
 
     def _read_msr(self) -> int:
-        value = self._modem.read_msr()
+        value = self.modem.read_msr()
         self._update_irq()
         return value
 
@@ -250,7 +260,7 @@ class Uart16550:
         self._thr = value
         if self._fifo_enabled:
             if len(self._tx_fifo) == FIFO_SIZE:
-                self._tx_fifo.popleft()
+                self._tx_fifo.pop(0)
             self._tx_fifo.append(value)
         self._thre_pending = False
         self._lsr &= ~(UART_LSR_THRE | UART_LSR_TEMT)
@@ -266,9 +276,9 @@ class Uart16550:
         self._update_irq()
 
     def _write_mcr(self, value: int) -> None:
-        self._modem.write_mcr(value)
+        self.modem.write_mcr(value)
         self._update_irq()
-        if self._modem.is_loopback:
+        if self.modem.is_loopback:
             # What a busy line has refused goes round, or a driver's test of the loop would wait for the line.
             self.transmit_ready()
         self._input_ready()
@@ -277,7 +287,7 @@ class Uart16550:
         enable = bool(value & UART_FCR_ENABLE_FIFO)
         if not enable:
             value = 0  # the other bits count only together with this one
-        if enable is not self._fifo_enabled:
+        if enable != self._fifo_enabled:
             value |= UART_FCR_CLEAR_RCVR | UART_FCR_CLEAR_XMIT
         if value & UART_FCR_CLEAR_RCVR:
             self._lsr &= ~UART_LSR_DR
@@ -311,14 +321,14 @@ class Uart16550:
         while True:
             if not self._tsr_held:
                 if self._fifo_enabled:
-                    self._tsr = self._tx_fifo.popleft()
+                    self._tsr = self._tx_fifo.pop(0)
                 else:
                     self._tsr = self._thr
                 if not self._tx_fifo:
                     self._lsr |= UART_LSR_THRE
                     self._thre_pending = True
                     self._update_irq()
-            if self._modem.is_loopback:
+            if self.modem.is_loopback:
                 self.receive(bytes((self._tsr,)))
             elif not self._transmit(self._tsr):
                 self._tsr_held = True
@@ -361,7 +371,7 @@ class Uart16550:
             source = UART_IIR_RDI
         elif ier & UART_IER_THRI and self._thre_pending:
             source = UART_IIR_THRI
-        elif ier & UART_IER_MSI and self._modem.msr & UART_MSR_ANY_DELTA:
+        elif ier & UART_IER_MSI and self.modem.msr & UART_MSR_ANY_DELTA:
             source = UART_IIR_MSI
         else:
             source = UART_IIR_NO_INT

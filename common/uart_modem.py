@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from common.fields import register, set_to_reset_values
 from common.serial_reg import (
     UART_MCR_DTR,
     UART_MCR_LOOP,
@@ -26,15 +27,15 @@ _INPUTS = 0xF0
 class ModemLines:
     """The two registers. In loopback the input pins are disconnected, and the modem outputs are the inputs."""
 
-    __slots__ = ("_pins", "mcr", "msr")
+    _pins: int = register(8, UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD)
+    mcr: int = register(8)
+    """the value of MCR"""
+    msr: int = register(8)
+    """the value of MSR; a read by the guest is read_msr()"""
 
     def __init__(self) -> None:
         """All input pins but RI are on."""
-        self._pins = UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD
-        self.mcr = 0
-        """the value of MCR"""
-        self.msr = 0
-        """the value of MSR; a read by the guest is read_msr()"""
+        set_to_reset_values(self)
         self.power_on()
 
     def power_on(self) -> None:

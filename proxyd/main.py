@@ -14,7 +14,7 @@ from common.journal import device_log, setup
 from common.loop import Loop
 from common.output import OutputError, complain
 from common.pci import format_devfn
-from common.service import freeze_heap, notify, raise_fd_limit
+from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
 
 __all__ = ["main"]
 
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loop.close()
         return 2
     try:
+        feed_watchdog(loop)
         freeze_heap()
         return vm.run()
     except UsageError as error:

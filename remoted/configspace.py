@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from common import pci
 from common.pci import Bar, BarKind
 
-__all__ = ["Window", "power_on_config", "write_masks"]
+__all__ = ["power_on_config", "write_masks"]
 
 
 class Identity(Protocol):
@@ -24,16 +23,6 @@ class Identity(Protocol):
     SUBSYSTEM_ID: ClassVar[int]
     INTERRUPT_PIN: ClassVar[int]
     BARS: ClassVar[Mapping[int, Bar]]
-
-
-@dataclass(slots=True)
-class Window:
-    """Where a BAR is decoded at present."""
-
-    memory: bool
-    start: int
-    end: int
-    bar: int
 
 
 def power_on_config(function: Identity) -> bytearray:

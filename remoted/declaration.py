@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import pci
@@ -27,18 +27,46 @@ _NUMBERS = (
     ("SUBSYSTEM_ID", 16),
 )
 """class attributes that config space shows, and their bits"""
-_METHODS = ("reset", "bar_read", "bar_write", "config_read", "config_write", "set_intx", "close")
+_METHODS = ("reset", "bar_read", "bar_write", "config_read", "config_write", "set_intx", "restored", "close")
 """what a class may override"""
+_RESERVED = (
+    "host",
+    "amiss",
+    "errors",
+    "last_error",
+    "last_place",
+    "stall",
+    "intx_level",
+    "is_decoded",
+    "is_bus_master",
+    "is_initialised",
+    "keeps_registers",
+    "state",
+    "resume",
+    "go_on",
+    "call_every",
+    "drive_intx",
+    "full_reset",
+    "shut_down",
+    "set_multifunction",
+    "bus_config_read",
+    "bus_config_write",
+    "bus_read",
+    "bus_write",
+    "__getattribute__",
+    "__setattr__",
+)
+"""what the daemon relies on, and no class may override"""
 
 
-def check_declaration(function: object, base: type, reserved: Collection[str]) -> None:
+def check_declaration(function: object, base: type) -> None:
     """Raises UsageError unless the attributes describe a possible function.
 
-    ``base`` is the class that all devices are derived from; of it, ``reserved`` names what none may redefine.
+    ``base`` is the class that all devices are derived from.
     """
     model = type(function)
     for each in model.__mro__[: model.__mro__.index(base)]:
-        for name in reserved:
+        for name in _RESERVED:
             if name in vars(each):
                 raise UsageError(f"{each.__name__} defines {name}, which a device must not redefine")
     if hasattr(function, "PROPERTIES"):

@@ -7,6 +7,7 @@ Nothing else in ``common`` and ``remoted`` is meant for them, and any of it may 
 from __future__ import annotations
 
 from common.errors import UsageError
+from common.fields import buffer, register, set_to_reset_values
 from common.journal import RateLimited
 from common.loop import EventLoop, Timer
 from common.pci import Bar, BarKind
@@ -28,4 +29,7 @@ __all__ = [
     "RateLimited",
     "Timer",
     "UsageError",
+    "buffer",
+    "register",
+    "set_to_reset_values",
 ]

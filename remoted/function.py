@@ -7,7 +7,7 @@ addresses, the interrupt status bit, and INTX_DISABLE. The line that reaches the
 ``level and not INTX_DISABLE``: QEMU's remote counts calls instead, and a line that counts wrong storms or loses
 interrupts.
 
-The daemon calls a function only by what _RESERVED names. These methods guard the subclass's code; it can't
+The daemon calls a function only by what declaration.py reserves. These methods guard the subclass's code; it can't
 redefine them.
 """
 
@@ -18,12 +18,14 @@ from typing import Any, ClassVar
 
 from common import pci
 from common.amiss import Amiss
-from common.pci import Bar, BarKind
-from remoted.configspace import Window, power_on_config, write_masks
+from common.fields import fields_of, set_to_reset_values
+from common.pci import Bar
+from remoted.configspace import power_on_config, write_masks
 from remoted.declaration import check_declaration
 from remoted.guard import CONFIG_SPACE, DEVICE_ERRORS, as_int
 from remoted.host import Host, PeriodicTimer
 from remoted.options import Option, parse_options
+from remoted.windows import Window, decode, is_cut
 
 __all__ = ["PciFunction"]
 
@@ -32,30 +34,6 @@ _MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 """of the sizes that an access may have"""
 _CONFIG_SIZES = frozenset((1, 2, 4))
 _BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
-_RESERVED = (
-    "host",
-    "amiss",
-    "errors",
-    "last_error",
-    "last_place",
-    "stall",
-    "intx_level",
-    "is_decoded",
-    "is_bus_master",
-    "is_initialised",
-    "call_every",
-    "drive_intx",
-    "full_reset",
-    "shut_down",
-    "set_multifunction",
-    "bus_config_read",
-    "bus_config_write",
-    "bus_read",
-    "bus_write",
-    "__getattribute__",
-    "__setattr__",
-)
-"""what the daemon relies on"""
 
 
 class PciFunction:
@@ -80,6 +58,8 @@ class PciFunction:
     """names by BAR number and offset, for those who read the log; a register need not have one"""
     OPTIONS: ClassVar[Sequence[Option]] = ()
     """what --device and the TOML file may give besides the options of every device"""
+    PARTS: ClassVar[tuple[str, ...]] = ()
+    """attributes whose objects declare fields of their own, such as ``_uart``"""
     IS_DRIVABLE: ClassVar[bool] = False
     """whether an operator may raise and lower the INTx line at the control socket"""
 
@@ -88,7 +68,7 @@ class PciFunction:
 
     def __init__(self, host: Host, options: Mapping[str, str]) -> None:
         """``options`` holds a text for those of OPTIONS that were given. Raises UsageError."""
-        check_declaration(self, PciFunction, _RESERVED)
+        check_declaration(self, PciFunction)
         self.options: Mapping[str, Any] = parse_options(self.OPTIONS, options)
         """the value of each of OPTIONS by name: what was given, or else the default"""
         self.__host = host
@@ -108,6 +88,7 @@ class PciFunction:
         self.__wmask = write_masks(self.__bars)
         self.__config = power_on_config(self)
         host.memory.is_bus_master = False
+        set_to_reset_values(self)
 
     def reset(self) -> None:
         """Sets the device's registers to their power-on values. The line is low already."""
@@ -137,6 +118,12 @@ class PciFunction:
 
     def close(self) -> None:
         """Releases what the device opened. Called once, at the end of the daemon."""
+
+    def restored(self) -> None:
+        """Called instead of reset() when the process before this one has left its registers: the fields have them.
+
+        What is no field has to be made anew: timers, and whatever follows from the fields.
+        """
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -235,9 +222,40 @@ class PciFunction:
             for offset in range(start, start + length):
                 self.__config[offset] &= ~self.__wmask[offset]
         self.__config_changed()
+        set_to_reset_values(self)
         with self.__guard.running("reset") as run:
             self.reset()
         return is_lowered and not run.failed
+
+    @property
+    def keeps_registers(self) -> bool:
+        """Whether a restart of the daemon loses nothing: the registers are fields, or there are none."""
+        return bool(self.PARTS or fields_of(type(self))) or type(self).reset is PciFunction.reset
+
+    @property
+    def state(self) -> tuple[bytearray, bool]:
+        """Config space and the level that the device drives: what resume() takes, besides the fields."""
+        return self.__config, self.__level
+
+    def resume(self, config: bytes, level: bool) -> bool:
+        """Has config space and level as the process before this one, whose values the fields have already.
+
+        Drives no line, and calls no code of the device; that is for go_on(). Returns the level that was asserted.
+        """
+        self.__config[:] = config
+        self.__decode()
+        self.__level = level
+        self.__asserted = self.__effective_level()
+        return self.__asserted
+
+    def go_on(self) -> None:
+        """After resume(): the device goes on, or starts from reset if its class doesn't keep its registers."""
+        with self.__guard.running("restored" if self.keeps_registers else "reset"):
+            if self.keeps_registers:
+                self.restored()
+            else:
+                PciFunction.set_intx(self, False)
+                self.reset()
 
     def shut_down(self) -> None:
         """Lets the device close what it opened."""
@@ -312,7 +330,7 @@ class PciFunction:
                     finally:
                         watchdog.doing = None
                 break
-        if self.__is_cut(memory, addr, size):
+        if not memory and size in _MASKS and is_cut(self.__windows, addr, size):
             half = size // 2
             ones = (1 << 8 * half) - 1
             low, high = (self.bus_read(memory, part, half) & ones for part in (addr, addr + half))
@@ -339,53 +357,29 @@ class PciFunction:
                     finally:
                         watchdog.doing = None
                 break
-        if self.__is_cut(memory, addr, size):
+        if not memory and size in _MASKS and is_cut(self.__windows, addr, size):
             half = size // 2
             low = self.bus_write(memory, addr, half, value)
             high = self.bus_write(memory, addr + half, half, value >> 8 * half)
             return low or high
         return False
 
-    def __is_cut(self, memory: bool, addr: int, size: int) -> bool:
-        """Whether an I/O access lies within a BAR with one part and outside with another.
-
-        A host bridge splits it (PCI Local Bus 3.0, 3.2.2.1, and no BAR ends within a dword). The function
-        decodes its own part only; the other part is read as all ones.
-        """
-        return (
-            not memory
-            and size in _MASKS
-            and any(
-                not window.memory
-                and window.start < addr + size
-                and addr < window.end
-                and not window.start <= addr <= addr + size <= window.end
-                for window in self.__windows
-            )
-        )
-
     def __config_changed(self) -> None:
         """Command or a BAR was written: decode anew, and let bus mastering and INTX_DISABLE take effect."""
-        command = self.__config[pci.PCI_COMMAND]
-        self.__windows = []
-        for number, bar in self.__bars.items():
-            memory = bar.kind is not BarKind.IO
-            if not command & (pci.PCI_COMMAND_MEMORY if memory else pci.PCI_COMMAND_IO):
-                continue
-            width = 8 if bar.kind is BarKind.MEM64 else 4
-            offset = pci.PCI_BASE_ADDRESS_0 + 4 * number
-            start = int.from_bytes(self.__config[offset : offset + width], "little") & ~(bar.size - 1)
-            end = start + bar.size
-            # As pci_bar_address() in QEMU's hw/pci/pci.c: at 0, or as sizing leaves it, a BAR is not decoded.
-            if start and end <= (ALL_ONES if width == 8 else 0xFFFFFFFF):
-                self.__windows.append(Window(memory, start, end, number))
-        self.__host.memory.is_bus_master = bool(command & pci.PCI_COMMAND_MASTER)
+        self.__decode()
         self.__update_line()
+
+    def __decode(self) -> None:
+        self.__windows = decode(self.__config, self.__bars)
+        self.__host.memory.is_bus_master = self.is_bus_master
 
     def __update_line(self) -> None:
         """Hands the effective level to the IOHub when it changed."""
-        disabled = self.__config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
-        asserted = self.__level and not disabled and self.__has_pin
+        asserted = self.__effective_level()
         if asserted is not self.__asserted:
             self.__asserted = asserted
             self.__host.set_irq(asserted)
+
+    def __effective_level(self) -> bool:
+        disabled = self.__config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
+        return self.__level and not disabled and self.__has_pin

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -50,6 +50,8 @@ class Guard:
         """names of registers, by BAR and offset"""
         self.spinning: dict[int, str] = {}
         """by fd: what is wrong with a handler that was called again and again for nothing"""
+        self.on_done: Callable[[], None] | None = None
+        """called after the code has run, but for a single access"""
         self._log = RateLimited(log)
         self._stall_log = RateLimited(log)  # of the watchdog's thread
         self._seen: set[tuple[str, str, str]] = set()
@@ -145,6 +147,8 @@ class _Running:
             self.failed = True
             self._guard.report(self._doing)
         self._guard.watchdog.doing = self._outer
+        if self._outer is None and self._guard.on_done is not None:
+            self._guard.on_done()
         return self._is_guarding
 
 

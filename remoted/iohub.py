@@ -28,7 +28,17 @@ NB_PIRQS = PCI_DEVFN_MAX
 class Pirq:
     """One interrupt line: its level, its eventfds, and what happened on it."""
 
-    __slots__ = ("_irqfd", "_loop", "_owners", "_resamplefd", "level", "raised", "reasserts", "resamples")
+    __slots__ = (
+        "_irqfd",
+        "_loop",
+        "_owners",
+        "_resamplefd",
+        "level",
+        "owes_assert",
+        "raised",
+        "reasserts",
+        "resamples",
+    )
 
     def __init__(self, loop: Loop, owners: dict[str, Pirq]) -> None:
         """``owners`` is shared by all pirqs: who uses an eventfd, by its identity."""
@@ -44,10 +54,17 @@ class Pirq:
         """EOIs that KVM reported"""
         self.reasserts = 0
         """times that the irqfd was written for a level that was high already"""
+        self.owes_assert: bytearray | memoryview = bytearray(1)
+        """not 0 from before an EOI is read until the irqfd is written again; kept where state is kept"""
 
     @property
     def has_irqfd(self) -> bool:
         return self._irqfd is not None
+
+    @property
+    def resamplefd(self) -> int:
+        """The fd of the resamplefd, or -1."""
+        return -1 if self._resamplefd is None else self._resamplefd.fd
 
     def is_foreign(self, identity: str) -> bool:
         """Whether the eventfd is in use by another pirq."""
@@ -73,6 +90,24 @@ class Pirq:
         Raises ShortageError when the loop can't watch the resamplefd: then the line has no eventfds.
         """
         self.drop_irqfd()
+        self._install(irqfd, resamplefd)
+        if self.level:
+            # The peer may have kicked already, to have the level looked at: that is done here, once.
+            self.resamples += resamplefd.test_and_clear()
+            self._reassert()
+
+    def resume(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
+        """Goes on with the eventfds of the process before this one.
+
+        A level that is high has been asserted by it, unless it was killed between the EOI and the assertion.
+        Raises ShortageError, as set_irqfd().
+        """
+        self._install(irqfd, resamplefd)
+        if self.owes_assert[0] and self.level:
+            self._reassert()
+        self.owes_assert[0] = 0
+
+    def _install(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
         try:
             self._loop.add(resamplefd.fd, self._on_resample)
         except OSError as error:
@@ -83,10 +118,6 @@ class Pirq:
         for notifier in (irqfd, resamplefd):
             if notifier.identity is not None:
                 self._owners[notifier.identity] = self
-        if self.level:
-            # The peer may have kicked already, to have the level looked at: that is done here, once.
-            self.resamples += resamplefd.test_and_clear()
-            self._reassert()
 
     def drop_irqfd(self) -> None:
         """Closes the eventfds at once: the last close is what takes a careless VMM's irqfd out of KVM."""
@@ -100,10 +131,13 @@ class Pirq:
 
     def _on_resample(self, _events: int) -> None:
         resamplefd = self._resamplefd
-        if resamplefd is not None and resamplefd.test_and_clear():
-            self.resamples += 1
-            if self.level:
-                self._reassert()
+        if resamplefd is not None:
+            self.owes_assert[0] = 1
+            if resamplefd.test_and_clear():
+                self.resamples += 1
+                if self.level:
+                    self._reassert()
+            self.owes_assert[0] = 0
 
     def _reassert(self) -> None:
         if self._irqfd is not None:

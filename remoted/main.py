@@ -14,11 +14,12 @@ from common import eventsignal
 from common.config import DeviceConfig, VmConfig, parse_remoted
 from common.control import ControlServer
 from common.errors import IohubError, UsageError
+from common.fdstore import FdStore
 from common.journal import device_log, setup
 from common.loop import Loop
 from common.output import OutputError, complain
 from common.pci import format_devfn
-from common.service import freeze_heap, notify, raise_fd_limit
+from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
 from common.stdio import flush_stdio
 from remoted.control import RemotedService
 from remoted.function import PciFunction
@@ -28,6 +29,7 @@ from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.modellist import describe_models
 from remoted.models import find_model, hidden_models
+from remoted.ramfiles import RamFiles
 from remoted.server import DeviceServer, adopt_connection
 from remoted.watchdog import Watchdog
 
@@ -49,6 +51,7 @@ class Remoted:
         self._hub = IoHub(self._loop)
         self._servers: list[DeviceServer] = []
         self._control: ControlServer | None = None
+        self._store: FdStore | None = None
         self._log = logging.getLogger(PROGRAM)
         self._is_serving = False
         self._watchdog = Watchdog()
@@ -62,9 +65,12 @@ class Remoted:
             path = str(config.runtime_dir / "remoted.varlink")
             interface = RemotedService(config.name, devices)
             self._control = ControlServer(self._loop, path, interface, self._log)
+            self._store = FdStore.open(self._loop, os.environ)
+            self._ram_files = RamFiles(self._store) if self._store is not None else None
             for device in config.devices:
                 self._servers.append(self._create(config, device))
                 devices.append((device, self._servers[-1]))
+            self._drop_stale()
         except BaseException:
             self.close()
             raise
@@ -73,6 +79,7 @@ class Remoted:
         """Serves until SIGTERM or SIGINT, or until the last inherited link has closed."""
         self._is_serving = True
         notify("READY=1")
+        feed_watchdog(self._loop)
         freeze_heap()
         self._loop.run()
         self._is_serving = False
@@ -84,6 +91,8 @@ class Remoted:
         for server in self._servers:
             server.close()
         self._hub.finalize()
+        if self._store is not None:
+            self._store.close()
         self._watchdog.close()
         self._loop.close()
 
@@ -121,6 +130,10 @@ class Remoted:
             function.set_multifunction()
         server = DeviceServer(self._loop, function, pirq, self._on_idle)
         try:
+            if self._store is None or self._ram_files is None:
+                function.full_reset()
+            else:
+                server.keep(self._store, self._ram_files, device.devfn)
             if device.fd is not None:
                 server.serve(adopt_connection(device.fd, device.id))
             else:
@@ -130,6 +143,13 @@ class Remoted:
             raise
         log.info("%s at %s", device.model, format_devfn(device.devfn))
         return server
+
+    def _drop_stale(self) -> None:
+        """Empties the fd store of what no device has taken."""
+        if self._store is not None and self._ram_files is not None:
+            self._ram_files.end_of_start()
+            for name in self._store.drop_inherited():
+                self._log.info("dropped from the fd store, as no device uses it: %s", name)
 
     def _on_idle(self) -> None:
         """A client has gone: without listeners and links there is nothing left to do."""
@@ -150,7 +170,6 @@ def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> Pci
         host.log.exception("the device's code failed: __init__")
         reason = "{}: {} ({})".format(*describe_error(error))
         raise UsageError(f"device {device.id}: model {device.model} can't be created: {reason}") from error
-    function.full_reset()
     return function
 
 

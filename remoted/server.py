@@ -8,13 +8,16 @@ import socket
 from collections.abc import Callable, Iterator
 
 from common.disposal import Disposal
-from common.errors import ShortageError, UsageError
+from common.errors import IohubError, ShortageError, UsageError
+from common.fdstore import FdStore
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.loop import Loop
 from common.peer import peer_credentials
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
+from remoted.keeper import Keeper
+from remoted.ramfiles import RamFiles
 from remoted.session import Session
 
 __all__ = ["DeviceServer", "adopt_connection"]
@@ -40,6 +43,7 @@ class DeviceServer:
         self._listener: UnixListener | None = None
         self._log = RateLimited(function.host.log)
         self._disposal = Disposal()
+        self._keeper: Keeper | None = None
         function.amiss.add(self._amiss)
 
     @property
@@ -71,7 +75,7 @@ class DeviceServer:
     def serve(self, sock: socket.socket) -> None:
         """Serves a connected socket, which it owns from here on. Raises ShortageError."""
         self.session = Session(
-            self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal
+            self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal, self._keeper
         )
         if self._listener is not None:
             # The next client may come together with the end of this one.
@@ -79,18 +83,38 @@ class DeviceServer:
         self._is_refusal_told = False
         self._log.info("connected", peer=self.session.client)
 
+    def keep(self, store: FdStore, ram_files: RamFiles, devfn: int) -> None:
+        """Goes on with what the process before this one has left, and keeps state and link for the next one.
+
+        It resets the function if nothing was left. Raises OSError.
+        """
+        self._keeper = Keeper(store, ram_files, devfn, self.function, self.pirq, self._disposal)
+        sock = self._keeper.take_socket()
+        if sock is not None:
+            client = str(peer_credentials(sock))
+            try:
+                self.serve(sock)
+            except IohubError as error:
+                self._log.info("the link of the process before this one has ended: %s", error, peer=client)
+        self._keeper.go_on()
+
     def hang_up(self) -> None:
-        """Ends the session and unlinks the socket."""
+        """Ends the session and unlinks the socket. A link that is kept goes on in the next process."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
         if self.session is not None:
-            self.session.close()
+            if self._keeper is None:
+                self.session.close()
+            else:
+                self.session.leave()
 
     def close(self) -> None:
         """Ends the session, unlinks the socket and closes the device."""
         self.hang_up()
         self.function.shut_down()
+        if self._keeper is not None:
+            self._keeper.close()
 
     def _amiss(self) -> Iterator[str]:
         if self.session is not None and self.session.ram_refusal:

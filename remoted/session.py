@@ -24,6 +24,8 @@ from common.notifier import adopt_pair
 from common.peer import peer_credentials
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
+from remoted.keeper import Keeper
+from remoted.keptlink import KeptLink
 
 __all__ = ["Session"]
 
@@ -43,11 +45,13 @@ class Session:
         on_end: Callable[[Session], None],
         log: RateLimited,
         disposal: Disposal,
+        keeper: Keeper | None = None,
     ) -> None:
         """Takes ownership of the connected socket; ``on_end`` is called once, whoever ends the session.
 
-        ``log`` outlives the session: its limit must hold for a client that comes again and again. Raises
-        ShortageError when the loop can't watch the socket, which is closed then.
+        ``log`` outlives the session: its limit must hold for a client that comes again and again. ``keeper``
+        keeps the link for the next process. Raises ShortageError when the loop can't watch the socket, PeerGone
+        and ProtocolError when a kept link has ended; the socket is closed then.
         """
         self.peer = peer_credentials(sock)
         self.client = str(self.peer)
@@ -64,7 +68,8 @@ class Session:
         self._on_end = on_end
         self._log = log
         self._disposal = disposal
-        self._link = Link(sock, disposal)
+        self._keeper = keeper
+        self._link: Link | KeptLink = Link(sock, disposal) if keeper is None else keeper.link(sock)
         self._receive = self._link.receive
         self._partial: Timer | None = None
         self._handlers: dict[int, Callable[[], None]] = {
@@ -76,11 +81,13 @@ class Session:
             Command.SET_IRQFD: self._set_irqfd,
             Command.DEVICE_RESET: self._device_reset,
         }
+        self._is_held = False
+        """whether the link waits for the fd store"""
         try:
-            loop.add(self._link.fileno(), self._on_readable, in_turn=True)
-        except OSError as error:
+            self._watch()
+        except ShortageError:
             self._link.close()
-            raise ShortageError(f"the link can't be watched: {error.strerror}") from error
+            raise
 
     def fileno(self) -> int:
         """The link's fd."""
@@ -88,15 +95,58 @@ class Session:
 
     def close(self) -> None:
         """Ends the session: link, eventfds and guest RAM are closed. A second call does nothing."""
-        if self._link.closed:
-            return
-        if self._partial is not None:
-            self._partial.cancel()
-        self._loop.remove(self._link.fileno())
-        self._link.close()
+        if not self._link.closed:
+            self._unwatch()
+            self._link.close()
+            if self._keeper is not None:
+                self._keeper.forget()
+            self._release_resources()
+
+    def leave(self) -> None:
+        """Ends the session in this process only, where links are kept: its client notices nothing."""
+        if self._keeper is not None and not self._link.closed:
+            self._unwatch()
+            self._keeper.leave()
+            self._release_resources()
+
+    def _release_resources(self) -> None:
         self._pirq.drop_irqfd()
         self._disposal.close_fds(self._function.host.memory.clear())
         self._on_end(self)
+
+    def _watch(self) -> None:
+        try:
+            self._loop.add(self._link.fileno(), self._on_readable, in_turn=True)
+        except OSError as error:
+            raise ShortageError(f"the link can't be watched: {error.strerror}") from error
+        self._order_resample()
+
+    def _unwatch(self) -> None:
+        if self._partial is not None:
+            self._partial.cancel()
+        if not self._is_held:
+            self._loop.remove(self._link.fileno())
+
+    def _order_resample(self) -> None:
+        """A message that is here already is handled before an EOI is judged: it may lower the line."""
+        resamplefd = self._pirq.resamplefd
+        if resamplefd != -1:
+            self._loop.order(resamplefd, after=self._link.fileno())
+
+    def _hold(self) -> None:
+        """Handles no further message until the fd store has the files of this one."""
+        self._loop.remove(self._link.fileno())
+        self._is_held = True
+
+    def _stored(self) -> None:
+        if self._link.closed:
+            return
+        try:
+            self._watch()
+            self._is_held = False
+        except ShortageError as error:
+            self._log.warning("the session ends, the client can connect again: %s", error, peer=self.client)
+            self.close()
 
     def _on_readable(self, _events: int) -> None:
         link = self._link
@@ -167,13 +217,19 @@ class Session:
             self._link.discard(fds)
             raise
         self._pirq.set_irqfd(irqfd, resamplefd)
-        self._loop.order(resamplefd.fd, after=self._link.fileno())
+        self._order_resample()
+        if self._keeper is not None:
+            self._hold()
+            self._keeper.keep_irqfds(irqfd, resamplefd, self._stored)
 
     def _sync_sysmem(self) -> None:
-        fds = self._link.take_fds()
+        fds = sent = self._link.take_fds()
         try:
-            fds = self._function.host.memory.sync(self._link.payload, fds)
+            fds = self._function.host.memory.sync(self._link.payload, sent)
             self.ram_refusal = ""
+            if self._keeper is not None:
+                self._hold()
+                self._keeper.keep_ram(self._link.payload, sent, self._stored)
         except ProtocolError as error:
             self.ram_refusal = str(error)
             self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from remoted.device import Bar, BarKind, Host, Option, PciFunction, Timer
+from remoted.device import Bar, BarKind, Host, Option, PciFunction, Timer, register
 from remoted.devices.edu_dma import DEFAULT_MASK, DmaEngine
 
 __all__ = ["Edu"]
@@ -48,22 +48,29 @@ class Edu(PciFunction):
         Option("dma_mask", int, DEFAULT_MASK, "what DMA can address", minimum=0, maximum=_ALL_ONES),
     )
 
+    PARTS = ("_dma",)
+
+    _liveness: int = register(32)
+    _factorial: int = register(32)
+    _status: int = register(32)
+    _irq_status: int = register(32)
+
     def __init__(self, host: Host, options: Mapping[str, str]) -> None:
         """Raises UsageError."""
         super().__init__(host, options)
         self._dma = DmaEngine(host, self.options["dma_mask"], self._raise_irq)
         self._computing: Timer | None = None
-        self.reset()
 
     def reset(self) -> None:
-        self._liveness = 0
-        self._factorial = 0
-        self._status = 0
-        self._irq_status = 0
         if self._computing is not None:
             self._computing.cancel()
             self._computing = None
         self._dma.reset()
+
+    def restored(self) -> None:
+        if self._status & STATUS_COMPUTING:
+            self._computing = self.host.loop.call_later(0, self._computed)
+        self._dma.restored()
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:
         if offset >= _DMA_AREA:

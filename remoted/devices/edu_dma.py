@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from remoted.device import DmaError, Host, RateLimited, Timer
+from remoted.device import DmaError, Host, RateLimited, Timer, buffer, register, set_to_reset_values
 
 __all__ = ["DEFAULT_MASK", "DMA_IRQ", "DmaEngine"]
 
@@ -35,8 +35,22 @@ BUFFER_SIZE = 4096
 _ALL_ONES = 0xFFFFFFFFFFFFFFFF
 
 
+_REGISTERS = {
+    REG_SOURCE: "_source",
+    REG_DESTINATION: "_destination",
+    REG_COUNT: "_count",
+    REG_COMMAND: "_command",
+}
+
+
 class DmaEngine:
     """Registers, buffer and transfers."""
+
+    _source: int = register(64)
+    _destination: int = register(64)
+    _count: int = register(64)
+    _command: int = register(64)
+    _buffer: bytearray = buffer(BUFFER_SIZE, bytes(BUFFER_SIZE))
 
     def __init__(self, host: Host, mask: int, raise_irq: Callable[[int], None]) -> None:
         """``mask`` is what addresses of RAM are cut to."""
@@ -44,32 +58,35 @@ class DmaEngine:
         self._log = RateLimited(host.log)
         self._mask = mask
         self._raise_irq = raise_irq
-        self._registers: dict[int, int] = {}
-        self._buffer = bytearray()
         self._running: Timer | None = None
-        self.reset()
+        set_to_reset_values(self)
 
     def reset(self) -> None:
         """Stops a transfer, clears registers and buffer."""
-        self._registers = dict.fromkeys((REG_SOURCE, REG_DESTINATION, REG_COUNT, REG_COMMAND), 0)
-        self._buffer = bytearray(BUFFER_SIZE)
+        set_to_reset_values(self)
         if self._running is not None:
             self._running.cancel()
             self._running = None
 
+    def restored(self) -> None:
+        """The registers have been set to those of another process: a transfer that it had not ended is done."""
+        if self._command & COMMAND_RUN:
+            self._running = self._host.loop.call_later(0, self._run)
+
     def read(self, offset: int) -> int:
         """The 64-bit register; all ones where there is none."""
-        return self._registers.get(offset, _ALL_ONES)
+        name = _REGISTERS.get(offset)
+        return _ALL_ONES if name is None else int(getattr(self, name))
 
     def write(self, offset: int, value: int) -> None:
         """Writes a register. Nothing can be written while a transfer runs, nor a command that starts none."""
-        if offset not in self._registers or self._running is not None:
+        if offset not in _REGISTERS or self._running is not None:
             return
         if offset == REG_COMMAND:
             if not value & COMMAND_RUN:
                 return
             self._running = self._host.loop.call_later(0, self._run)
-        self._registers[offset] = value
+        setattr(self, _REGISTERS[offset], value)
 
     def _run(self) -> None:
         self._running = None
@@ -77,14 +94,13 @@ class DmaEngine:
             self._transfer()
         except DmaError as error:
             self._log.warning("DMA failed: %s", error)
-        self._registers[REG_COMMAND] &= ~COMMAND_RUN
-        if self._registers[REG_COMMAND] & COMMAND_RAISE_IRQ:
+        self._command &= ~COMMAND_RUN
+        if self._command & COMMAND_RAISE_IRQ:
             self._raise_irq(DMA_IRQ)
 
     def _transfer(self) -> None:
-        source, destination = self._registers[REG_SOURCE], self._registers[REG_DESTINATION]
-        count = self._registers[REG_COUNT]
-        from_device = bool(self._registers[REG_COMMAND] & COMMAND_FROM_DEVICE)
+        source, destination, count = self._source, self._destination, self._count
+        from_device = bool(self._command & COMMAND_FROM_DEVICE)
         start = (source if from_device else destination) - BUFFER_START
         if start < 0 or start + count > BUFFER_SIZE:
             raise DmaError(f"{count} bytes at {start + BUFFER_START:#x} are not within the device's buffer")

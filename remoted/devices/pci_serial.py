@@ -31,6 +31,8 @@ class PciSerial(PciFunction):
         Option("carrier", bool, False, "whether DCD and DSR tell that somebody is there"),
     )
 
+    PARTS = ("_uart", "_uart.modem")
+
     def __init__(self, host: Host, options: Mapping[str, str]) -> None:
         """Opens the chardev. Raises UsageError."""
         super().__init__(host, options)
@@ -71,6 +73,10 @@ class PciSerial(PciFunction):
 
     def reset(self) -> None:
         self._uart.reset()
+
+    def restored(self) -> None:
+        self._uart.restored()
+        self._on_connected(self._chardev.connected)
 
     def close(self) -> None:
         self._chardev.close()

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A link whose requests are done exactly once, whenever the process is killed.
+
+The socket, and a pipe for replies, are in the service manager's fd store. A request goes these steps:
+
+1. It is looked at (MSG_PEEK): bytes and fds stay in the socket.
+2. The function handles it.
+3. State and reply become valid together (FunctionState.commit_reply()).
+4. The request is taken out of the socket.
+5. The reply is written into the pipe, and from there spliced into the socket.
+
+A successor finds out how far its predecessor came. Up to step 3 it does the request again. After it, and as long
+as the client waits for the reply, the socket still holds that request or nothing. A socket can't tell whether a
+reply was sent; the pipe is empty exactly when it was. What has no reply (SYNC_SYSMEM, SET_IRQFD) may be done
+twice, and is taken out of the socket once the fd store has its files.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import termios
+from array import array
+from collections.abc import Sequence
+from fcntl import ioctl
+
+from common import mpqemu
+from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline
+from common.errors import IohubError, PeerGone, ProtocolError
+from common.link import received_fds
+from remoted.state import FunctionState
+
+__all__ = ["KeptLink"]
+
+_FLAGS = socket.MSG_CMSG_CLOEXEC
+_PEEK = _FLAGS | socket.MSG_PEEK
+_SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
+_REPLY_SIZE = mpqemu.HEADER.size + mpqemu.RET.size
+
+
+class KeptLink:
+    """The answering end of a link whose socket and pipe outlive the process; otherwise as common.link.Link."""
+
+    def __init__(
+        self, sock: socket.socket, pipe: tuple[int, int], state: FunctionState, disposal: Disposal
+    ) -> None:
+        """Takes ownership of the connected socket and of the pipe's ends, the reading one first.
+
+        Finishes what an earlier process had begun to answer. Raises PeerGone and ProtocolError, and has closed
+        socket and pipe then.
+        """
+        sock.setblocking(False)
+        receive_urgent_inline(sock)
+        self._sock = sock
+        self._pipe = pipe
+        self._state = state
+        self._disposal = disposal
+        self._buffer = bytearray(mpqemu.HEADER.size + mpqemu.MAX_PAYLOAD)
+        self._view = memoryview(self._buffer)
+        self.payload = self._view[mpqemu.HEADER.size :]
+        self._frame = 0  # length of the frame last handed out, still in the socket
+        self._fds: list[int] = []
+        self.is_partial = False
+        """whether a frame has begun but not ended: the peer owes its rest"""
+        self.closed = False
+        try:
+            self._catch_up()
+        except IohubError:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def receive(self) -> int:
+        """The command of the next whole frame, or -1 when it isn't here yet. Never blocks.
+
+        The frame stays in the socket until its reply() or the next receive(). Raises ProtocolError (after which
+        the stream is out of step) and PeerGone.
+        """
+        if self._frame:
+            self._consume()
+        command, length, count, fds = self._peek(len(self._buffer))
+        if fds and count > length:
+            # Some may be those of a frame behind it.
+            self.discard(fds)
+            command, length, count, fds = self._peek(length)
+        self.is_partial = count < length
+        if self.is_partial:
+            self.discard(fds)
+            return -1
+        self._frame = length
+        if fds and not mpqemu.check_request(command, length - mpqemu.HEADER.size).max_fds:
+            self.discard(fds)
+        elif len(fds) > mpqemu.MAX_FDS:
+            self._disposal.close_fds(fds)
+            raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
+        else:
+            self._fds = fds
+        return command
+
+    def reply(self, value: int) -> None:
+        """Makes the function's state valid, and sends a RET with a u64.
+
+        Raises PeerGone; ProtocolError when the peer floods without reading its replies.
+        """
+        state = self._state
+        state.commit_reply(value)
+        self._consume()
+        state.consumed = state.serial
+        self._fill_pipe()
+        self._empty_pipe()
+
+    def take_fds(self) -> list[int]:
+        """The fds of the last received frame, now the caller's."""
+        fds, self._fds = self._fds, []
+        return fds
+
+    def discard(self, fds: Sequence[int]) -> None:
+        """Closes fds that came over the link. Raises ProtocolError, as Link.discard()."""
+        if self._disposal.close_fds(fds) and self._disposal.is_full:
+            raise ProtocolError("too many file descriptors that take long to close")
+
+    def close(self) -> None:
+        """Ends the link, and closes every fd that nobody took; a second call does nothing."""
+        if not self.closed:
+            self._disposal.hang_up(self._sock)
+            self._close_copies()
+
+    def leave(self) -> None:
+        """Closes what this process has of the link, which goes on in its successor."""
+        if not self.closed:
+            self._disposal.close_socket(self._sock)
+            self._close_copies()
+
+    def _close_copies(self) -> None:
+        self.closed = True
+        self._disposal.close_fds(self.take_fds())
+        for fd in self._pipe:
+            os.close(fd)
+
+    def _catch_up(self) -> None:
+        """Ends what the process before this one was killed in, from step 3 on."""
+        state = self._state
+        if state.consumed != state.serial:
+            if _unread(self._sock.fileno()):
+                self._frame = self._peek(mpqemu.HEADER.size)[1]
+                self._consume()
+            state.consumed = state.serial
+        if state.sent != state.serial:
+            if _unread(self._pipe[0]):
+                state.sent = state.serial
+            else:
+                self._fill_pipe()
+        if _unread(self._pipe[0]):
+            self._empty_pipe()
+
+    def _peek(self, size: int) -> tuple[int, int, int, list[int]]:
+        """Looks at the next ``size`` bytes: command (-1 without a header), the frame's length, bytes, fds."""
+        try:
+            count, ancillary, flags, _ = self._sock.recvmsg_into([self._view[:size]], ANCILLARY_SIZE, _PEEK)
+        except BlockingIOError:
+            return -1, 0, 0, []
+        except OSError as error:
+            raise PeerGone(f"reading the link: {error.strerror}") from error
+        fds = list(received_fds(ancillary))
+        try:
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError("a message's file descriptors are lost: too many files are open here")
+            if not count:
+                raise PeerGone("the peer closed the link" + (" within a frame" if self.is_partial else ""))
+            if count < mpqemu.HEADER.size:
+                return -1, mpqemu.HEADER.size, count, fds
+            command, payload = mpqemu.HEADER.unpack_from(self._buffer)
+            mpqemu.check_request(command, payload)
+        except IohubError:
+            self._disposal.close_fds(fds)
+            raise
+        return command, mpqemu.HEADER.size + payload, count, fds
+
+    def _consume(self) -> None:
+        """Takes the frame out of the socket. Its fds are here already, by other numbers."""
+        length, self._frame = self._frame, 0
+        try:
+            _, ancillary, _, _ = self._sock.recvmsg_into([self._view[:length]], ANCILLARY_SIZE, _FLAGS)
+        except OSError as error:
+            raise PeerGone(f"reading the link: {error.strerror}") from error
+        if ancillary:
+            self.discard(received_fds(ancillary))
+
+    def _fill_pipe(self) -> None:
+        os.write(self._pipe[1], mpqemu.reply_frame(self._state.reply))
+        self._state.sent = self._state.serial
+
+    def _empty_pipe(self) -> None:
+        try:
+            os.splice(self._pipe[0], self._sock.fileno(), _REPLY_SIZE, flags=_SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            raise ProtocolError("the peer doesn't read its replies") from None
+        except OSError as error:
+            raise PeerGone(f"writing the link: {error.strerror}") from error
+
+
+def _unread(fd: int) -> int:
+    """How many bytes wait in a pipe or socket."""
+    count = array("i", [0])
+    ioctl(fd, termios.FIONREAD, count)
+    return count[0]

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A hypervisor host: a booted systemd with iohub's units, and a stock QEMU with the guest under qemu@vm1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from common.control import call
+from common.ctl.guestconsole import GuestConsole, Reply
+from tests.support.bootedsystem import BootedSystem
+from tests.support.checkout import ROOT
+from tests.support.qemu import PATIENCE, boot, guest_image
+from tests.support.wait import wait_until
+
+__all__ = ["PROXYD", "QEMU_UNIT", "REMOTED", "HostBench"]
+
+REMOTED, PROXYD, QEMU_UNIT = "iohub-remoted@vm1.service", "iohub-proxyd@vm1.service", "qemu@vm1.service"
+
+_CONFIG = """\
+name = "vm1"
+vm = "qmp:/run/qemu/vm1/iohub.qmp"
+
+[[device]]
+model = "edu"
+id = "edu0"
+addr = "05.0"
+
+[[device]]
+model = "pci-serial"
+id = "com1"
+addr = "06.0"
+"""
+_CONSOLE = "run/qemu/vm1/console"
+
+
+class HostBench:
+    """One host with one VM, which start() starts."""
+
+    def __init__(self, programs: Path) -> None:
+        """``programs`` is the folder that iohub-remoted and the others are in."""
+        self._console: GuestConsole | None = None
+        self.system = BootedSystem()
+        try:
+            self._install(programs)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def root(self) -> Path:
+        """The host's root directory."""
+        return self.system.root
+
+    def start(self) -> None:
+        """Starts QEMU's unit, and with it the daemons; returns when the guest is ready and has its functions."""
+        self.system.systemctl("start", QEMU_UNIT)
+        wait_until((self.root / _CONSOLE).exists, "QEMU has made the console's socket")
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(self.root / _CONSOLE))
+        self._console = GuestConsole(connection)
+        self._console.wait_ready(PATIENCE)
+        wait_until(lambda: self.linked() == {"edu0", "com1"}, "all functions are plugged and linked")
+
+    def command(self, line: str, timeout: float = 60.0) -> Reply:
+        """The guest's answer, which must be ok."""
+        assert self._console is not None
+        reply = self._console.command(line, timeout=timeout)
+        assert reply.ok, f"{line}: {reply.reason}, {reply.records}"
+        return reply
+
+    def linked(self) -> set[str]:
+        """The ids of the functions that remoted serves a client for, with an irqfd."""
+        return {each["id"] for each in self.functions("remoted") if each["has_irqfd"]}
+
+    def functions(self, daemon: str) -> list[dict[str, Any]]:
+        """What a daemon answers of its functions; nothing while it doesn't answer."""
+        try:
+            reply = call(
+                self.root / f"run/iohub/vm1/{daemon}.varlink", f"org.iohub.{daemon.capitalize()}.Status"
+            )
+        except Exception:  # noqa: BLE001
+            return []
+        functions: list[dict[str, Any]] = reply["functions"]
+        return functions
+
+    def kill(self, unit: str) -> int:
+        """SIGKILL to a unit's main process; its pid."""
+        pid = self.system.main_pid(unit)
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def journal(self, *arguments: str) -> str:
+        """What journalctl prints."""
+        return self.system.run("journalctl", "--no-pager", "-o", "short-monotonic", *arguments).stdout
+
+    def close(self) -> None:
+        """Ends everything."""
+        if self._console is not None:
+            self._console.close()
+        self.system.close()
+
+    def _install(self, programs: Path) -> None:
+        units = self.root / "etc/systemd/system"
+        for unit in (ROOT / "systemd").glob("*.service"):
+            text = unit.read_text().replace("/usr/bin/iohub-", f"{programs}/iohub-")
+            (units / unit.name).write_text(text)
+        shutil.copy(ROOT / "systemd/examples/qemu@.service", units)
+        self.system.run("groupadd", "--force", "--system", "kvm")
+        self.system.run("chgrp", "kvm", "/dev/kvm")
+        for name in ("iohub", "qemu"):
+            self.system.run("useradd", "--system", "--user-group", "--no-create-home", name)
+        (self.root / "etc/iohub").mkdir()
+        (self.root / "etc/iohub/vm1.toml").write_text(_CONFIG)
+        (self.root / "etc/qemu").mkdir(exist_ok=True)
+        for source, name in ((guest_image(), "guest.bin"), (Path(boot(guest_image())[1]), "firmware.bin")):
+            copy = self.root / "var/lib" / name
+            shutil.copyfile(source, copy)
+            copy.chmod(0o644)
+        options = (
+            "-bios /var/lib/firmware.bin -device loader,file=/var/lib/guest.bin,addr=0x100000,force-raw=on "
+            "-chardev socket,id=console,path=/run/qemu/vm1/console,server=on,wait=on -serial chardev:console"
+        )
+        (self.root / "etc/qemu/vm1.conf").write_text(f"MEMORY=64M\nQEMU_OPTIONS={options}\n")
+        self.system.systemctl("daemon-reload")
+        self.system.systemctl("enable", REMOTED, PROXYD)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A kept link: a process may be killed at any line of it, and each request is done and answered exactly once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, ClassVar, Self
+
+import pytest
+
+from common.disposal import Disposal
+from common.fields import buffer, register
+from common.mpqemu import BAR, CONFIG, HEADER, RET, Command, request_frame
+from remoted import keptlink, state
+from remoted.device import Bar, BarKind, PciFunction
+from remoted.host import Host
+from remoted.keptlink import KeptLink
+from remoted.memory import GuestMemory
+from remoted.state import FunctionState
+from tests.support.remotebench import IO_BASE, Recorder
+
+COUNT, LAST = 0, 4
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Counter(PciFunction):
+    """Counts what is written, keeps the last values, and has its line high while the count is odd."""
+
+    VENDOR_ID, DEVICE_ID = 0x1234, 0x0001
+    BARS: ClassVar = {0: Bar(BarKind.IO, 16)}
+    count: int = register(32)
+    last: bytearray = buffer(8)
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        return self.count if offset == COUNT else int.from_bytes(self.last, "little")
+
+    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+        self.count += 1
+        self.last[:] = value.to_bytes(size, "little")
+        self.set_intx(self.count & 1 == 1)
+
+
+class Process:
+    """One life of a remoted, on files that outlive it."""
+
+    def __init__(self, files: tuple[int, int, int, int]) -> None:
+        log = Recorder().logger
+        self.function = Counter(Host("dev0", None, log, GuestMemory(), ignore), {})  # type: ignore[arg-type]
+        self._fds = [os.dup(fd) for fd in files]
+        self._socket = socket.socket(fileno=self._fds[1])
+
+    def start(self) -> Self:
+        self.state = FunctionState(self.function, self._fds[0], pytest.fail)
+        if self.state.is_new:
+            self.function.full_reset()
+        else:
+            self.state.restore()
+            self.function.go_on()
+        self.state.commit()
+        self.link = KeptLink(self._socket, (self._fds[2], self._fds[3]), self.state, Disposal())
+        return self
+
+    def serve(self) -> None:
+        """Handles what is there."""
+        while (command := self.link.receive()) >= 0:
+            if command == Command.PCI_CFGWRITE:
+                addr, value, size = CONFIG.unpack_from(self.link.payload)
+                self.link.reply(not self.function.bus_config_write(addr, size, value))
+            elif command in (Command.BAR_READ, Command.BAR_WRITE):
+                addr, value, size, memory = BAR.unpack_from(self.link.payload)
+                if command == Command.BAR_READ:
+                    self.link.reply(self.function.bus_read(memory, addr, size))
+                else:
+                    self.link.reply(not self.function.bus_write(memory, addr, size, value))
+
+    def vanish(self) -> None:
+        """Closes what a kill closes."""
+        self._socket.detach()
+        for fd in self._fds:
+            os.close(fd)
+
+
+def ignore(_level: bool) -> None:
+    """Drives no line."""
+
+
+class Bench:
+    """The files that the fd store would hold, and the client."""
+
+    def __init__(self) -> None:
+        self.client, server = socket.socketpair()
+        self.client.settimeout(5.0)
+        self.files = (os.memfd_create("state"), server.detach(), *os.pipe2(os.O_NONBLOCK))
+
+    def request(self, command: Command, payload: bytes) -> None:
+        self.client.sendall(request_frame(command, payload))
+
+    def reply(self) -> int:
+        frame = self.client.recv(1024)
+        assert len(frame) == HEADER.size + RET.size, "exactly one reply"
+        return int(RET.unpack_from(frame, HEADER.size)[0])
+
+    def close(self) -> None:
+        self.client.close()
+        for fd in self.files:
+            os.close(fd)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    process = Process(bench.files).start()
+    for addr, value in ((0x10, IO_BASE), (0x04, 1)):
+        bench.request(Command.PCI_CFGWRITE, CONFIG.pack(addr, value, 4))
+        process.serve()
+        assert bench.reply() == 0
+    process.vanish()
+    yield bench
+    bench.close()
+
+
+@contextmanager
+def killed_at(line: int) -> Iterator[Callable[[], bool]]:
+    """Raises Killed at so many lines of the modules that must stand a kill; tells whether there were so many."""
+    sources = {keptlink.__file__, state.__file__}
+    left = line
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in sources:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise Killed
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield lambda: left <= 0
+    finally:
+        sys.settrace(None)
+
+
+def test_kill_at_any_line(bench: Bench) -> None:
+    """A write counts once, and is answered once, wherever the first process was and wherever the second."""
+    count = kills = 0
+    line = 1
+    while True:
+        process = Process(bench.files).start()
+        bench.request(Command.BAR_WRITE, BAR.pack(IO_BASE, 0, 1, False))
+        process.serve()
+        assert bench.reply() == 0
+        bench.request(Command.BAR_WRITE, BAR.pack(IO_BASE, 0xA0 + count % 16, 1, False))
+        count += 2
+        with killed_at(line) as was_killed:
+            try:
+                process.serve()
+            except Killed:
+                kills += 1
+        process.vanish()
+        successor = Process(bench.files).start()
+        successor.serve()
+        assert bench.reply() == 0
+        assert successor.function.count == count, f"killed at line {line}"
+        assert successor.function.last == bytes((0xA0 + (count - 2) % 16,))
+        assert successor.function.intx_level is False
+        successor.vanish()
+        if not was_killed():
+            break
+        line += 1
+    assert kills == line - 1 > 20
+
+
+@pytest.mark.parametrize("stride", [1, 5, 11])
+def test_kill_of_the_successor_too(bench: Bench, stride: int) -> None:
+    """The second process is killed at other lines than the first, and the third ends what both began."""
+    count, line, second = 0, 1, 0
+    first_was_killed = True
+    while first_was_killed:
+        process = Process(bench.files).start()
+        bench.request(Command.BAR_WRITE, BAR.pack(IO_BASE, count, 4, False))
+        count += 1
+        with killed_at(line) as was_killed, suppress(Killed):
+            process.serve()
+        process.vanish()
+        first_was_killed = was_killed()
+        second += stride
+        process = Process(bench.files)
+        with killed_at(second) as was_killed, suppress(Killed):
+            process.start().serve()
+        if not was_killed():
+            second = 0
+        process.vanish()
+        successor = Process(bench.files).start()
+        successor.serve()
+        assert bench.reply() == 0
+        assert successor.function.count == count, f"killed at line {line}, then at {second}"
+        successor.vanish()
+        line += 1

@@ -33,9 +33,9 @@ class Handover(NamedTuple):
     vendor: int
     device: int
     remarks: tuple[str, ...]
-    """what is different behind QEMU's proxy, and hurts no driver"""
+    """what is different behind QEMU's proxy, and rarely matters"""
     defects: tuple[str, ...]
-    """what doesn't work there, or not everywhere"""
+    """what doesn't work there"""
 
 
 def connect(path: str) -> Client:
@@ -98,21 +98,20 @@ def _probe(client: Client, number: int) -> int:
 
 
 def _remarks(masks: Iterable[int]) -> Iterator[str]:
-    """Of small I/O BARs: what a driver doesn't use of one is no harm."""
+    """Of BARs that QEMU's proxy makes larger, or maps in part only."""
     for number, mask in _bars(masks):
-        if mask & pci.PCI_BASE_ADDRESS_SPACE_IO and _size(mask & pci.PCI_BASE_ADDRESS_IO_MASK) < _MIN_BAR:
-            size = _size(mask & pci.PCI_BASE_ADDRESS_IO_MASK)
+        size = _size(mask & pci.PCI_BASE_ADDRESS_IO_MASK)
+        if mask & pci.PCI_BASE_ADDRESS_SPACE_IO and size < _MIN_BAR:
             yield f"BAR {number} takes {_MIN_BAR} I/O ports instead of {size}"
+        elif _is_64_bit(mask) and mask & pci.PCI_BASE_ADDRESS_MEM_MASK:
+            yield f"BAR {number} works below 4 GiB only"
 
 
 def _defects(masks: Iterable[int]) -> Iterator[str]:
-    """Of 64-bit BARs, of which QEMU's proxy maps the lower half only."""
+    """Of 64-bit BARs whose lower half has no bit to be written: QEMU's proxy sees no BAR there."""
     for number, mask in _bars(masks):
-        if _is_64_bit(mask):
-            if mask & pci.PCI_BASE_ADDRESS_MEM_MASK:
-                yield f"BAR {number} works below 4 GiB only, behind QEMU's proxy"
-            else:
-                yield f"BAR {number} works nowhere behind QEMU's proxy: it has 4 GiB or more"
+        if _is_64_bit(mask) and not mask & pci.PCI_BASE_ADDRESS_MEM_MASK:
+            yield f"BAR {number} works nowhere behind QEMU's proxy: it has 4 GiB or more"
 
 
 def _bars(masks: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -44,7 +44,7 @@ __all__ = ["QemuPlugger"]
 _LEAVE_SECONDS = 20.0
 """how long the end of the daemon may wait for QEMU: for a command under way, and for the guest's consent"""
 _RETRY_SECONDS = 1.0
-"""the pause before a monitor that has just failed is tried again"""
+"""the pause before a monitor that has just ended, or failed, is tried again"""
 _POLL_SECONDS = 2.0
 """how often a monitor is looked for where nobody listens"""
 
@@ -128,13 +128,12 @@ class QemuPlugger:
             except (PeerGone, ProtocolError) as error:
                 self._interface.reason = f"lost {monitor.name}: {error}"
                 self._event_log.warning("%s", self._interface.reason)
-                await _within(_RETRY_SECONDS, self._stop.wait())
             finally:
                 self._health.end()
                 for slot in self._slots:
                     slot.close()
                 await monitor.close()
-            if self._stop.is_set():
+            if await _within(_RETRY_SECONDS, self._stop.wait()):
                 return
 
     async def _find(self) -> Monitor | None:

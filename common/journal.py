@@ -31,7 +31,7 @@ _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), 
 
 
 def printable(text: str) -> str:
-    r"""The text as it may stand in one line: ``\n``, control characters, direction marks and such escaped."""
+    r"""The text on one line: line breaks, control characters and direction marks are escaped, as ``\n``."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -45,8 +45,8 @@ def device_log(program: str, device: str) -> logging.LoggerAdapter[logging.Logge
 def setup(program: str, vm: str, *, verbose: bool = False, journal_socket: str = JOURNAL_SOCKET) -> None:
     """Sends what the process logs to its stderr, or to the journal when that is where stderr goes.
 
-    ``vm`` is the VM's name, or empty. The program's own loggers speak from INFO on, or from DEBUG on if it is
-    ``verbose``, libraries from WARNING. From here on neither stdout nor stderr blocks (see detach_stdio()).
+    ``vm`` is the VM's name, or empty. The program's own loggers log from INFO on, or from DEBUG on if it is
+    ``verbose``, libraries from WARNING on. From here on neither stdout nor stderr blocks (see detach_stdio()).
     """
     stderr = StderrFormatter(program, vm)
     detach_stdio(stderr.describe_loss)
@@ -140,10 +140,10 @@ class JournalHandler(logging.Handler):
 
 
 class RateLimited:
-    """The log of one place that a peer can make speak: ``burst`` lines in each ``interval`` seconds.
+    """Limits what a peer can make one place log: ``burst`` lines in each ``interval`` seconds.
 
-    The next line that passes tells how many were suppressed. ``peer`` is who a line is about. Whatever
-    a peer can have made anew (a session) must not own one, or the limit begins anew as well: its device does.
+    The next line that passes says how many were suppressed. ``peer`` names whom a line is about. What a peer can
+    cause to be made again, such as a session, must not own one, or the limit would start again: its device does.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ def raise_fd_limit() -> None:
 def freeze_heap() -> None:
     """Exempts what exists now from garbage collection: it lives as long as the daemon does.
 
-    To look through it takes milliseconds, in which no interrupt is sent, or a VM that is attached to stands still.
+    A collection that includes it takes milliseconds, in which no interrupt is sent, or an attached VM is stopped.
     """
     gc.collect()
     gc.freeze()

@@ -40,7 +40,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Lets count_fds() collect what the tests have dropped without a look at pytest and all modules.
+    """Exempts pytest and all modules from count_fds()'s garbage collections, which then take no time.
 
     What a process opens once is opened now: no test is to take it for an fd that was left open.
     """
@@ -52,7 +52,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Spells out half characters in what was logged, which a pytest-xdist worker could not send."""
+    """Escapes lone surrogates in captured output, which a pytest-xdist worker can't send."""
     report = yield
     report.sections = [
         (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
@@ -62,7 +62,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(scope="session")
 def requires_kvm() -> None:
-    """Skips a test where KVM can't be used. proxyd is not asked: its own mistakes must fail."""
+    """Skips a test where KVM can't be used. It does without proxyd's code, whose faults must fail."""
     try:
         fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import resource
@@ -15,8 +16,12 @@ from common.loop import EventLoop
 __all__ = ["feed_watchdog", "freeze_heap", "notify", "raise_fd_limit"]
 
 
+_RETRY_SECONDS = 0.5
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+
 class _Notifier:
-    """Sends states to the service manager: at once, or from a thread while the manager's queue is full."""
+    """Sends states to the service manager: at once, or from a thread if its queue is full or no fd is left."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,16 +37,14 @@ class _Notifier:
                 self._unsent[name] = assignment
             if self._has_thread:
                 return
-            try:
-                _send(address, "\n".join(self._unsent.values()), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._has_thread = True
-                try:
-                    threading.Thread(target=self._run, args=(address,), name="notify", daemon=True).start()
-                except RuntimeError:  # no thread is to be had now; the next state tries again
-                    self._has_thread = False
-            else:
+            if _send(address, "\n".join(self._unsent.values()), socket.MSG_DONTWAIT):
                 self._unsent.clear()
+                return
+            self._has_thread = True
+            try:
+                threading.Thread(target=self._run, args=(address,), name="notify", daemon=True).start()
+            except RuntimeError:  # no thread is to be had now; the next state tries again
+                self._has_thread = False
 
     def _run(self, address: str) -> None:
         while True:
@@ -51,7 +54,8 @@ class _Notifier:
                     return
                 state = "\n".join(self._unsent.values())
                 self._unsent.clear()
-            _send(address, state, 0)
+            while not _send(address, state, 0):
+                threading.Event().wait(_RETRY_SECONDS)
 
 
 _notifier = _Notifier()
@@ -60,7 +64,7 @@ _notifier = _Notifier()
 def notify(state: str) -> None:
     """Tells the manager at ``$NOTIFY_SOCKET``, if there is one, such as ``READY=1``; lines are assignments.
 
-    Never blocks: what finds the manager's queue full is sent as soon as there is room. Of several values of one
+    Never blocks: what the manager's queue has no room for is sent as soon as it has. Of several values of one
     variable the manager may then see only the last. One that doesn't listen (any more) is no reason to fail.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -86,8 +90,8 @@ def feed_watchdog(loop: EventLoop) -> None:
     feed()
 
 
-def _send(address: str, state: str, flags: int) -> None:
-    """Sends one datagram. Raises BlockingIOError if it had to wait, and flags tell not to."""
+def _send(address: str, state: str, flags: int) -> bool:
+    """Sends one datagram. False if that is worth another try: it would have had to wait, or no fd is left."""
     if address.startswith("@"):
         address = "\0" + address[1:]
     try:
@@ -95,9 +99,10 @@ def _send(address: str, state: str, flags: int) -> None:
             sock.connect(address)
             sock.send(state.encode(), flags)
     except BlockingIOError:
-        raise
-    except OSError:
-        pass
+        return False
+    except OSError as error:
+        return error.errno not in _SHORTAGES
+    return True
 
 
 def raise_fd_limit() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.service import notify
-from tests.support.fds import count_fds, no_fd_is_left
+from tests.support.fds import count_fds, no_fd_is_left, no_more_fds
 from tests.support.manager import Manager
 from tests.support.wait import wait_until
 
@@ -51,6 +51,13 @@ def test_a_full_queue_delays_states_and_loses_none(manager: Manager) -> None:
     assert len(assignments) <= 9, "of a variable only the latest value waits"
     notify("STATUS=Ended")
     assert manager.receive() == "STATUS=Ended"
+    assert manager.is_quiet()
+
+
+def test_a_moment_without_free_fds_loses_no_state(manager: Manager) -> None:
+    with no_more_fds():
+        notify("READY=1")
+    assert manager.receive() == "READY=1"
     assert manager.is_quiet()
 
 

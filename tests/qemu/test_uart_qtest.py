@@ -15,9 +15,11 @@ import pytest
 
 from common.serial_reg import (
     UART_FCR,
+    UART_FCR_ENABLE_FIFO,
     UART_IER,
     UART_IIR,
     UART_LCR,
+    UART_LSR,
     UART_MCR,
     UART_MCR_LOOP,
     UART_MSR,
@@ -34,6 +36,8 @@ pytestmark = pytest.mark.usefixtures("requires_qemu")
 
 BASE = 0x3F8
 IRQ = 4
+UART_EFR = 2
+"""of other chips, with LCR at 0xBF"""
 PIT_IRQ = 0
 PIT_HZ = 1193182
 PIT_COUNTER_0 = 0x40
@@ -53,10 +57,10 @@ class Pair:
         self.sent = bytearray()
         self.uart = Uart16550(self._set_irq, self._transmit, self.clock.call_later)
 
-    def read(self, offset: int, size: int = 1) -> int:
-        """Reads both, checks that they agree, and returns the value."""
-        value = int.from_bytes([self.uart.read(offset + i) for i in range(size)], "little")
-        theirs = self.qtest.inp(BASE + offset, size)
+    def read(self, offset: int, size: int = 1, mask: int = 0xFFFFFFFF) -> int:
+        """Reads both, checks that they agree in the bits of the mask, and returns these."""
+        value = int.from_bytes([self.uart.read(offset + i) for i in range(size)], "little") & mask
+        theirs = self.qtest.inp(BASE + offset, size) & mask
         assert value == theirs, f"read of {size} at {offset}: {value:#x}, QEMU has {theirs:#x}"
         return value
 
@@ -196,6 +200,64 @@ def test_loopback(pair: Pair, seed: int) -> None:
             pair.read(register)
         pair.check_irqs()
     assert pair.sent == b""
+
+
+def test_linux_finds_a_16550a(pair: Pair) -> None:
+    """The accesses of autoconfig() and serial8250_do_startup() in Linux's drivers/tty/serial/8250/8250_port.c."""
+    ier = pair.read(UART_IER)
+    pair.write(UART_IER, 0)
+    assert pair.read(UART_IER, mask=0x0F) == 0
+    pair.write(UART_IER, 0x0F)
+    assert pair.read(UART_IER, mask=0x0F) == 0x0F
+    pair.write(UART_IER, ier)
+    mcr, lcr = pair.read(UART_MCR), pair.read(UART_LCR)
+    pair.write(UART_MCR, UART_MCR_LOOP | 0x0A)
+    assert pair.read(UART_MSR, mask=0xF0) == 0x90, "the loopback test: DCD and CTS alone"
+    pair.write(UART_MCR, mcr)
+    pair.write(UART_LCR, 0xBF)
+    pair.write(UART_EFR, 0)
+    pair.write(UART_LCR, 0)
+    pair.write(UART_FCR, UART_FCR_ENABLE_FIFO)
+    assert pair.read(UART_IIR) >> 6 == 3, "a 16550A, whose FIFOs work"
+    for value in (0x80, 0xBF):
+        pair.write(UART_LCR, value)
+        assert pair.read(UART_EFR) != 0, "none of the chips with an EFR"
+    pair.write(UART_LCR, 0)
+    for line_control in (0, 0x80):
+        pair.write(UART_LCR, line_control)
+        pair.write(UART_FCR, UART_FCR_ENABLE_FIFO)
+        before = pair.read(UART_IIR) >> 5
+        pair.write(UART_FCR, UART_FCR_ENABLE_FIFO | 0x20)
+        assert (before, pair.read(UART_IIR) >> 5) == (6, 6), "no FIFO of 64 bytes"
+        pair.write(UART_FCR, UART_FCR_ENABLE_FIFO)
+    pair.write(UART_LCR, 0)
+    ier = pair.read(UART_IER)
+    for value in (ier & ~0x40, ier | 0x40):
+        pair.write(UART_IER, value)
+        assert not pair.read(UART_IER) & 0x40, "no XScale"
+    pair.write(UART_LCR, lcr)
+
+    for value in (0x01, 0x07, 0x00):
+        pair.write(UART_FCR, value)
+    for _ in range(2):
+        assert pair.read(UART_LSR) == 0x60
+        pair.read(UART_RX)
+        pair.read(UART_IIR)
+        pair.read(UART_MSR, mask=0xF0)
+        pair.write(UART_LCR, 0x03)
+        pair.write(UART_MCR, 0x08)
+        for _ in range(2):
+            pair.write(UART_IER, 0x02)
+            assert pair.read(UART_IIR) == 0x02, "THRE interrupts each time that it is enabled"
+            pair.write(UART_IER, 0)
+    pair.check_irqs()
+    pair.write(UART_IER, 0x0D)
+    pair.write(UART_FCR, 0x81)
+    pair.receive(b"login")
+    assert pair.read(UART_IIR) == 0xC1
+    pair.receive(b"123")
+    assert pair.read(UART_IIR) == 0xC4
+    pair.check_irqs()
 
 
 def _random_step(pair: Pair, rng: random.Random) -> None:

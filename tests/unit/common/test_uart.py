@@ -44,6 +44,11 @@ def test_plain_registers(uart: Uart16550, offset: int, mask: int) -> None:
     assert [uart.read(other) for other in range(1, 8) if other not in (offset, u.UART_IIR)] == before
 
 
+def test_mcr_has_five_bits(uart: Uart16550) -> None:
+    uart.write(u.UART_MCR, 0xFF)
+    assert uart.read(u.UART_MCR) == 0x1F
+
+
 def test_lsr_and_msr_are_read_only(uart: Uart16550) -> None:
     for offset, value in ((u.UART_LSR, 0x60), (u.UART_MSR, 0xB0)):
         uart.write(offset, ~value)
@@ -59,6 +64,8 @@ def test_divisor_latch(uart: Uart16550, bench: UartBench) -> None:
     uart.write(u.UART_DLL, 0x34)
     uart.write(u.UART_DLM, 0x12)
     assert (uart.read(u.UART_DLL), uart.read(u.UART_DLM)) == (0x34, 0x12)
+    uart.write(u.UART_DLL, 0x56)
+    assert (uart.read(u.UART_DLL), uart.read(u.UART_DLM)) == (0x56, 0x12)
     uart.write(u.UART_LCR, 0)
     assert uart.read(u.UART_IER) == u.UART_IER_RLSI
     assert uart.read(u.UART_RX) == ord("x")
@@ -153,6 +160,16 @@ class TestFifos:
         assert uart.can_receive() == 0
         uart.read(u.UART_RX)
         assert uart.can_receive() == 1
+
+    def test_room_above_the_trigger_level(self, uart: Uart16550) -> None:
+        """One at a time where the guest has lowered it, and none once the FIFO is full."""
+        fifos(uart, 3)
+        uart.receive(bytes(14))
+        uart.write(u.UART_FCR, u.UART_FCR_ENABLE_FIFO)
+        for _ in range(2):
+            assert uart.can_receive() == 1
+            uart.receive(b"x")
+        assert uart.can_receive() == 0
 
     def test_room_without_fifos(self, uart: Uart16550, bench: UartBench) -> None:
         assert uart.can_receive() == 1
@@ -370,13 +387,15 @@ class TestModemLines:
 
     def test_a_delta_stays_when_the_line_returns(self, uart: Uart16550) -> None:
         uart.set_modem_lines(0x30)
-        uart.set_modem_lines(0xB0)
+        uart.set_modem_lines(0xBF)
         uart.set_modem_lines(0xB0)
         assert uart.read(u.UART_MSR) == 0xB8
 
 
 def test_reset(uart: Uart16550, bench: UartBench) -> None:
     """Everything goes back to power-on, except for the modem inputs: they are pins."""
+    uart.write(u.UART_LCR, u.UART_LCR_DLAB)
+    uart.write(u.UART_DLM, 0xFF)
     fifos(uart, trigger=3)
     for offset in (u.UART_LCR, u.UART_MCR, u.UART_SCR):
         uart.write(offset, 0x1F)
@@ -384,10 +403,13 @@ def test_reset(uart: Uart16550, bench: UartBench) -> None:
     uart.set_modem_lines(0x30)
     bench.busy = True
     uart.write(u.UART_MCR, 0)
-    uart.write(u.UART_TX, ord("x"))
+    for byte in b"xyz":
+        uart.write(u.UART_TX, byte)
     uart.receive(b"abc")
     assert uart.irq
+    bench.input_ready = 0
     uart.reset()
+    assert bench.input_ready
     assert not uart.irq
     assert bench.irqs[-1] is False
     assert bench.clock.pending == []
@@ -397,3 +419,11 @@ def test_reset(uart: Uart16550, bench: UartBench) -> None:
     assert bench.sent == b""
     uart.receive(b"a")
     assert uart.can_receive() == 0, "the FIFOs are off"
+    uart.write(u.UART_TX, ord("w"))
+    assert uart.read(u.UART_LSR) == u.UART_LSR_THRE | u.UART_LSR_TEMT | u.UART_LSR_DR
+    assert bench.sent == b"w"
+    fifos(uart, trigger=3)
+    uart.receive(b"a")
+    assert bench.clock.pending == [pytest.approx(4 * CHARACTER)]
+    uart.write(u.UART_LCR, u.UART_LCR_DLAB)
+    assert (uart.read(u.UART_DLL), uart.read(u.UART_DLM)) == (12, 0)

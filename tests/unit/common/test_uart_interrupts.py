@@ -93,6 +93,26 @@ class TestInterrupts:
         uart.write(u.UART_IER, u.UART_IER_THRI)
         assert uart.irq
 
+    def test_enabling_thre_while_the_transmitter_is_full(self, uart: Uart16550, bench: UartBench) -> None:
+        bench.busy = True
+        for byte in b"ab":
+            uart.write(u.UART_TX, byte)
+        uart.write(u.UART_IER, u.UART_IER_THRI)
+        assert not uart.irq
+        bench.busy = False
+        uart.transmit_ready()
+        assert uart.irq
+
+    @pytest.mark.parametrize("fcr", [u.UART_FCR_ENABLE_FIFO | u.UART_FCR_CLEAR_XMIT, 0])
+    def test_clearing_the_transmitter_raises_thre(self, uart: Uart16550, fcr: int) -> None:
+        """As in QEMU, also when it was empty."""
+        fifos(uart)
+        uart.write(u.UART_IER, u.UART_IER_THRI)
+        uart.read(u.UART_IIR)
+        assert not uart.irq
+        uart.write(u.UART_FCR, fcr)
+        assert uart.irq
+
     def test_thr_write_gives_an_edge(self, uart: Uart16550, bench: UartBench) -> None:
         """On an edge-triggered line a driver that never reads IIR needs a new edge for each character."""
         uart.write(u.UART_IER, u.UART_IER_THRI)
@@ -169,6 +189,16 @@ class TestTimeout:
         bench.clock.advance(0.002 * seconds)
         assert uart.irq
         assert uart.read(u.UART_IIR) == TIMEOUT
+
+    @pytest.mark.parametrize(("register", "divisor"), [(u.UART_DLL, 24), (u.UART_DLM, 256 + 12)])
+    def test_a_divisor_counts_from_when_it_is_written(
+        self, uart: Uart16550, bench: UartBench, register: int, divisor: int
+    ) -> None:
+        """Not only from the end of DLAB; 8 bits, as LCR says then."""
+        uart.write(u.UART_LCR, u.UART_LCR_DLAB | 0x03)
+        uart.write(register, 24 if register == u.UART_DLL else 1)
+        uart.receive(b"ab")
+        assert bench.clock.pending == [pytest.approx(40 * divisor / 115200)]
 
     def test_begins_anew_with_each_character_and_each_read(self, uart: Uart16550, bench: UartBench) -> None:
         uart.receive(b"ab")

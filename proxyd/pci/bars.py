@@ -21,7 +21,7 @@ ROM = 6
 _MAX_MEMORY = 1 << 40
 _MAX_IO = 1 << 16
 _ALL_ONES = 0xFFFFFFFF
-"""how a read that failed looks; no register of a BAR does, whose reserved or type bits are fixed"""
+"""what a failed read returns; a BAR never reads so, since its type bits are fixed"""
 
 
 class DecodedBar(NamedTuple):

@@ -22,7 +22,7 @@ __all__ = ["LinkKeeper", "Linked"]
 
 _LAST_RETRY_SECONDS = 1.0
 _LAST_HANG_UP_SECONDS = 5.0
-"""the same for a remote that is there and hangs up at once: to attach to it may cost the VM something"""
+"""the same for a remote that hangs up as soon as it is linked: attaching may hold up the VM"""
 _START_SECONDS = 2.0
 
 
@@ -34,7 +34,7 @@ class Linked(Protocol):
     """the device's socket"""
     log: RateLimited
     reason: str
-    """what came of the last attempt that failed"""
+    """why the last attempt failed, or why the link was lost"""
 
     def connect(self) -> None:
         """Connects and does what takes round trips, in a thread of its own. Raises PeerGone, ProtocolError."""
@@ -77,7 +77,7 @@ class _Link:
     since: float = 0.0
     """when it was attached last"""
     is_told: bool = False
-    """whether the log says that there is none"""
+    """whether it was logged that there is no link"""
 
 
 class LinkKeeper:
@@ -94,9 +94,9 @@ class LinkKeeper:
         self._closing = False
 
     def start(self, ends: Iterable[Linked]) -> None:
-        """Connects whoever is there, and lets the loop run meanwhile; the rest is left to be tried again.
+        """Makes the first attempts and runs the loop until all of them have ended, for two seconds at most.
 
-        So a guest that is started next finds its devices. One that hangs is waited for two seconds.
+        So a guest that is started next finds its devices. Links that could not be made are tried again later.
         """
         for end in ends:
             self._links[end] = _Link(end)

@@ -44,9 +44,9 @@ class _Found(NamedTuple):
 
     identity: Identity
     generation: int
-    """of resets: what was found is worthless if the machine was reset since"""
+    """how many resets of the machine there were: after another one, what was found is out of date"""
     registers: bytearray | None
-    """what a reset has left in config space, as far as it is kept; None if the guest's was restored"""
+    """the registers that a guest programs, as a reset has left them; None if the guest's own were restored"""
 
 
 class PciProxy:
@@ -71,8 +71,8 @@ class PciProxy:
         ``on_lost`` is called, by whichever thread notices, when an established link is lost. The link's fd
         stays open, and its number taken, until the control thread has forgotten it and calls reap().
 
-        The function is reset when it is first linked, since a guest starts with its devices, unless
-        ``is_powered_on``: the guest goes on where another VM was saved.
+        The function is reset when it is linked for the first time, as at a guest's power-on. It isn't with
+        ``is_powered_on``: then the guest continues from the saved state of another VM.
         """
         self.name = name
         self.devfn = devfn
@@ -95,13 +95,13 @@ class PciProxy:
         self._connecting: Client | None = None
         self._found: _Found | None = None
         self._lost: Client | None = None
-        self._peer = ""  # who is or was linked last, as the log has it: its name goes with the process
+        self._peer = ""  # the process linked last, for the log: its name can be read only while it lives
         self._aborted = False
         self._was_linked = False
         self._pair = IntxPair(irqchip)
         self._routes: tuple[int | None, ...] = _NO_ROUTES
         self._shadow = bytearray(pci.PCI_CONFIG_SIZE)
-        self._generation = 0  # of resets
+        self._generation = 0  # how many resets there were
         self._reset_due = not is_powered_on  # the remote has not seen the last one
 
     @property
@@ -146,8 +146,8 @@ class PciProxy:
         """Connects, gives the function RAM, identifies it, and resets it or gives it its registers back.
 
         To be called in a thread of its own while there is no link: it takes many round trips. attach() or
-        reap() is to follow, in the control thread. Raises PeerGone when nobody is there, ProtocolError when
-        what is there is not the function that was.
+        reap() is to follow, in the control thread. Raises PeerGone when nobody listens, or answers in time, and
+        ProtocolError when the remote is another function than before.
         """
         with self._lock:
             generation, reset_due, shadow = self._generation, self._reset_due, self._shadow[:]
@@ -156,7 +156,8 @@ class PciProxy:
         self._connecting = client
         if self._aborted:
             raise PeerGone("the daemon ends")
-        # On a budget of its own, since the guest doesn't wait: who uses that up would use up the guest's as well.
+        # The guest doesn't wait for these, so they have a budget of their own. A remote that uses it up would use
+        # up the guest's as well.
         request = partial(WaitBudget().request, client)
         if self._ram is not None:
             client.send(Command.SYNC_SYSMEM, self._ram.sysmem, (self._ram.fd,))
@@ -244,7 +245,7 @@ class PciProxy:
             self._shadow[offset : offset + size] = value.to_bytes(size, "little")
             self._update_windows()
             if self._is_intx_disabled() and not was_disabled:
-                # The remote has stopped to assert; what it had asserted is still in KVM.
+                # The remote asserts the line no more; KVM still holds what it had asserted.
                 self._reassign()
 
     def bar_read(self, memory: bool, addr: int, size: int) -> int:
@@ -282,7 +283,7 @@ class PciProxy:
     def reset(self) -> None:
         """Resets the remote function and forgets what the guest had programmed; to be called while quiesced.
 
-        A remote that isn't there, or that is lost over it, is reset as soon as it is linked again.
+        A remote without a link, or whose link is lost meanwhile, is reset when it is linked again.
         """
         with self._lock:
             self._generation += 1

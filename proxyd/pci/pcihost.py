@@ -30,7 +30,7 @@ CONFIG_DATA = 0xCFC
 PIRQ_REGISTERS = range(0x60, 0x64)
 _PIRQ_DISABLED = 0x80
 _EDGE_ONLY_IRQS = frozenset((0, 1, 2, 8, 13))
-"""IRQs that the router can't drive: their ELCR bits are fixed to edge"""
+"""IRQs that a PIRQ can't be routed to: their ELCR bits are fixed to edge-triggered"""
 
 _HOST_BRIDGE = 0x00
 _ISA_BRIDGE = 0x08
@@ -110,10 +110,10 @@ class PciHost:
             self._bar_write(True, part, length, piece)
 
     def reset(self) -> None:
-        """The machine's reset: lines are taken away first, and come back when the guest routes them.
+        """Resets the machine. Irqfds are deassigned first, and assigned again when the guest programs the router.
 
-        A SET_IRQCHIP does not clear what an irqfd asserts (virt/kvm irq_states), so it comes after every
-        deassign, and the remotes are reset before anything can be assigned again.
+        KVM_SET_IRQCHIP doesn't clear what an irqfd asserts (irq_states in arch/x86/kvm), so it comes after all
+        deassigns; and the remotes are reset before anything can be assigned again.
         """
         for proxy in self._proxies.values():
             proxy.quiesce()
@@ -174,7 +174,7 @@ class PciHost:
 
 
 def _reset_at_once(proxies: Iterable[PciProxy]) -> None:
-    """Resets the functions in a thread each, so that all of those that hang take no longer than one does."""
+    """Resets each function in a thread of its own, so that several that hang take no longer than one."""
     errors: list[BaseException] = []
 
     def reset(proxy: PciProxy) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The RAM of a guest of our own: in KVM, mapped here, and mapped by every remote, for its device's DMA."""
+"""The RAM of a guest that proxyd runs: KVM, this process and, for DMA, every remote have it mapped."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """--vm embedded: proxyd is the VMM of a small guest on /dev/kvm.
 
-One vCPU in a thread of its own, KVM's PICs, IOAPIC and PIT, 16 MiB of RAM that the remotes have too, a console at
-COM1, reset control at port 0xcf9, and the PCI bus of proxyd.pci.pcihost. The PICs' registers, ELCR among them, are
-served inside KVM.
+One vCPU in a thread of its own, KVM's PICs, IOAPIC and PIT, 16 MiB of RAM that devices can reach, a console at
+COM1, reset control at port 0xcf9, and the PCI bus of proxyd.pci.pcihost. KVM itself serves the PICs' registers,
+ELCR among them.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class SoftMachine:
         return is_served
 
     def _begin_access(self) -> None:
-        """The one before may have taken a remote's whole deadline: who waits for the daemon comes next."""
+        """Runs the loop if the accesses before took long, as those to a remote that hangs do."""
         now = time.monotonic()
         if now - self._loop_ran_at > _LOOP_MAY_WAIT_SECONDS:
             expires = now + TICK_SECONDS  # time for a call at the control socket, which takes several passes

@@ -82,7 +82,7 @@ class Run:
             try:
                 self._recover_all(function)
             finally:
-                # What a device that goes on where it was has asserted meanwhile is of no round.
+                # A device that continued where it was may have interrupted meanwhile: that belongs to no round.
                 function.raised, function.served, function.held, function.reasserts = before
                 function.redone += 1
 
@@ -105,9 +105,9 @@ class Run:
                 return False
 
     def _recover_all(self, dead: Function | None = None) -> None:
-        """What reset one device has seldom left the others alone.
+        """Recovers every function that has been reset: what reset one has probably reset others, too.
 
-        One that was seen ``dead`` may be back by now, with its line as high as it was.
+        ``dead`` is recovered in any case. It may answer again by now, its line still high.
         """
         for function in self._bus.functions:
             if function is dead or not function.driver.is_alive():

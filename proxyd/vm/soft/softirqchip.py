@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """An irqchip without KVM: the userspace 8259A pair behind irqfds and resamplefds with the semantics of KVM's.
 
-Source: virt/kvm/eventfd.c, arch/x86/kvm/irq.c. One difference, seen by nobody but the owner of the irqfd: an
-event that is pending at assign() is consumed, KVM leaves it in the counter.
+Source: virt/kvm/eventfd.c, arch/x86/kvm/irq.c. There is one difference: an event that is pending at assign() is
+consumed, while KVM leaves it in the counter. Only the owner of the irqfd can tell.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SoftIrqchip:
         if not is_level_capable(gsi):
             raise GsiRefused(f"IRQ {gsi} can't be level-triggered")
         if irqfd.fd in self._assignments:
-            # KVM notices only after it has joined the GSI, and so leaves it again like the last one does.
+            # KVM checks after it has added the irqfd to the GSI. Taking it out lowers the line if it is alone.
             if not self._on_gsi(gsi):
                 self._assert(gsi, False)
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), f"irqfd for GSI {gsi}")

@@ -132,7 +132,7 @@ static const char *command_stats(u32 argc, char **argv)
 	return NULL;
 }
 
-/* A reset takes effect in its own time, or never; the line's end must be out before. */
+/* The reset may come at once, so the answer is sent completely before. */
 static const char *command_reboot(u32 argc, char **argv)
 {
 	(void)argc;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * COM1, a 16550: input by IRQ 4 into a ring, output by polling, and the
- * words that answers are made of.
+ * COM1, a 16550: input by IRQ 4 into a ring, output by polling; and the
+ * format of the answers.
  */
 #include "console.h"
 #include "io.h"
@@ -50,9 +50,9 @@ void console_init(void)
 }
 
 /*
- * IRQ 4 is edge-triggered: only an emptied receiver gives the next edge.  A
- * full ring drops characters but keeps line ends: what was cut is then either
- * too long for a line anyway or was sent without waiting for the answer.
+ * IRQ 4 is edge-triggered, so the receiver must be emptied to get the next
+ * edge.  A full ring drops characters but keeps line ends.  That happens to a
+ * line that is too long anyway, and to one that did not wait for the answer.
  */
 void console_interrupt(void)
 {
@@ -66,7 +66,7 @@ void console_interrupt(void)
 	}
 }
 
-/* Sleeps until a whole line is there; it comes without its line end. */
+/* Sleeps until there is a whole line, and returns it without its end. */
 enum console_input console_read_line(char line[CONSOLE_LINE_MAX])
 {
 	enum console_input result = CONSOLE_LINE;

@@ -68,13 +68,13 @@ static bool serial_alive(u32 base)
 	return inb(base + SERIAL_SCR) == SERIAL_COOKIE;
 }
 
-/* An empty transmitter interrupts as soon as it is allowed to. */
+/* The transmitter is empty, so that enabling its interrupt raises it. */
 static void serial_raise(u32 base)
 {
 	outb(base + SERIAL_IER, SERIAL_IER_THRE);
 }
 
-/* The read of IIR is what takes the THRE interrupt back. */
+/* Reading IIR clears the THRE interrupt. */
 static bool serial_claim(u32 base)
 {
 	if (inb(base + SERIAL_IIR) & SERIAL_IIR_NONE)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* The table of functions that have a driver, and the steps that the commands are made of. */
+/* The table of functions that have a driver, and what the commands do with one. */
 #include "function.h"
 #include "io.h"
 
@@ -9,7 +9,7 @@ struct function *pirq_functions[PIRQ_COUNT];
 
 static bool sampling;
 
-/* Megabytes that need no zeroing: guest.ld keeps this section out of .bss. */
+/* Megabytes that need not be zeroed: guest.ld keeps this section out of .bss. */
 #define NOINIT	__attribute__((section(".bss.noinit")))
 static u32 sample_memory[FUNCTION_MAX][2][SAMPLE_MAX] NOINIT;
 
@@ -98,7 +98,7 @@ void function_entered(struct function *fn, u64 tsc)
 	}
 }
 
-/* Back to where a round begins, whatever became of the last one. */
+/* Makes device and handler ready for a new round, also after one that was lost. */
 void function_quiesce(struct function *fn)
 {
 	fn->hold = false;
@@ -113,7 +113,7 @@ bool function_alive(const struct function *fn)
 	return fn->driver->alive(fn->base);
 }
 
-/* Puts right what differs in BARs and command; true if anything did. */
+/* Rewrites BARs and command where they differ from what setup wrote; true if any did. */
 bool function_restore_config(const struct function *fn)
 {
 	bool differed = false;

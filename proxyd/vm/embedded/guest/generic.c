@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * The functions without a driver, served as Linux's uio_pci_generic does: the
- * handler asks the status register who asserts, counts, and sets INTX_DISABLE,
- * as it can't acknowledge at a device that it doesn't know.  Whoever does that
- * by "write" or "out" enables the interrupt again by "irq ADDR enable".
+ * The functions without a driver, served as by Linux's uio_pci_generic.  The
+ * handler finds by the status register which one asserts, counts, and sets
+ * INTX_DISABLE, since it does not know how to acknowledge at the device.  The
+ * client of the console acknowledges by "write" or "out", and then enables the
+ * interrupt by "irq ADDR enable".
  */
 #include "commands.h"
 #include "console.h"

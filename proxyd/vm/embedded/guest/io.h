@@ -83,8 +83,8 @@ static inline u64 rdtsc(void)
 }
 
 /*
- * Everything but the handlers runs with interrupts off; they come in only
- * here.  The shadow of STI covers HLT: what was pending before wakes it.
+ * Interrupts are enabled only here.  STI takes effect after the next
+ * instruction, so that an interrupt that is pending already ends the HLT.
  */
 static inline void cpu_idle(void)
 {

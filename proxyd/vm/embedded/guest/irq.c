@@ -105,9 +105,9 @@ static void account_unclaimed(struct irq_line *line, u8 irq)
 }
 
 /*
- * Every function on the line is asked, as a driver of a shared interrupt does.
- * One that is to be held is only looked at, by its INTx status bit, and stays
- * asserted over the EOI.
+ * Asks every function on the line, as for any shared interrupt.  One that is
+ * to be held is only asked for its INTx status bit, and stays asserted over
+ * the EOI.
  */
 static void device_interrupt(u64 tsc, u8 irq)
 {
@@ -182,7 +182,7 @@ void wait_tick(void)
 		cpu_idle();
 }
 
-/* Opens interrupts for a number of whole ticks, for whatever still comes. */
+/* Takes interrupts for a number of whole ticks. */
 void settle(u32 duration)
 {
 	u32 i;
@@ -191,7 +191,7 @@ void settle(u32 duration)
 		wait_tick();
 }
 
-/* An exception: says where and stops. */
+/* An exception: prints its vector and the top of the stack, and stops. */
 void __attribute__((regparm(1), noreturn)) panic(const u32 *stack)
 {
 	u32 i;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Words, numbers and addresses of a command line; nothing is guessed. */
+/* Parsing of a command line: words, numbers, addresses. */
 #include "commands.h"
 #include "pci.h"
 

@@ -24,9 +24,8 @@
 #define MEMORY_END	0xf0000000
 
 /*
- * The room that a smaller BAR gets too: QEMU's PCI proxy decodes at least 16
- * bytes for any BAR (hw/remote/proxy.c, probe_pci_info), so that closer
- * neighbours would overlap.
+ * The least room for a BAR.  QEMU's PCI proxy decodes at least 16 bytes for
+ * each (hw/remote/proxy.c, probe_pci_info), so that closer ones would overlap.
  */
 #define IO_ROOM		0x20
 #define MEMORY_ROOM	0x1000
@@ -69,7 +68,7 @@ static bool multifunction(u8 devfn)
 	return type != 0xff && type & PCI_HEADER_MULTI;
 }
 
-/* The next function on the bus, or -1; -1 begins. */
+/* The next function on the bus after devfn, or -1.  The first one is after -1. */
 int pci_next(int devfn)
 {
 	while (++devfn < PCI_DEVFN_COUNT) {
@@ -81,7 +80,7 @@ int pci_next(int devfn)
 	return -1;
 }
 
-/* Not of the chipset, which has its addresses. */
+/* Whether setup is to program the function: not the chipset's, whose addresses are fixed. */
 bool pci_is_device(u8 devfn)
 {
 	return PCI_SLOT(devfn) != PCI_SLOT(ROUTER_DEVFN) &&
@@ -89,7 +88,7 @@ bool pci_is_device(u8 devfn)
 	       config_read(devfn, PCI_CLASS_BASE, 1) != PCI_BASE_CLASS_BRIDGE;
 }
 
-/* Whether the function asserts INTx; not by a function that reads all ones. */
+/* Whether the function asserts INTx; false for one that reads all ones. */
 bool pci_intx_status(u8 devfn)
 {
 	u16 status = config_read(devfn, PCI_STATUS, 2);

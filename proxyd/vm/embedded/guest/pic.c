@@ -75,7 +75,7 @@ bool pic_in_service(u8 irq)
 	return inb(port) & 1 << irq % 8;
 }
 
-/* The chip that owns the pin comes first: its EOI is what the device side sees. */
+/* The chip that owns the pin comes first: its EOI is the one that KVM reports to the device. */
 void pic_eoi(u8 irq)
 {
 	if (irq >= 8) {
@@ -86,7 +86,7 @@ void pic_eoi(u8 irq)
 	}
 }
 
-/* All that a spurious interrupt of the slave leaves in service. */
+/* After a spurious interrupt of the slave, only the cascade is in service. */
 void pic_eoi_cascade(void)
 {
 	outb(MASTER_COMMAND, OCW2_SPECIFIC | IRQ_CASCADE);
@@ -100,7 +100,7 @@ void tick_start(void)
 	pic_unmask(IRQ_TICK);
 }
 
-/* One last, masked shot: an idle guest then costs its host no timer. */
+/* One-shot mode and masked, so that an idle guest costs its host no timer. */
 void tick_stop(void)
 {
 	pic_mask(IRQ_TICK);

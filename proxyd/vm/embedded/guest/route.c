@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * What may happen to a line while it is asserted: its PIRQ moves or goes off,
- * INTx is disabled, the machine is reset.
+ * Tests of a line that is asserted while its PIRQ is moved or switched off,
+ * INTx is disabled, or the machine is reset.
  */
 #include "commands.h"
 #include "console.h"
@@ -9,14 +9,14 @@
 #include "irq.h"
 
 #define SERVED_WITHIN	(1 * TICKS_PER_SECOND)
-#define SETTLE		3	/* ticks in which anything late has long arrived */
+#define SETTLE		3	/* ticks after which nothing is still on its way */
 
 /* Can be level-triggered (PIIX3, ELCR2), and nothing here drives it. */
 #define SPARE_IRQ	12
 
 static const char step_failed[] = "a step had the wrong interrupts";
 
-/* A stretch with the counters as they were at its start. */
+/* One step of a test: the function, and the counters at the start. */
 struct step {
 	struct function *fn;
 	u8 irq;			/* where interrupts must arrive */
@@ -46,7 +46,7 @@ static void step_begin(struct step *step, struct function *fn, u8 irq)
 	step->slave = spurious_slave;
 }
 
-/* Waits for the service that the step ends with; a missing one is a lost one. */
+/* Waits until the function has been served; counts it as lost if that takes too long. */
 static void step_wait(const struct step *step)
 {
 	struct function *fn = step->fn;
@@ -61,7 +61,7 @@ static void step_wait(const struct step *step)
 	settle(SETTLE);
 }
 
-/* What the handlers counted; good if it is what is given as must be. */
+/* Prints what was counted since the start; true if it is what the arguments say. */
 static bool step_end(const struct step *step, const char *name, u32 entries, u32 elsewhere, u32 served)
 {
 	u32 got_entries = irq_lines[step->irq].entries - step->entries;
@@ -141,7 +141,7 @@ static bool disable_and_enable(struct function *fn)
 	return good & step_end(&step, "enabled", 1, 0, 1);
 }
 
-/* The function that may be raised by itself, or why not. */
+/* The named function, if its line is not held; or the reason. */
 static const char *idle_function(const char *text, struct function **fn)
 {
 	const char *error = named_function(text, fn);
@@ -219,7 +219,7 @@ const char *command_intx(u32 argc, char **argv)
 	return NULL;
 }
 
-/* hold ADDR: for a reset that finds the line high */
+/* hold ADDR: leaves the line high, for a reset of the machine to find it so */
 const char *command_hold(u32 argc, char **argv)
 {
 	struct function *fn;
@@ -236,7 +236,7 @@ const char *command_hold(u32 argc, char **argv)
 	return NULL;
 }
 
-/* release ADDR: the held line's interrupt comes, once */
+/* release ADDR: the line that was held interrupts, once */
 const char *command_release(u32 argc, char **argv)
 {
 	struct function *fn;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The interrupt run: every function in turn raises its line and waits for the
- * handler, through lost interrupts and through devices that vanish and return.
+ * handler.  Interrupts may be lost, and functions may vanish and return.
  */
 #include "commands.h"
 #include "console.h"
@@ -25,9 +25,9 @@ enum outcome {
 };
 
 /*
- * Waits until the function answers with the right vendor and keeps its cookie
- * again.  Interrupts of the line that arrive from before the reset until a
- * tick after the return have no owner and are counted as orphaned.
+ * Waits until the function answers with its vendor id and keeps the cookie.
+ * What the line interrupts from the reset until a tick after the return is
+ * counted as orphaned.
  */
 static bool function_recover(struct function *fn)
 {
@@ -62,8 +62,9 @@ static bool function_recover(struct function *fn)
 }
 
 /*
- * All of them: what reset one device has seldom left the others alone.  One that
- * was seen dead may be back by now, with its line as high as it was.
+ * Recovers every function that has been reset: what reset one has probably
+ * reset others, too.  The one that was found dead is recovered in any case: it
+ * may answer again by now, its line still high.
  */
 static bool functions_recover(const struct function *dead)
 {
@@ -117,7 +118,7 @@ static const char *round(struct function *fn, bool hold, u32 *lost_in_a_row)
 			return ++*lost_in_a_row == LOST_IN_A_ROW ? "too many rounds in a row were lost" : NULL;
 		case RESET:
 			back = functions_recover(fn);
-			/* What a device that goes on where it was has asserted meanwhile is of no round. */
+			/* A device that continued may have interrupted meanwhile: that belongs to no round. */
 			fn->raised = raised;
 			fn->served = served;
 			fn->held = held;
@@ -130,7 +131,7 @@ static const char *round(struct function *fn, bool hold, u32 *lost_in_a_row)
 	}
 }
 
-/* A reset that no round noticed is noticed here, and at the latest at the end. */
+/* Also recovers functions whose reset no round has noticed; the last call is at the end. */
 static const char *progress(u32 done, u32 total)
 {
 	record("progress");

@@ -50,7 +50,7 @@ static void pirqs_setup(void)
 	}
 }
 
-/* They decode from now on, and may interrupt. */
+/* Lets the functions without a driver decode, and interrupt. */
 static void generics_start(void)
 {
 	struct generic *fn;

@@ -82,7 +82,8 @@ class Guard:
 
     def report(self, doing: str) -> None:
         """Counts and logs an error. To be called while the exception is handled."""
-        kind, text, place = describe_error(sys.exc_info()[1])
+        error = sys.exc_info()[1]
+        kind, text, place = describe_error(error)
         self.errors += 1
         self.last_error, self.last_place = f"{kind}: {text} ({place})", doing
         key = doing, kind, place
@@ -91,6 +92,8 @@ class Guard:
                 self._seen.add(key)
             if len(self._seen) == _MAX_FAILURES:
                 self._log.warning("%d different errors: no more are logged, only counted", _MAX_FAILURES)
+        if error is not None:
+            error.__traceback__ = None  # a device that raises one object again and again makes it ever longer
 
     def spins(self, fd: int, text: str) -> None:
         """Logs what is wrong with an fd's handler; amiss() tells it until ``spinning`` loses it."""

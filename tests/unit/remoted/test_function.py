@@ -9,8 +9,7 @@ from typing import ClassVar
 import pytest
 
 from common.loop import Loop
-from remoted.device import Bar, BarKind, PciFunction
-from remoted.host import Host
+from remoted.device import Bar, BarKind, Host, PciFunction
 from remoted.memory import GuestMemory
 from tests.support.remotebench import IO_BASE, MEM64_BASE, MEM_BASE, LineDevice, Recorder
 
@@ -232,6 +231,41 @@ def test_moved_bar(board: Board) -> None:
     assert board.function.bus_read(True, MEM64_BASE, 4) == ONES
 
 
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_each_bar_is_decoded_anew_by_any_write_to_it(number: int, size: int) -> None:
+    class Model(LineDevice):
+        BARS: ClassVar[Mapping[int, Bar]] = {number: Bar(BarKind.MEM32, 16)}
+
+        def bar_read(self, bar: int, offset: int, size: int) -> int:
+            return 10 + bar
+
+    function = Board(Model).function
+    addr = 0x10 + 4 * number
+    function.config_write(COMMAND, 2, 0x2)
+    function.config_write(addr, 4, 0x11223340)
+    assert function.bus_read(True, 0x11223340, 4) == 10 + number
+    last = addr + 4 - size
+    function.config_write(last, size, 0x55667780 >> 8 * (4 - size))
+    moved = function.config_read(addr, 4)
+    assert moved != 0x11223340
+    assert function.bus_read(True, 0x11223340, 4) == ONES
+    assert function.bus_read(True, moved, 4) == 10 + number
+
+
+def test_a_write_that_crosses_into_the_command_register_counts(board: Board) -> None:
+    """It begins below and ends above: any write that touches a byte of the command takes effect."""
+    function = board.function
+    board.enable(0)
+    function.config_write(0x05, 1, 0x04)
+    function.set_intx(True)
+    assert board.lines == []
+    function.config_write(0x03, 2, 0x0300)
+    assert function.bus_read(False, IO_BASE, 1) == 0
+    function.config_write(0x05, 1, 0)
+    assert board.lines == [True]
+
+
 def test_bar_at_zero_or_being_sized_is_decoded_nowhere(board: Board) -> None:
     board.enable()
     for value in (0, 0xFFFFFFFF):
@@ -335,6 +369,17 @@ def test_reset_gives_config_space_its_power_on_values(board: Board) -> None:
     assert board.lines == []
 
 
+def test_reset_leaves_device_specific_config_space_alone(board: Board) -> None:
+    """As pci_do_device_reset() in QEMU's hw/pci/pci.c."""
+    function = board.function
+    for addr in range(0x40, 0x100, 4):
+        function.config_write(addr, 4, 0xA5000000 | addr)
+    function.full_reset()
+    assert [function.config_read(addr, 4) for addr in range(0x40, 0x100, 4)] == [
+        0xA5000000 | addr for addr in range(0x40, 0x100, 4)
+    ]
+
+
 def test_reset_ends_decoding_and_intx_disable(board: Board) -> None:
     board.enable(0x403)
     board.function.full_reset()
@@ -353,52 +398,3 @@ def test_device_may_raise_its_line_in_reset() -> None:
     board.function.full_reset()
     assert board.lines == [True, False, True]
     assert board.function.config_read(STATUS, 2) == 0x08
-
-
-class Failing(LineDevice):
-    """Everything that its author wrote fails."""
-
-    def bar_read(self, bar: int, offset: int, size: int) -> int:
-        raise ZeroDivisionError
-
-    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
-        raise KeyError(offset)
-
-    def reset(self) -> None:
-        raise RuntimeError
-
-
-def test_failing_device_is_all_ones_and_logged_once_for_each_thing() -> None:
-    board = Board(Failing)
-    board.enable()
-    for _ in range(3):
-        assert board.function.bus_read(True, MEM_BASE + 8, 4) == ONES
-        assert not board.function.bus_write(False, IO_BASE, 1, 0)
-        board.function.full_reset()
-        board.enable()
-    assert sorted(message.split(": ")[1] for message in board.log.messages) == [
-        "reading 4 bytes at BAR 1 + 0x8",
-        "reset",
-        "writing 1 bytes at BAR 0 + 0x0",
-    ]
-    assert all(record.exc_info for record in board.log.records)
-
-
-def test_failing_device_cant_fill_the_log() -> None:
-    board = Board(Failing)
-    board.enable()
-    for offset in range(4096):
-        board.function.bus_read(True, MEM_BASE + offset, 1)
-    assert len(board.log.records) < 100
-
-
-class Careless(LineDevice):
-    def bar_read(self, bar: int, offset: int, size: int) -> int:
-        return (-1, 1 << 70, None)[offset]  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize(("offset", "value"), [(0, 0xFFFF), (1, 0), (2, ONES)])
-def test_device_that_returns_too_much_or_nothing(offset: int, value: int) -> None:
-    board = Board(Careless)
-    board.enable()
-    assert board.function.bus_read(True, MEM_BASE + offset, 2) == value

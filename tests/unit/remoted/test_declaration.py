@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a device's class may not declare: each is one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from common.errors import UsageError
+from common.loop import Loop
+from remoted.device import Bar, BarKind, Host, Option, PciFunction
+from remoted.memory import GuestMemory
+from tests.support.remotebench import Recorder
+
+MEM = Bar(BarKind.MEM32, 4096)
+KIND: Any = "mem32"
+SIZE: Any = "4096"
+YES: Any = "yes"
+TYPE: Any = list
+NAME: Any = 5
+
+
+def create(options: dict[str, str], **attributes: Any) -> PciFunction:
+    model = type("Thing", (PciFunction,), {"VENDOR_ID": 1, "DEVICE_ID": 2, **attributes})
+    loop = Loop()
+    loop.close()
+    function = model(Host("thing", loop, Recorder().logger, GuestMemory(), lambda _: None), options)
+    assert isinstance(function, PciFunction)
+    return function
+
+
+async def coroutine(*_: object) -> int:
+    return 0
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"VENDOR_ID": True}, "VENDOR_ID True is no number of 16 bits"),
+    ({"VENDOR_ID": 1.0}, "VENDOR_ID 1.0 is no number of 16 bits"),
+    ({"VENDOR_ID": -1}, "VENDOR_ID -1 is no number of 16 bits"),
+    ({"CLASS_CODE": 1 << 24}, "CLASS_CODE 16777216 is no number of 24 bits"),
+    ({"SUBSYSTEM_ID": b"1"}, "SUBSYSTEM_ID b'1' is no number of 16 bits"),
+    ({"REVISION": None}, "its class has no REVISION"),
+    ({"INTERRUPT_PIN": True}, "INTERRUPT_PIN True is not 0 to 4"),
+    ({"INTERRUPT_PIN": "A"}, "INTERRUPT_PIN 'A' is not 0 to 4"),
+    ({"INTERRUPT_PIN": 1.0}, "INTERRUPT_PIN 1.0 is not 0 to 4"),
+    ({"IS_DRIVABLE": 1}, "IS_DRIVABLE 1 is neither True nor False"),
+    ({"BARS": [MEM]}, "BARS [Bar("),
+    ({"BARS": 4096}, "BARS 4096 is no dict of Bars by their numbers"),
+    ({"BARS": {0: 4096}}, "BAR 0: 4096 is no Bar(KIND, SIZE)"),
+    ({"BARS": {0: (BarKind.IO, 16)}}, "BAR 0: (<BarKind.IO: 'io'>, 16) is no Bar(KIND, SIZE)"),
+    ({"BARS": {"0": MEM}}, "BARS: '0' is no number of a BAR"),
+    ({"BARS": {True: MEM}}, "BARS: True is no number of a BAR"),
+    ({"BARS": {-1: MEM}}, "BAR -1 has no room among the 6 BARs"),
+    ({"BARS": {0: Bar(KIND, 4096)}}, "BAR 0: the kind 'mem32' is no BarKind"),
+    ({"BARS": {0: Bar(BarKind.IO, SIZE)}}, "BAR 0: a size of '4096' is no power of two from 4 to 0x10000"),
+    ({"BARS": {0: Bar(BarKind.IO, 0)}}, "BAR 0: a size of 0 is no power of two"),
+    ({"BARS": {0: Bar(BarKind.MEM32, -4096)}}, "BAR 0: a size of -4096 is no power of two"),
+    ({"BARS": {0: Bar(BarKind.MEM32, 4096, YES)}}, "BAR 0: prefetchable 'yes' is neither True nor False"),
+    ({"REGISTERS": {0x8: "STATUS"}}, "REGISTERS: there is no BAR 8"),
+    ({"REGISTERS": ["STATUS"]}, "REGISTERS ['STATUS'] is no dict of names by BAR and offset"),
+    ({"BARS": {0: MEM}, "REGISTERS": {0: "STATUS"}}, "REGISTERS of BAR 0: 'STATUS' is no dict of names"),
+    ({"BARS": {0: MEM}, "REGISTERS": {0: {"8": "A"}}}, "REGISTERS: '8' is no offset in BAR 0"),
+    ({"BARS": {0: MEM}, "REGISTERS": {0: {4096: "A"}}}, "REGISTERS: 4096 is no offset in BAR 0"),
+    ({"BARS": {0: MEM}, "REGISTERS": {0: {8: 9}}}, "REGISTERS of BAR 0 at 0x8: 9 is no text"),
+    ({"PROPERTIES": "key"}, "PROPERTIES: options are declared as OPTIONS = (Option(NAME, ...), ...)"),
+    ({"OPTIONS": "key"}, "OPTIONS 'key' is no tuple of Options"),
+    ({"OPTIONS": {"key"}}, "OPTIONS {'key'} is no tuple of Options"),
+    ({"OPTIONS": ("key",)}, "OPTIONS: 'key' is no Option(NAME, ...)"),
+    ({"OPTIONS": (Option(NAME),)}, "OPTIONS: 5 is no name"),
+    ({"OPTIONS": (Option("a b"),)}, "OPTIONS: 'a b' is no name"),
+    ({"OPTIONS": (Option("addr"),)}, "option addr: every device has one of this name"),
+    ({"OPTIONS": (Option("a"), Option("a"))}, "option a is declared twice"),
+    ({"OPTIONS": (Option("a", TYPE),)}, "option a: the type <class 'list'> is not str, int, float or bool"),
+    ({"OPTIONS": (Option("a", int, "5"),)}, "option a: the default '5' is no int"),
+    ({"OPTIONS": (Option("a", int, True),)}, "option a: the default True is no int"),
+    ({"OPTIONS": (Option("a", help=NAME),)}, "option a: the help 5 is no text"),
+    ({"OPTIONS": (Option("a", choices="xy"),)}, "option a: choices 'xy' is no tuple"),
+    ({"OPTIONS": (Option("a", int, choices=("1",)),)}, "option a: the choice '1' is no int"),
+    ({"OPTIONS": (Option("a", str, minimum=1),)}, "option a: a bound of 1 for a str"),
+    ({"OPTIONS": (Option("a", int, maximum=KIND),)}, "option a: a bound of 'mem32' for a int"),
+    ({"reset": 5}, "reset is 5 and no method"),
+    ({"bar_read": None}, "bar_read is None and no method"),
+    ({"bar_write": coroutine}, "bar_write() is a coroutine or generator"),
+    ({"bus_read": coroutine}, "Thing defines bus_read, which a device must not redefine"),
+    ({"host": None}, "Thing defines host, which a device must not redefine"),
+]
+
+
+@pytest.mark.parametrize(("attributes", "complaint"), REFUSED, ids=lambda value: str(value)[:60])
+def test_impossible_declaration(attributes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        create({}, **attributes)
+    assert str(refusal.value).startswith(complaint)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_value_of_any_length_is_cut() -> None:
+    with pytest.raises(UsageError) as refusal:
+        create({}, BARS=list(range(10000)))
+    assert len(str(refusal.value)) < 200
+
+
+OPTIONS = (
+    Option("text"),
+    Option("number", int, 5, minimum=-2, maximum=0x20),
+    Option("ratio", float, 0.5, minimum=0),
+    Option("switch", bool, False),
+    Option("mode", str, "a", choices=("a", "b")),
+)
+
+
+def test_defaults() -> None:
+    values = create({}, OPTIONS=OPTIONS).options
+    assert values == {"text": None, "number": 5, "ratio": 0.5, "switch": False, "mode": "a"}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("text", "", ""),
+        ("text", "a,b=c", "a,b=c"),
+        ("number", "-2", -2),
+        ("number", "0x1f", 31),
+        ("number", "-0x1", -1),
+        ("number", "0", 0),
+        ("number", "32", 32),
+        ("ratio", "2", 2.0),
+        ("ratio", "2.5e-1", 0.25),
+        ("switch", "on", True),
+        ("switch", "off", False),
+        ("mode", "b", "b"),
+    ],
+)
+def test_value(key: str, text: str, value: object) -> None:
+    found = create({key: text}, OPTIONS=OPTIONS).options[key]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "complaint"),
+    [
+        ("number", "-3", "number=-3: must be at least -2"),
+        ("number", "33", "number=33: must be at most 32"),
+        ("number", "1.5", "number=1.5: must be a whole number, decimal or 0x hexadecimal"),
+        ("number", "010", "number=010: must be a whole number"),
+        ("number", "\N{ARABIC-INDIC DIGIT ONE}", "number="),
+        ("number", "9" * 5000, "number="),
+        ("ratio", "nan", "ratio=nan: must be a number"),
+        ("ratio", "inf", "ratio=inf: must be a number"),
+        ("ratio", "-1", "ratio=-1: must be at least 0"),
+        ("switch", "true", "switch=true: must be on or off"),
+        ("switch", "ON", "switch=ON: must be on or off"),
+        ("mode", "c", "mode=c: must be a or b"),
+        ("Text", "x", "no option 'Text': is text meant?"),
+        ("nmuber", "1", "no option 'nmuber': is number meant?"),
+        ("address", "05.0", "no option 'address': is addr meant?"),
+        ("sokcet", "x", "no option 'sokcet': is socket meant?"),
+        ("colour", "red", "no option 'colour': the model has mode, number, ratio, switch, text"),
+    ],
+)
+def test_bad_value(key: str, text: str, complaint: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        create({key: text}, OPTIONS=OPTIONS)
+    assert str(refusal.value).startswith(complaint)
+
+
+def test_a_model_without_options_says_so() -> None:
+    with pytest.raises(UsageError, match=r"^no option 'colour': the model has none$"):
+        create({"colour": "red"})

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from select import EPOLLIN, EPOLLOUT
 
 import pytest
 
 from common.loop import Loop
-from remoted.guard import Guard
+from remoted.guard import Guard, log_stray_errors
 from remoted.host import GuardedLoop
 from remoted.watchdog import Watchdog
 from tests.support.fds import count_fds
@@ -25,7 +30,8 @@ class Bench:
         self.clock = Clock()
         self.loop = Loop(self.clock)
         self.log = Recorder()
-        self.guarded = GuardedLoop(self.loop, Guard(self.log.logger, Watchdog()))
+        self.guard = Guard(self.log.logger, Watchdog())
+        self.guarded = GuardedLoop(self.loop, self.guard)
         self.fd = os.eventfd(1, os.EFD_NONBLOCK)
 
     def step(self) -> None:
@@ -107,3 +113,186 @@ def test_what_works_is_passed_through(bench: Bench) -> None:
     bench.step()
     assert calls == ["kept"]
     assert bench.log.records == []
+
+
+class Stream:
+    """A socket pair: ours is the device's."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self.calls: list[int] = []
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+    def ignore(self, _events: int) -> None:
+        self.calls.append(-1)
+
+    def read(self, _events: int) -> None:
+        self.calls.append(len(self.ours.recv(1)))
+
+
+@pytest.fixture
+def stream() -> Iterator[Stream]:
+    stream = Stream()
+    yield stream
+    stream.close()
+
+
+PASSES = 2000
+
+
+def run(bench: Bench) -> None:
+    for _ in range(PASSES):
+        bench.loop.step()
+
+
+@pytest.mark.parametrize("how", ["closed", "half-closed"])
+def test_handler_that_ignores_the_end_of_its_stream_is_called_no_more(
+    bench: Bench, stream: Stream, how: str
+) -> None:
+    bench.guarded.add(stream.ours.fileno(), stream.ignore)
+    if how == "closed":
+        stream.theirs.close()
+    else:
+        stream.theirs.shutdown(socket.SHUT_WR)
+    run(bench)
+    assert len(stream.calls) < PASSES / 4
+    (line,) = bench.log.messages
+    assert line.endswith(f"Stream.ignore() ignores the end of fd {stream.ours.fileno()}, which it should remove")
+    assert list(bench.guard.amiss()) == [line]
+    before = len(stream.calls)
+    run(bench)
+    assert len(stream.calls) == before
+    bench.guarded.remove(stream.ours.fileno())
+    assert list(bench.guard.amiss()) == []
+
+
+def test_a_pipe_that_is_opened_again_is_read_again(bench: Bench, tmp_path: Path) -> None:
+    """The end of a FIFO is not for ever: then its level counts as before."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    calls: list[bytes] = []
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+
+    def read(_events: int) -> None:
+        calls.append(os.read(fd, 1))
+
+    bench.guarded.add(fd, read)
+    os.close(os.open(fifo, os.O_WRONLY))
+    run(bench)
+    assert 0 < len(calls) < PASSES / 4
+    assert len(bench.log.messages) == 1
+    for text in (b"again", b"and again"):
+        calls.clear()
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, text)
+        run(bench)
+        assert b"".join(calls) == text, "one byte a call"
+        os.close(writer)
+        run(bench)
+        assert len(calls) < PASSES / 4
+    bench.guarded.remove(fd)
+    os.close(fd)
+
+
+def test_correct_handlers_are_called_as_often_as_they_are_due(bench: Bench, stream: Stream) -> None:
+    """A byte at a time of a stream that is full, a writer on one whose peer has ended, an eventfd, datagrams."""
+    stream.ours.setblocking(False)
+    stream.theirs.setblocking(False)
+    bench.guarded.add(stream.ours.fileno(), stream.read)
+    total = stream.theirs.send(bytes(PASSES))
+    assert total == PASSES
+    run(bench)
+    assert stream.calls == [1] * PASSES
+    bench.guarded.remove(stream.ours.fileno())
+
+    written: list[int] = []
+    stream.theirs.shutdown(socket.SHUT_WR)
+    bench.guarded.add(stream.ours.fileno(), lambda _: written.append(stream.ours.send(b"x")), EPOLLIN | EPOLLOUT)
+    for _ in range(PASSES):
+        bench.loop.step()
+        stream.theirs.recv(1)
+    assert len(written) == PASSES
+    bench.guarded.remove(stream.ours.fileno())
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    received: list[bytes] = []
+    bench.guarded.add(ours.fileno(), lambda _: received.append(ours.recv(10)))
+    for _ in range(PASSES):
+        theirs.send(b"")
+        bench.loop.step()
+    assert len(received) == PASSES
+    bench.guarded.remove(ours.fileno())
+    ours.close()
+    theirs.close()
+    assert bench.log.records == []
+
+
+def test_other_fds_are_out_of_reach(bench: Bench) -> None:
+    """Those of the daemon are in the same loop."""
+    calls: list[int] = []
+    bench.loop.add(bench.fd, calls.append)
+    with pytest.raises(KeyError):
+        bench.guarded.remove(bench.fd)
+    with pytest.raises(KeyError):
+        bench.guarded.modify(bench.fd, 0)
+    bench.loop.step()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e9])
+def test_time_that_the_loop_cannot_wait_for(bench: Bench, seconds: float) -> None:
+    """It would end the daemon, or keep all other timers from being due."""
+    with pytest.raises(ValueError, match=r"call_later\(\) takes 0 to 1000000 seconds"):
+        bench.guarded.call_later(seconds, lambda: None)
+    with pytest.raises(TypeError):
+        bench.guarded.call_later(1, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        bench.guarded.add(bench.fd, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        bench.guarded.call_soon_threadsafe(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_callback_of_another_thread(bench: Bench, error: type[BaseException]) -> None:
+    threads: list[int] = []
+
+    def fails() -> None:
+        threads.append(threading.get_ident())
+        raise error
+
+    thread = threading.Thread(target=bench.guarded.call_soon_threadsafe, args=(fails,))
+    thread.start()
+    thread.join()
+    assert threads == []
+    bench.loop.step()
+    assert threads == [threading.get_ident()]
+    assert len(bench.log.records) == 1
+
+
+def test_stray_errors_are_lines_of_the_log(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    log_stray_errors(bench.log.logger)
+
+    class Thing:
+        def __del__(self) -> None:
+            raise GeneratorExit("one\ntwo")
+
+    for _ in range(20):
+        Thing()
+    assert len(bench.log.records) == 10
+    assert "an error that nothing could handle: GeneratorExit: one\\ntwo (" in bench.log.messages[0]
+
+
+def test_thread_that_fails_is_a_line_of_the_log(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    log_stray_errors(bench.log.logger)
+    thread = threading.Thread(target=lambda: 1 // 0, name="poller")
+    thread.start()
+    thread.join()
+    (line,) = bench.log.messages
+    assert "poller ended with ZeroDivisionError: " in line

@@ -87,7 +87,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("attributes", "complaint"), REFUSED, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("attributes", "complaint"), REFUSED, ids=[each[1] for each in REFUSED])
 def test_impossible_declaration(attributes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UsageError) as refusal:
         create({}, **attributes)

@@ -185,7 +185,10 @@ def test_value_that_is_cut_to_size(bench: Bench, value: object, read: int) -> No
     assert bench.function.errors == 0
 
 
-@pytest.mark.parametrize("value", [None, 1.0, "1", b"1", [1], Index(None), Index("1"), object()], ids=repr)
+NO_INTEGERS = [None, 1.0, "1", b"1", [1], Index(None), Index("1"), object()]
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=lambda each: type(each).__name__)
 def test_value_that_is_no_integer(bench: Bench, value: object) -> None:
     bench.function.value = value
     assert bench.function.bus_read(True, MEM_BASE, 2) == ONES

@@ -88,6 +88,9 @@ def check_declaration(function: object, base: type) -> None:
         raise UsageError(f"INTERRUPT_PIN {_shown(pin)} is not 0 to 4")
     if type(is_drivable := getattr(function, "IS_DRIVABLE", None)) is not bool:
         raise UsageError(f"IS_DRIVABLE {_shown(is_drivable)} is neither True nor False")
+    parts: Any = getattr(function, "PARTS", None)
+    if not isinstance(parts, tuple) or not all(isinstance(part, str) for part in parts):
+        raise UsageError(f"PARTS {_shown(parts)} is no tuple of names of attributes")
     bars: Any = getattr(function, "BARS", None)
     _check_bars(bars)
     _check_registers(getattr(function, "REGISTERS", None), bars)

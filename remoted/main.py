@@ -164,6 +164,9 @@ def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> Pci
             function = model(host, device.properties)
         if not (isinstance(function, PciFunction) and function.is_initialised):
             raise UsageError("its __init__() does not call that of PciFunction")
+        for part in function.PARTS:
+            if not hasattr(function, part.partition(".")[0]):
+                raise UsageError(f"PARTS: its __init__() makes no {part}")
     except UsageError as error:
         raise UsageError(f"device {device.id}: {error}") from error
     except DEVICE_ERRORS as error:

@@ -199,7 +199,7 @@ def test_device_works_in_a_running_vm(tmp_path: Path, shell: Shell) -> None:
             assert guest.get(f"config read 32 {ADDR} 0x00") == 0xD00B1234
             check_rings(guest)
             status = shell.run(found(r"^The guest finds 1234:d00b at 05\.0, and\s`(.*?)`"))
-            assert re.search(r"^05\.0 +low .*\n +bell: doorbell:Doorbell,", status, re.MULTILINE), status
+            assert re.search(r"^05\.0 +low .*\n +bell: \./doorbell\.py:Doorbell,", status, re.MULTILINE), status
 
             guest.do(f"write 32 {RING:#x} 1")
             assert guest.status()

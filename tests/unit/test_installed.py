@@ -125,7 +125,7 @@ def test_our_packages_win(environment: Environment, tmp_path: Path, layout: str)
     if layout == "packages":
         variables = {"PYTHONPATH": str(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)}
         demo = environment.run("iohubctl", "demo", "--vm=soft", "--rounds=3", variables=variables)
-        assert demo.returncode == 0, demo.stderr
+        assert " raised, " in demo.stdout, demo.stderr
 
 
 @pytest.mark.parametrize("name", ["remoted", "proxyd"])

@@ -79,6 +79,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"OPTIONS": (Option("a", int, choices=("1",)),)}, "option a: the choice '1' is no int"),
     ({"OPTIONS": (Option("a", str, minimum=1),)}, "option a: a bound of 1 for a str"),
     ({"OPTIONS": (Option("a", int, maximum=KIND),)}, "option a: a bound of 'mem32' for a int"),
+    ({"PARTS": "_uart"}, "PARTS '_uart' is no tuple of names of attributes"),
+    ({"PARTS": (5,)}, "PARTS (5,) is no tuple of names of attributes"),
     ({"reset": 5}, "reset is 5 and no method"),
     ({"bar_read": None}, "bar_read is None and no method"),
     ({"bar_write": coroutine}, "bar_write() is a coroutine or generator"),

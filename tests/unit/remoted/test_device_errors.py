@@ -268,6 +268,10 @@ def test_failing_reset_costs_its_request_and_is_logged_once(daemon: Child, scrat
 
 
 NONSENSE = {
+    "a part that isn't made": (
+        "VENDOR_ID = DEVICE_ID = 1; PARTS = ('_uart.modem',)",
+        "PARTS: its __init__() makes no _uart.modem",
+    ),
     "no vendor": ("DEVICE_ID = 1", "its class has no VENDOR_ID"),
     "no device": ("VENDOR_ID = 1", "its class has no DEVICE_ID"),
     "a vendor of 20 bits": ("VENDOR_ID, DEVICE_ID = 0x12345, 1", "VENDOR_ID 74565 is no number of 16 bits"),

@@ -44,14 +44,13 @@ from common.options import (
 )
 from common.output import emit
 from common.pci import PCI_DEVFN_MAX, format_devfn, parse_devfn
+from common.trust import MAX_SOCKET_PATH
 
 __all__ = ["DeviceConfig", "VmConfig", "check_name", "default_runtime_dir", "parse_proxyd", "parse_remoted"]
 
 _FIRST_FREE_DEVFN = 0x02 << 3
 """00 is the host bridge and 01 the ISA bridge on the boards that QEMU and proxyd make"""
 _FUNCTIONS_OF_A_SLOT = 8
-_MAX_SOCKET_PATH = 107
-"""bytes of sun_path (unix(7)) less its terminating null"""
 _MAX_FILE = 1 << 20
 _MAX_FD = (1 << 31) - 1
 _MAX_GSI = 4095
@@ -379,9 +378,9 @@ def _check_sockets(role: Role, config: VmConfig, devices: Mapping[str, Keys]) ->
             place = config.socket_path(device)
             shown = f"socket {printable(place)}"
             length = len(place.encode("utf-8", "surrogateescape"))
-            if length > _MAX_SOCKET_PATH:
+            if length > MAX_SOCKET_PATH:
                 raise UsageError(
-                    f"{where}: {shown}: {length} bytes, a socket's path has at most {_MAX_SOCKET_PATH}"
+                    f"{where}: {shown}: {length} bytes, a socket's path has at most {MAX_SOCKET_PATH}"
                 )
         if place in owners:
             raise UsageError(f"{where}: {shown} is taken by device {owners[place]!r}")

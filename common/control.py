@@ -33,9 +33,10 @@ from asyncvarlink.serviceinterface import InvalidParameter, VarlinkServiceInterf
 from common.disposal import refuse_fds
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited
-from common.listen import SocketInUse, UnixListener
+from common.listen import UnixListener
 from common.loop import Loop
 from common.peer import peer_credentials
+from common.socketpath import SocketInUse
 from common.trust import Trust
 from common.version import package_version
 

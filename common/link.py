@@ -24,9 +24,10 @@ from typing import ClassVar
 
 from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
-from common.errors import PeerGone, ProtocolError, ShortageError
+from common.errors import PeerGone, ProtocolError, ShortageError, UntrustedError
 from common.mpqemu import HEADER, Command
 from common.peer import PeerCredentials, peer_credentials
+from common.trust import TRUST
 
 __all__ = ["Client", "Link", "PeerCredentials", "peer_credentials"]
 
@@ -203,7 +204,8 @@ class Client:
     def connect(cls, path: str, deadline: float) -> Client:
         """Connects to a device's socket.
 
-        Raises PeerGone when nobody listens there, no fd is left, or too many from there are still to be closed.
+        Raises PeerGone when nobody listens there, or an untrusted user may, when no fd is left, or too many from
+        there are still to be closed.
         """
         disposal = cls._disposals[path]
         if disposal.is_full:
@@ -212,13 +214,15 @@ class Client:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 sock.settimeout(deadline)
-                sock.connect(path)
+                TRUST.connect(sock, path)
                 return cls(sock, deadline, disposal, path)
             except BaseException:
                 sock.close()
                 raise
         except OSError as error:
             raise PeerGone(f"{path}: {error.strerror or error}") from error
+        except UntrustedError as error:
+            raise PeerGone(f"{path}: {error}") from error
 
     def fileno(self) -> int:
         return self._sock.fileno()

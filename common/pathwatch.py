@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from select import EPOLLIN
 
 from common import inotify
-from common.listen import lock_path
 from common.loop import Loop
+from common.socketpath import lock_path
 
 __all__ = ["PathWatch"]
 

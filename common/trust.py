@@ -23,10 +23,12 @@ from common.errors import UntrustedError, UsageError
 from common.journal import printable
 from common.peer import peer_credentials
 
-__all__ = ["Trust", "find_user"]
+__all__ = ["MAX_SOCKET_PATH", "TRUST", "Trust", "find_user"]
 
 _MAX_LINKS = 40
 """symbolic links on the way to a file, as in the kernel (MAXSYMLINKS in include/linux/namei.h)"""
+MAX_SOCKET_PATH = 107
+"""bytes of sun_path (unix(7)) less its terminating null"""
 _MAX_UID = (1 << 32) - 2
 _NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
 
@@ -36,10 +38,15 @@ class Trust:
 
     def __init__(self, others: Iterable[int] = ()) -> None:
         """``others`` are uids that are trusted besides root and the process's own user."""
-        own = {0, os.geteuid()}
-        self.others = frozenset(others) - own
-        """the uids that are trusted besides root and the process's own user"""
-        self._uids = own | self.others
+        self.others = frozenset(others)
+
+    def allow(self, uids: Iterable[int]) -> None:
+        """Trusts more users."""
+        self.others |= frozenset(uids)
+
+    def includes(self, uid: int) -> bool:
+        """Whether a user is trusted."""
+        return uid in (0, os.geteuid()) or uid in self.others
 
     def check_directory(self, path: str | os.PathLike[str]) -> None:
         """Raises UntrustedError if an untrusted user can replace the directory or files of its owner there.
@@ -58,14 +65,23 @@ class Trust:
     def check_peer(self, sock: socket.socket) -> None:
         """Raises UntrustedError unless a trusted user's process is at the other end, and OSError."""
         peer = peer_credentials(sock)
-        if peer.uid not in self._uids:
-            raise UntrustedError(f"{peer} belongs to user {peer.uid}, who is not trusted")
+        if not self.includes(peer.uid):
+            raise UntrustedError(f"{peer} belongs to user {peer.uid}, who is not trusted (--allow-user)")
 
     def connect(self, sock: socket.socket, path: str | os.PathLike[str]) -> None:
         """Connects a UNIX socket to a path, with all checks. Raises UntrustedError, and OSError as connect(2)."""
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH:  # no such socket can be there
+            raise OSError(errno.ENAMETOOLONG, "the path is too long for a socket", os.fspath(path))
         self.check_socket(path)
         sock.connect(os.fspath(path))
         self.check_peer(sock)
+
+    def check_owner(self, path: str, status: os.stat_result) -> None:
+        """Raises UntrustedError unless a file, by what stat(2) tells of it, belongs to a trusted user."""
+        if not self.includes(status.st_uid):
+            raise UntrustedError(
+                f"{printable(path)} belongs to user {status.st_uid}, who is not trusted (--allow-user)"
+            )
 
     def _walk(self, path: str | os.PathLike[str]) -> None:
         """Looks at everything on the way to a file, in the order of path_resolution(7), and at the file.
@@ -96,8 +112,7 @@ class Trust:
                 at = "/"
 
     def _check(self, path: str, status: os.stat_result) -> None:
-        if status.st_uid not in self._uids:
-            raise UntrustedError(f"{printable(path)} belongs to user {status.st_uid}, who is not trusted")
+        self.check_owner(path, status)
         writers = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if not stat.S_ISDIR(status.st_mode) or not writers or status.st_mode & stat.S_ISVTX:
             return
@@ -107,6 +122,10 @@ class Trust:
         raise UntrustedError(
             f"directory {printable(path)} can be written by {who} (mode {stat.S_IMODE(status.st_mode):04o})"
         )
+
+
+TRUST = Trust()
+"""the users whom this process trusts; main() adds those of ``--allow-user``"""
 
 
 def find_user(name: str) -> int:

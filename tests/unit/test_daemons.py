@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import signal
@@ -20,8 +22,10 @@ from common.disposal import Disposal
 from common.errors import PeerGone
 from common.link import Client
 from common.mpqemu import Command
+from common.peer import is_dying
 from tests.support.asleep import settled_log
 from tests.support.fds import count_fds
+from tests.support.fuse import stalling_file
 from tests.support.wait import wait_until
 
 END_SECONDS = 20
@@ -190,6 +194,41 @@ def test_a_socket_of_a_live_daemon_is_refused_and_a_stale_one_taken_over(
         client.close()
     finally:
         successor.kill()
+
+
+@pytest.mark.parametrize("is_queue_full", [False, True])
+def test_a_daemon_that_was_killed_but_cant_end_is_replaced(
+    daemon: Child, tmp_path: Path, is_queue_full: bool
+) -> None:
+    """A close that a client has caused lasts: the process is a zombie, and its sockets still take clients."""
+    pid, path = daemon.process.pid, str(tmp_path / "edu0.sock")
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(stalling_file(tmp_path / "fuse"))
+        file.victim = pid
+        fd = os.open(file.path, os.O_RDONLY)
+        client = Client.connect(path, END_SECONDS)
+        client.send(Command.SET_IRQFD, fds=[fd])
+        os.close(fd)
+        wait_until(lambda: file.has_stalled, "the daemon waits for the close")
+        assert vendor(client) == 0x1234
+        client.close()
+        assert not is_dying(pid)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: is_dying(pid), "the daemon dies")
+        for name in ("edu0.sock", "remoted.varlink") if is_queue_full else ():
+            result = 0
+            while not result:
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.setblocking(False)
+                result = sock.connect_ex(str(tmp_path / name))
+            assert result == errno.EAGAIN
+        successor = remoted(tmp_path, "edu,id=edu0")
+        stack.callback(successor.kill)
+        client = Client.connect(path, END_SECONDS)
+        assert vendor(client) == 0x1234
+        client.close()
+        file.release()
+        daemon.process.wait(END_SECONDS)
 
 
 def test_the_device_socket_is_private(daemon: Child, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 
-from common.errors import IohubError, PeerGone, UsageError
+from common.errors import IohubError, PeerGone, UntrustedError, UsageError
 from common.peer import PeerCredentials, peer_credentials
+from common.trust import TRUST
 
 __all__ = ["CommandError", "Monitor", "MonitorAbsent"]
 
@@ -228,7 +229,10 @@ def _connect(path: str) -> socket.socket:
     except OSError as error:
         raise PeerGone(f"{path}: {error.strerror}") from error
     try:
-        sock.connect(path)
+        TRUST.connect(sock, path)
+    except UntrustedError as error:
+        sock.close()
+        raise UsageError(f"--vm qmp:{path}: {error}") from error
     except (FileNotFoundError, ConnectionRefusedError) as error:
         sock.close()
         if _is_no_socket(path):

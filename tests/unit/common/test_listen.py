@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import socket
 import stat
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from common.disposal import Disposal
-from common.errors import UsageError
+from common.errors import UntrustedError, UsageError
 from common.journal import RateLimited
-from common.link import peer_credentials
 from common.listen import UnixListener
+from common.peer import is_dying, peer_credentials
+from common.trust import Trust
 from tests.support.fds import count_fds, no_more_fds
 from tests.support.remotebench import Clock
 from tests.support.steploop import CountingLoop, run_ready
@@ -65,7 +70,11 @@ def dead_socket(path: str) -> None:
 
 def connect(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
-    sock.connect(path)
+    try:
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
@@ -139,6 +148,144 @@ def test_socket_is_private_whatever_the_umask(bench: Bench, path: str) -> None:
         os.umask(before)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     listener.close()
+
+
+STRANGER = 54321
+
+
+@contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    """Acts as another user."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to act as other users")
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_path() -> Iterator[str]:
+    """In a directory that all users can reach."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        yield os.path.join(directory, "edu0.sock")
+
+
+def test_clients_of_users_that_are_not_trusted_are_hung_up(
+    bench: Bench, open_path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though the socket may have been made accessible to them."""
+    listener = bench.listen(open_path)
+    with as_user(STRANGER), pytest.raises(PermissionError):
+        connect(open_path)
+    os.chmod(open_path, 0o666)
+    with as_user(STRANGER):
+        client = connect(open_path)
+    with client, connect(open_path):
+        run_ready(bench.loop)
+        assert client.recv(1) == b""
+        assert len(bench.clients) == 1
+    (line,) = caplog.messages
+    assert (
+        line
+        == f"{open_path}: refused: {own_name()} belongs to user {STRANGER}, who is not trusted (--allow-user)"
+    )
+    listener.close()
+
+
+def test_users_that_are_listed_can_connect_and_no_others(bench: Bench, open_path: str) -> None:
+    listener = UnixListener(
+        bench.loop,
+        open_path,
+        bench.clients.append,
+        RateLimited(logging.getLogger("test")),
+        trust=Trust([STRANGER, 65534]),
+    )
+    for uid in (STRANGER, 65534):
+        with as_user(uid):
+            client = connect(open_path)
+        with client:
+            run_ready(bench.loop)
+            bench.clients.pop().close()
+    with as_user(STRANGER + 1), pytest.raises(PermissionError):
+        connect(open_path)
+    listener.close()
+
+
+@pytest.mark.parametrize("change", ["owner", "mode"])
+def test_directory_that_others_can_change_is_refused(bench: Bench, open_path: str, change: str) -> None:
+    directory = os.path.dirname(open_path)
+    if change == "mode":
+        os.chmod(directory, 0o777)
+    else:
+        os.chown(directory, STRANGER, STRANGER)
+    with pytest.raises(UntrustedError, match=rf"^socket {open_path}: .*{directory} "):
+        bench.listen(open_path)
+    assert os.listdir(directory) == []
+
+
+def test_a_client_that_cant_be_taken_is_hung_up_and_others_wait(
+    bench: Bench, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_sock: socket.socket) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = RateLimited(logging.getLogger("test"))
+    listener = UnixListener(bench.loop, path, full, log)
+    with connect(path) as one, connect(path) as two:
+        assert run_ready(bench.loop) == 1
+        assert one.recv(1) == b""
+        assert caplog.messages == [f"{path}: can't take a client: No space left on device"]
+        two.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            two.recv(1)
+    listener.close()
+
+
+def test_without_an_epoll_watch_clients_wait_and_are_taken_later(
+    bench: Bench, path: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.loop, "add", full)
+        with pytest.raises(UsageError, match="No space left on device"):
+            bench.listen(path)
+        assert os.listdir(os.path.dirname(path)) == []
+    listener = bench.listen(path)
+    listener.hold()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.loop, "add", full)
+        listener.resume()
+    assert caplog.messages == [f"{path}: can't take a client: No space left on device"]
+    with connect(path):
+        bench.clock.now += 1.0
+        bench.loop.step()
+        run_ready(bench.loop)
+        assert len(bench.clients) == 1
+    listener.close()
+
+
+def test_a_lock_that_a_dying_process_holds_locks_nothing(bench: Bench, path: str) -> None:
+    lock = os.path.join(os.path.dirname(path), ".edu0.sock.lock")
+    dying = subprocess.Popen(["true"])
+    wait_until(lambda: is_dying(dying.pid), "it is a zombie")
+    with open(lock, "w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(f"{os.getpid()}")
+        file.flush()
+        with pytest.raises(UsageError, match="is being taken by another daemon"):
+            bench.listen(path)
+        file.seek(0)
+        file.truncate()
+        file.write(f"{dying.pid}")
+        file.flush()
+        bench.listen(path).close()
+    dying.wait()
+    assert os.listdir(os.path.dirname(path)) == []
 
 
 def test_close_unlinks_the_path_once(bench: Bench, path: str) -> None:

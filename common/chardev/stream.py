@@ -36,7 +36,7 @@ class StreamChardev(Chardev):
         self._output = bytearray()
         self._blocked = False  # write() hasn't taken all
         self._paused = False  # there may be input that the device had no room for
-        self._dropped_before = 0  # of dropped_output, what was dropped before the last user had gone
+        self._dropped_before = 0  # dropped_output when somebody came or went last
 
     def write(self, data: bytes | bytearray) -> int:
         if not self.connected and not self._look_again():
@@ -144,8 +144,7 @@ class StreamChardev(Chardev):
     def _set_connected(self, connected: bool) -> None:
         if connected is not self.connected:
             self.connected = connected
-            if not connected:
-                self._dropped_before = self.dropped_output
+            self._dropped_before = self.dropped_output
             self._on_connected(connected)
 
     def _is_hung_up(self) -> bool:

@@ -51,6 +51,17 @@ def test_a_user_is_noticed_when_he_opens_it(device: Device, pty_user: PtyUser) -
         device.connections.clear()
 
 
+def test_the_next_user_has_opened_it_by_the_time_the_end_of_the_last_one_is_read(
+    device: Device, pty_user: PtyUser
+) -> None:
+    """There is no event for that: epoll tells of the end alone, and inotify may have told of both before."""
+    stream = pty_user.connect()
+    run_until(device.loop, lambda: device.connections == [True])
+    device.chardev._on_end_of_input()  # type: ignore[attr-defined]
+    assert device.connections == [True, False, True]
+    stream.close()
+
+
 def test_setting_raw_mode_does_not_wait_for_the_next_user(device: Device, pty_user: PtyUser) -> None:
     """One who has opened the slave since and is blocked in a write holds the terminal's lock for writers."""
     device.room = 0
@@ -85,15 +96,16 @@ def test_output_notices_the_reader(device: Device, pty_user: PtyUser) -> None:
     stream.close()
 
 
+@pytest.mark.parametrize("call", ["init", "add_watch"])
 def test_without_inotify_a_user_is_noticed_by_the_first_byte(
-    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    device: Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
-    """The number of instances is limited for each user, and others may have used it up."""
+    """The numbers of instances and watches are limited for each user, and others may have used them up."""
 
-    def init() -> int:
+    def refuse(*_: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(inotify, "init", init)
+    monkeypatch.setattr(inotify, call, refuse)
     user = PtyUser(device, caplog)
     assert f"{user.path}: a user is noticed at the first byte" in caplog.text
     stream = user.connect()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import socket
@@ -17,9 +18,13 @@ from tests.support.chardevbench import Device, UnixUser, connect
 from tests.support.steploop import run_ready, run_until
 
 
-def test_one_client_at_a_time(device: Device, unix_user: UnixUser) -> None:
+def test_one_client_at_a_time(device: Device, unix_user: UnixUser, caplog: pytest.LogCaptureFixture) -> None:
     """The second waits, its characters too, until the first has gone."""
+    caplog.set_level("INFO")
     first = connect(unix_user, device)
+    assert caplog.messages == [f"{unix_user.path}: connected"]
+    (record,) = caplog.records
+    assert vars(record)["peer"].endswith(f"[{os.getpid()}]")
     second = unix_user.connect()
     second.write(b"second")
     assert run_ready(device.loop) < 3
@@ -53,6 +58,19 @@ def test_a_client_that_has_gone_is_heard_before_the_next_one(device: Device, uni
         run_until(device.loop, lambda heard=heard: len(device.received) > heard)  # type: ignore[misc]
     assert device.received == b"firstsecond"
     second.close()
+
+
+def test_nothing_is_delivered_once_it_is_closed(device: Device, unix_user: UnixUser) -> None:
+    first = connect(unix_user, device)
+    device.room = 0
+    first.write(b"first")
+    first.close()
+    run_until(device.loop, lambda: device.connections == [True, False])
+    device.make_room(100)
+    device.chardev.close()
+    device.chardev = Chardev()
+    run_ready(device.loop)
+    assert device.received == b""
 
 
 def test_clients_that_have_gone_before_their_turn_are_heard(device: Device, unix_user: UnixUser) -> None:

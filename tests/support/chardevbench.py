@@ -67,10 +67,10 @@ class Stream:
         self.fd = fd
         os.set_blocking(fd, False)
 
-    def read(self, size: int = 1 << 16) -> bytes:
-        """What there is, ``size`` bytes at most; empty at the end of the stream too."""
+    def read(self) -> bytes:
+        """What there is; empty at the end of the stream too."""
         try:
-            return os.read(self.fd, size)
+            return os.read(self.fd, 1 << 16)
         except BlockingIOError:
             return b""
 

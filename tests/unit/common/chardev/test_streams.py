@@ -61,18 +61,6 @@ def test_a_slow_reader_holds_the_device_up(user: User, device: Device) -> None:
     stream.close()
 
 
-def test_a_reader_that_takes_little_at_a_time(user: User, device: Device) -> None:
-    """The kernel may take a part of the buffer alone."""
-    stream = connect(user, device)
-    sent = device.fill()
-    received = bytearray()
-    while len(received) < len(sent):
-        received += stream.read(61)
-        device.loop.step(0)
-    assert received == sent
-    stream.close()
-
-
 def test_the_buffer_is_bounded(user: User, device: Device) -> None:
     """What is taken beyond the kernel's buffers is no more than the limit."""
     stream = connect(user, device)

@@ -39,8 +39,10 @@ from tests.support.checkout import ROOT
 LISTS = Path(__file__).parent
 REQUIRED = 0.95
 """the share of the faults that can be seen which must be noticed"""
+HANG_SECONDS = 60
+"""how long one test may take: a fault that makes it hang is noticed"""
 RUN_SECONDS = 300.0
-"""how long the tests of one fault may take: a fault that makes them hang is noticed"""
+"""how long the tests of one fault may take, likewise"""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ def run_tests(tree: Path, files: Sequence[str]) -> str:
         "0",
         "-p",
         "no:cacheprovider",
+        "-o",
+        f"faulthandler_timeout={HANG_SECONDS}",
         "--tb=no",
         *files,
     ]
@@ -183,11 +187,17 @@ def try_fault(trees: Trees, fault: Fault, tests: Tests) -> str:
 def check_tests(trees: Trees, tests: Sequence[Tests]) -> str:
     """What fails without any fault, or nothing: then nothing could be said of a fault."""
     files = sorted({name for each in tests for name in (*each.fast, *each.slow)})
-    tree = trees.take()
-    try:
-        return run_tests(tree, files)
-    finally:
-        trees.give_back(tree)
+    workers = len(trees)
+
+    def run(number: int) -> str:
+        tree = trees.take()
+        try:
+            return run_tests(tree, files[number::workers])
+        finally:
+            trees.give_back(tree)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return next(filter(None, pool.map(run, range(min(workers, len(files))))), "")
 
 
 def main() -> int:

@@ -115,6 +115,32 @@ def test_handler_gets_the_events(loop: Loop) -> None:
     assert got == [select.EPOLLOUT, select.EPOLLHUP]
 
 
+def test_handlers_that_are_ready_together_get_their_own_events(loop: Loop) -> None:
+    pairs = [socket.socketpair() for _ in range(4)]
+    got: list[tuple[int, int]] = []
+
+    def note(number: int, events: int) -> None:
+        got.append((number, events))
+
+    for number, (ours, theirs) in enumerate(pairs):
+        loop.add(ours.fileno(), partial(note, number), 0, in_turn=number > 1)
+        if number % 2:
+            loop.modify(ours.fileno(), select.EPOLLOUT)
+        else:
+            theirs.close()
+    loop.step()
+    for ours, theirs in pairs:
+        loop.remove(ours.fileno())
+        ours.close()
+        theirs.close()
+    assert sorted(got) == [
+        (0, select.EPOLLHUP),
+        (1, select.EPOLLOUT),
+        (2, select.EPOLLHUP),
+        (3, select.EPOLLOUT),
+    ]
+
+
 def test_fd_cant_be_added_twice_nor_a_file_at_all(loop: Loop, event: Make) -> None:
     one = event("one")
     with pytest.raises(OSError) as twice:
@@ -237,6 +263,26 @@ def test_the_order_ends_with_the_link(loop: Loop, event: Make, link: MakeLink, o
     resample.set()
     loop.step()
     assert order[0] == "resample"
+
+
+def test_what_waits_takes_nothing_over_from_one_that_had_its_number(
+    loop: Loop, event: Make, link: MakeLink, order: list[str]
+) -> None:
+    busy, old = link("link"), event("old")
+    loop.order(old.fd, after=busy.fd)
+    busy.peer.send(b"a" * 3)
+    old.set()
+    loop.step()
+    number = old.fd
+    old.close()
+    busy.peer.send(b"a" * 10)
+    new = event("new")
+    assert new.fd == number
+    loop.order(new.fd, after=busy.fd)
+    new.set()
+    while "new" not in order:
+        loop.step()
+    assert order.count("link a") == 13
 
 
 def test_links_that_are_busy_delay_nothing_but_what_is_ordered_after_them(

@@ -97,6 +97,19 @@ def test_the_peer_has_read_first() -> None:
     notifier.close()
 
 
+def test_a_closed_one_signals_nobody_elses_eventfd() -> None:
+    notifier = EventNotifier.create()
+    number = notifier.fd
+    notifier.close()
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    assert other == number
+    with pytest.raises(OSError):
+        notifier.set()
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(other)
+    os.close(other)
+
+
 def test_close_is_idempotent_and_closes_nobody_elses_fd() -> None:
     before = count_fds()
     notifier = EventNotifier.create()

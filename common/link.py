@@ -193,7 +193,8 @@ class Client:
         self._disposal = disposal
         self.peer = peer_credentials(sock)
         self._sock = sock
-        self._deadline = deadline
+        self.deadline = deadline
+        """seconds that bound a round trip; may be set between two"""
         self._path = path
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -248,7 +249,7 @@ class Client:
 
         Raises PeerGone, also when the deadline passes, and ProtocolError for any answer but one clean RET.
         """
-        expires = time.monotonic() + self._deadline
+        expires = time.monotonic() + self.deadline
         self.send(command, payload)
         have, wanted = 0, _RET_SIZE
         while have < wanted:
@@ -279,7 +280,7 @@ class Client:
         remaining = expires - time.monotonic()
         if remaining <= 0 or not self._poll.poll(remaining * 1000):
             request = mpqemu.describe_request(command, payload)
-            raise PeerGone(f"no answer to {request} within {self._deadline:g} s")
+            raise PeerGone(f"no answer to {request} within {self.deadline:g} s")
         count = self._read(self._view[have:])
         if count == 0:
             raise self._gone(f"the peer closed the link instead of answering {command.name}")

@@ -51,6 +51,7 @@ class Board:
         self._irqchip = irqchip
         self._ram = ram
         self._proxies: list[PciProxy] = []
+        self._hung: set[int] = set()
         log = logging.getLogger(program)
         self._interface = ProxydService(config.name, config.vm, "", None, self._proxies)
         with ExitStack() as opened:
@@ -92,6 +93,7 @@ class Board:
             device_log(self._program, device.id),
             self._keeper.lost,
             deadline=ROUND_TRIP_SECONDS,
+            hung=self._hung,
             ram=self._ram,
         )
 

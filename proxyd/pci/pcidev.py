@@ -62,11 +62,12 @@ class PciProxy:
         on_lost: Callable[[PciProxy], None],
         *,
         deadline: float,
+        hung: set[int] | None = None,
         ram: Ram | None = None,
         is_powered_on: bool = False,
     ) -> None:
-        """``path`` is the device's socket. A round trip lasts ``deadline`` seconds at most. The function may reach
-        ``ram``.
+        """``path`` is the device's socket. A round trip lasts ``deadline`` seconds at most; ``hung`` is for
+        WaitBudget. The function may reach ``ram``.
 
         ``on_lost`` is called, by whichever thread notices, when an established link is lost. The link's fd
         stays open, and its number taken, until the control thread has forgotten it and calls reap().
@@ -88,7 +89,7 @@ class PciProxy:
         self._ram = ram
         self.log = RateLimited(log)
         self._on_lost = on_lost
-        self._budget = WaitBudget()
+        self._budget = WaitBudget(hung=hung)
         self.amiss.add(self._budget.amiss)
         self._lock = threading.RLock()
         self._client: Client | None = None
@@ -203,6 +204,7 @@ class PciProxy:
                 self._shadow = found.registers
             self._reset_due = False
             self._client, self._connecting = client, None
+            self._budget.trust(client.peer.pid)
             self._peer = str(client.peer)
             self._update_windows()
         self.log.info(

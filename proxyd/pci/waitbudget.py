@@ -5,6 +5,9 @@ A remote that always answers just within the deadline of a round trip would hold
 the waiting is counted as in a leaky bucket: what an answer takes beyond a tolerance goes in, a tenth of the time
 that passes goes out, and a link whose bucket runs over counts as lost. In the long run a guest waits for a
 function no more than a tenth of the time, apart from the tolerance.
+
+One process mostly serves all functions of a VM. When it has missed a deadline for one of them, requests to the
+others get no more than the tolerance until one is answered: else the guest would wait a deadline for each.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ _SLOW_SECONDS = 0.5
 _CAPACITY_SECONDS = 4.0
 _LEAK = 0.1
 _PAGE_SECONDS = 60.0
+_MAX_HUNG = 64
 
 
 class _Page:
@@ -46,8 +50,12 @@ class WaitBudget:
     One thread at a time may wait. The times may be asked for by any thread.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, hung: set[int] | None = None
+    ) -> None:
+        """``hung``: pids of the processes that have missed a deadline; the functions of a VM share the set."""
         self._clock = clock
+        self._hung = set() if hung is None else hung
         self._level = 0.0
         self._leaked_at = clock()
         self._page, self._last_page = _Page(), _Page()
@@ -58,8 +66,16 @@ class WaitBudget:
         """Client.request(), on this budget. Raises PeerGone also when that is used up, and ProtocolError."""
         began = self._clock()
         self._waiting = began, command, payload
+        deadline, pid = client.deadline, client.peer.pid
+        is_suspect = pid in self._hung
+        if is_suspect:
+            client.deadline = min(deadline, _TOLERANCE_SECONDS)
         try:
             value = client.request(command, payload)
+        except PeerGone:
+            if self._clock() - began >= client.deadline:
+                self._suspect(pid)
+            raise
         finally:
             self._waiting = None
             now = self._clock()
@@ -75,10 +91,17 @@ class WaitBudget:
             if took > _TOLERANCE_SECONDS:
                 self._leak(now)
                 self._level += took - _TOLERANCE_SECONDS
+        if is_suspect:
+            client.deadline = deadline
+            self.trust(pid)
         if self._level > _CAPACITY_SECONDS and took > _TOLERANCE_SECONDS:
             request = describe_request(command, payload)
             raise PeerGone(f"too slow: the answer to {request} took {took:.1f} s, and others before it")
         return value
+
+    def trust(self, pid: int) -> None:
+        """The process answers again."""
+        self._hung.discard(pid)
 
     def check(self) -> None:
         """Raises PeerGone as long as less than half of the budget is there."""
@@ -114,6 +137,12 @@ class WaitBudget:
                 f"the guest's CPU has waited up to {longest:.1f} s for an answer in the last two minutes, "
                 f"{mean * 1000:.3g} ms on average; the longest was that to {describe_request(*slowest)}"
             )
+
+    def _suspect(self, pid: int) -> None:
+        if len(self._hung) >= _MAX_HUNG:  # they may have ended since
+            self._hung.clear()
+        if pid:  # else it is of a pid namespace that can't be seen from here
+            self._hung.add(pid)
 
     def _leak(self, now: float) -> None:
         self._level = max(0.0, self._level - (now - self._leaked_at) * _LEAK)

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -197,9 +200,57 @@ def test_the_times_are_those_of_the_last_two_minutes(bench: Bench) -> None:
 def test_an_answer_that_never_comes_counts(bench: Bench) -> None:
     client = bench.proxy._client
     assert client is not None
-    client._deadline = 0.0
+    client.deadline = 0.0
     budget = bench.proxy._budget = WaitBudget()
     assert bench.proxy.config_read(0, 4) == ALL_ONES
     times = budget.times
     assert times is not None
     assert times[1] > 0.0
+
+
+class Gated(LineDevice):
+    """Accesses to its config space wait until the gate is open, and so does all of its process."""
+
+    gate = threading.Event()
+
+    def config_read(self, addr: int, size: int) -> int:
+        self.gate.wait(20.0)
+        return super().config_read(addr, size)
+
+
+def test_of_a_process_that_hangs_one_function_is_waited_for(tmp_path: Path) -> None:
+    """The others get a tenth of a second: else a guest with many would wait a deadline for each."""
+    with no_fd_is_left():
+        Gated.gate.set()
+        remote, loop, hung = RemoteThread(tmp_path), Loop(), set[int]()
+        proxies = []
+        for slot in (5, 6, 7):
+            remote.add(Gated, f"g{slot}", slot << 3)
+            path, log = remote.path(f"g{slot}"), logging.getLogger("test")
+            irqchip = SoftIrqchip(loop)
+            proxies.append(
+                PciProxy(f"g{slot}", slot << 3, path, irqchip, log, PciProxy.reap, deadline=0.5, hung=hung)
+            )
+        remote.start()
+        for proxy in proxies:
+            proxy.connect()
+            proxy.attach()
+        Gated.gate.clear()
+        for proxy, seconds in zip(proxies, ("0.5", "0.1", "0.1"), strict=True):
+            assert proxy.config_read(0, 4) == ALL_ONES
+            assert re.fullmatch(rf"link lost: no answer to .* within {seconds} s", proxy.reason)
+        Gated.gate.set()
+        for proxy in proxies:
+            proxy.connect()
+            proxy.attach()
+        assert not hung
+        # One that is suspected and answers is trusted again, with its whole deadline.
+        hung.add(os.getpid())
+        assert proxies[0].config_read(0, 4) != ALL_ONES
+        assert not hung
+        assert proxies[0]._client is not None
+        assert proxies[0]._client.deadline == 0.5
+        for proxy in proxies:
+            proxy.close()
+        remote.close()
+        loop.close()

@@ -53,6 +53,9 @@ MAX_REPLY = 4 << 20
 
 _MAX_CLIENTS = 16
 
+_REFUSAL_SECONDS = 0.1
+"""how long the call of a client is waited for that is refused"""
+
 _CALL_SECONDS = 5.0
 """how long call() takes at most"""
 
@@ -102,6 +105,21 @@ class ControlServer:
         except VarlinkErrorReply as error:
             reply = error.toreply()
         return b"" if call.oneway else json.dumps(reply.tojson()).encode() + b"\0"
+
+    def refuse(self, error: VarlinkErrorReply) -> None:
+        """Answers the calls of those who connect with an error, and hangs up; for another thread to call while the
+        loop's is kept from it. Who was connected before waits.
+        """
+        reply = json.dumps(error.tojson()).encode() + b"\0"
+        for _ in range(_MAX_CLIENTS):
+            with contextlib.suppress(OSError):
+                sock = self._listener.accept()
+                if sock is None:
+                    return
+                with sock:
+                    sock.settimeout(_REFUSAL_SECONDS)
+                    if sock.recv(MAX_MESSAGE):
+                        sock.sendall(reply)
 
     def rejected(self, client: _Client, error: ProtocolError) -> None:
         """A client broke the protocol."""

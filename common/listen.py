@@ -100,16 +100,23 @@ class UnixListener:
                     self._disposal.hang_up(self._sock.accept()[0])
         self._sock.close()
 
+    def accept(self) -> socket.socket | None:
+        """A client that waits, or None; for another thread while the loop's is busy. Raises OSError."""
+        try:
+            return self._sock.accept()[0]
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+
     def _on_ready(self, _events: int) -> None:
         if self._disposal is not None and self._disposal.is_full:
             self._keep_waiting("too many file descriptors of earlier ones take long to close")
             return
         try:
-            sock, _ = self._sock.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+            sock = self.accept()
         except OSError as error:
             self._keep_waiting(error.strerror)
+            return
+        if sock is None:
             return
         sock.setblocking(False)
         try:

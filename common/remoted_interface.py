@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from asyncvarlink import TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
 
-__all__ = ["Function", "Link", "NoSuchDevice", "NotDrivable", "Remoted", "StatusReply"]
+__all__ = ["Function", "Link", "NoSuchDevice", "NotDrivable", "Remoted", "Stalled", "StatusReply"]
 
 
 class Link(enum.Enum):
@@ -76,6 +76,16 @@ class NotDrivable(TypedVarlinkErrorReply, interface="org.iohub.Remoted"):
         model: str
 
 
+class Stalled(TypedVarlinkErrorReply, interface="org.iohub.Remoted"):
+    """The code of this device has not returned for seconds, in which no call is answered."""
+
+    class Parameters:
+        """As in the interface."""
+
+        device: str
+        reason: str
+
+
 class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     """The devices of one VM, as the daemon that runs them sees them.
 
@@ -101,7 +111,7 @@ class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     take, and dropped_input, which the guest didn't read.
     """
 
-    errors = (NoSuchDevice, NotDrivable)
+    errors = (NoSuchDevice, NotDrivable, Stalled)
 
     @varlinkmethod
     def Status(self) -> StatusReply:

@@ -116,8 +116,12 @@ class Guard:
 
     def stalls(self, doing: Doing, seconds: float) -> None:
         """See Work."""
-        self.stall = f"the device's code has not returned for {seconds:.0f} s: {self.access(*doing[1:])}"
+        self.stall = self.describe_stall(doing, seconds)
         self._stall_log.warning("%s", self.stall)
+
+    def describe_stall(self, doing: Doing, seconds: float) -> str:
+        """See Work."""
+        return f"the device's code has not returned for {seconds:.0f} s: {self.access(*doing[1:])}"
 
     def has_ended(self, doing: Doing, seconds: float) -> None:
         """See Work."""

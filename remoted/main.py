@@ -19,6 +19,7 @@ from common.journal import device_log, setup
 from common.loop import Loop
 from common.output import OutputError, complain
 from common.pci import format_devfn
+from common.remoted_interface import Stalled
 from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
 from common.stdio import flush_stdio
 from remoted.control import RemotedService
@@ -31,7 +32,7 @@ from remoted.modellist import describe_models
 from remoted.models import find_model, hidden_models
 from remoted.ramfiles import RamFiles
 from remoted.server import DeviceServer, adopt_connection
-from remoted.watchdog import Watchdog
+from remoted.watchdog import Doing, Watchdog
 
 __all__ = ["main"]
 
@@ -65,6 +66,7 @@ class Remoted:
             path = str(config.runtime_dir / "remoted.varlink")
             interface = RemotedService(config.name, devices)
             self._control = ControlServer(self._loop, path, interface, self._log)
+            self._watchdog.while_stalled = self._refuse_calls
             self._store = FdStore.open(self._loop, os.environ)
             self._ram_files = RamFiles(self._store) if self._store is not None else None
             for device in config.devices:
@@ -101,6 +103,13 @@ class Remoted:
             self._control.close()
         for server in self._servers:
             server.hang_up()
+
+    def _refuse_calls(self, doing: Doing, seconds: float) -> None:
+        """Says at the control socket what keeps the loop from answering there; in the watchdog's thread."""
+        guard, control = doing[0], self._control
+        names = [server.function.host.name for server in self._servers if server.function.host.guard is guard]
+        if control is not None:
+            control.refuse(Stalled(device="".join(names), reason=guard.describe_stall(doing, seconds)))
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self._is_serving and not self._loop.is_stopped:

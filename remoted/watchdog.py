@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 __all__ = ["PATIENCE_SECONDS", "Watchdog", "Work"]
@@ -25,6 +26,9 @@ class Work(Protocol):
 
     def stalls(self, doing: Doing, seconds: float) -> None:
         """It has run for so many seconds, and still does. Called in the watchdog's thread."""
+
+    def describe_stall(self, doing: Doing, seconds: float) -> str:
+        """Says that it has run for so many seconds, in one line."""
 
     def has_ended(self, doing: Doing, seconds: float) -> None:
         """What stalled has ended after about so many seconds. Called in the watchdog's thread."""
@@ -42,6 +46,8 @@ class Watchdog:
         """what the watched thread runs at present"""
         self.is_parked = False
         """whether unpark() is due after ``doing`` was set"""
+        self.while_stalled: Callable[[Doing, float], None] = lambda _doing, _seconds: None
+        """called in the watchdog's thread with each sample of what stalls, and for how many seconds it has"""
         self._sample_seconds = sample_seconds
         self._patience = patience
         self._wanted = threading.Event()
@@ -87,9 +93,11 @@ class Watchdog:
         while not self._ending.wait(self._sample_seconds):
             doing, now = self.doing, time.monotonic()
             if doing is seen and doing is not None:
-                if not is_told and now - since >= self._patience:
-                    is_told = True
-                    doing[0].stalls(doing, now - since)
+                if now - since >= self._patience:
+                    if not is_told:
+                        is_told = True
+                        doing[0].stalls(doing, now - since)
+                    self.while_stalled(doing, now - since)
                 continue
             if is_told and seen is not None:
                 seen[0].has_ended(seen, now - since)

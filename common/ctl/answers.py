@@ -15,7 +15,7 @@ from common.amiss import one_line
 from common.control import call
 from common.errors import IohubError, PeerGone, ProtocolError, UntrustedError
 from common.proxyd_interface import Proxyd
-from common.remoted_interface import NotDrivable, Remoted
+from common.remoted_interface import NotDrivable, Remoted, Stalled
 from common.trust import Trust
 
 __all__ = ["DAEMONS", "Answer", "ask"]
@@ -42,6 +42,10 @@ def ask(directory: Path, daemon: str, trust: Trust, method: str, **parameters: o
     except ProtocolError as error:
         raise ProtocolError(f"{daemon} gives no proper answer: {error}") from error
     except VarlinkErrorReply as error:
+        if error.name == Stalled.name:
+            stall = error.paramstojson()
+            what = f"{stall.get('device')}: {stall.get('reason')}"
+            raise PeerGone(one_line(f"{daemon} does not answer: {what}")) from error
         raise IohubError(_explain(daemon, error)) from error
 
 

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,23 @@ import pytest
 
 from common.config import DeviceConfig, VmConfig
 from common.control import call
-from common.errors import UsageError
+from common.ctl.answers import ask
+from common.errors import PeerGone, UsageError
 from common.mpqemu import ERROR, SYSMEM, Command
 from common.pci import PCI_COMMAND, parse_devfn
 from common.remoted_interface import NoSuchDevice, NotDrivable
 from common.remoted_interface import Remoted as Interface
+from common.trust import Trust
 from remoted.control import RemotedService
 from remoted.devices.irq_line import IrqLine
 from remoted.main import Remoted
 from remoted.server import DeviceServer
+from remoted.watchdog import Watchdog
 from tests.support.fds import count_fds
 from tests.support.loops import running
 from tests.support.remotebench import MEM_BASE, LineDevice, RemoteBench
 from tests.support.varlinkreply import status_of
+from tests.support.wait import wait_until
 
 DEVICES = {"line0": ("irq-line", "05.0", IrqLine), "dev0": ("line-device", "06.1", LineDevice)}
 
@@ -339,11 +346,42 @@ def test_an_inherited_connection_that_has_ended_is_closed(tmp_path: Path) -> Non
     daemon.close()
 
 
+def test_who_calls_while_a_devices_code_hangs_is_told_which_and_for_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, released: threading.Event
+) -> None:
+    monkeypatch.setattr("remoted.main.Watchdog", lambda: Watchdog(0.02, 0.1))
+    monkeypatch.setattr(IrqLine, "set_intx", lambda _self, level: level and released.wait(20))
+    daemon = daemon_of(tmp_path, config_of("line0", "remoted.devices.irq_line:IrqLine", "05.0"))
+    with closing(daemon), running(daemon._loop):
+        function = daemon._servers[0].function
+
+        def hang() -> None:
+            function.drive_intx(True)
+
+        daemon._loop.call_soon_threadsafe(hang)
+        wait_until(lambda: function.stall != "", "the watchdog has noticed")
+        with pytest.raises(PeerGone) as error:
+            ask(tmp_path, "remoted", Trust(), "Status")
+        place = r"the device's code has not returned for \d s: setting the INTx line"
+        assert re.fullmatch(f"remoted does not answer: line0: {place}", str(error.value))
+        released.set()
+        wait_until(lambda: "took" in function.stall, "the watchdog has noticed its end")
+        assert ask(tmp_path, "remoted", Trust(), "Status")["vm"] == "vm1"
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """What a device waits for that hangs."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
 def test_a_second_daemon_in_the_same_runtime_directory_is_refused(tmp_path: Path) -> None:
     first = daemon_of(tmp_path)
-    before = count_fds()
+    before, files = count_fds(), sorted(os.listdir(tmp_path))
     with pytest.raises(UsageError, match=rf"\[{os.getpid()}\] runs in {tmp_path} already: stop it"):
         daemon_of(tmp_path, config_of("line1", "remoted.devices.irq_line:IrqLine", "05.0"))
     assert count_fds() == before
-    assert os.listdir(tmp_path) == ["remoted.varlink"]
+    assert sorted(os.listdir(tmp_path)) == files
     first.close()

@@ -279,7 +279,7 @@ class Uart16550:
         self.modem.write_mcr(value)
         self._update_irq()
         if self.modem.is_loopback:
-            # What a busy line has refused goes round, or a driver's test of the loop would wait for the line.
+            # What a busy line has refused is looped back, or a driver's loopback test would wait for the line.
             self.transmit_ready()
         self._input_ready()
 

@@ -39,7 +39,7 @@ class ModemLines:
         self.power_on()
 
     def power_on(self) -> None:
-        """Master reset: the pins are as before, and no change is noted."""
+        """Master reset: the pins keep their levels, and the delta bits are cleared."""
         self.mcr = UART_MCR_OUT2
         self.msr = self._pins
 
@@ -65,7 +65,7 @@ class ModemLines:
         return value
 
     def _update(self) -> None:
-        """Notes the inputs. Each that changed sets its delta bit; RI only when it goes off (trailing edge)."""
+        """Puts the inputs into MSR. Each that has changed sets its delta bit; RI only when it goes off."""
         mcr = self.mcr
         if mcr & UART_MCR_LOOP:
             # OUT2, OUT1, DTR and RTS are wired to DCD, RI, DSR and CTS.

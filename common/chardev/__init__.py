@@ -2,8 +2,8 @@
 """Character devices: what the far end of a serial line is. ``null``, ``pty``, ``file:PATH``, ``unix:PATH``.
 
 A line has back-pressure in both directions: a chardev reads no more than the device has room for, and when a
-reader falls behind by the size of the output buffer, write() says so and the device waits. Output is dropped, and
-counted, while nobody is there. Input of a user who has left is still delivered. Nothing blocks.
+reader falls behind by the size of the output buffer, write() says so and the device waits. Output is dropped and
+counted while no user is connected. Input of a user who has left is still delivered. Nothing blocks the loop.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ __all__ = ["Chardev", "Frontend", "UnixChardev", "open_chardev"]
 def open_chardev(
     spec: str, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
 ) -> Chardev:
-    """Opens the far end that the text describes. ``on_connected`` is told when somebody comes or goes.
+    """Opens the far end that the text describes. ``on_connected(connected)`` is called when
+    a user connects or leaves.
 
     Raises UsageError for another text and for a path that can't be used.
     """

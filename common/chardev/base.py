@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a device knows of its line's far end, and the far end of the device."""
+"""The interface between a device and its chardev; the chardev that is ``null``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Protocol
 __all__ = ["MAX_OUTPUT", "Chardev", "Frontend"]
 
 MAX_OUTPUT = 4096
-"""bytes kept for a reader that is slow"""
+"""bytes that are buffered for a slow reader"""
 
 
 class Frontend(Protocol):
-    """The device's side of the line."""
+    """The device, as its chardev sees it."""
 
     def can_receive(self) -> int:
         """How many characters the device has room for."""
@@ -26,24 +26,24 @@ class Frontend(Protocol):
 
 
 class Chardev:
-    """A line's far end. This one is ``null``: nothing comes, and output is discarded."""
+    """The far end of a serial line. This one is ``null``: it has no input, and discards output."""
 
     connected = True
-    """whether somebody is there"""
+    """whether a user is connected"""
     dropped_output = 0
-    """bytes that the device wrote and that were dropped, as nobody was there to take them"""
+    """bytes of output that were dropped: no user was connected or the file could not be written"""
     dropped_input = 0
-    """bytes that were sent to the device and that were dropped, as it didn't read them"""
+    """bytes of input that were dropped: the device did not read them"""
 
     def write(self, data: bytes | bytearray) -> int:
-        """Takes characters and answers how many; if not all, Frontend.transmit_ready() tells when to go on."""
+        """Takes characters and returns how many; if not all, Frontend.transmit_ready() tells when to go on."""
         return len(data)
 
     def resume(self) -> None:
         """The device may have room again."""
 
     def amiss(self) -> Iterator[str]:
-        """What an operator should know, in words: a source for common.amiss."""
+        """What an operator should act on, in words: a source for common.amiss."""
         yield from ()
 
     def close(self) -> None:

@@ -21,8 +21,8 @@ _CLOSE_SECONDS = 1.0
 class FileChardev(Chardev):
     """Output into a file, truncated first, as QEMU's ``-chardev file``.
 
-    A thread of its own writes: a disk, a server of a network or FUSE filesystem, or the reader of a FIFO may take
-    as long as it likes, and O_NONBLOCK changes nothing for regular files (open(2)).
+    A thread writes to it: a disk, the server of a network or FUSE filesystem or the reader of a FIFO may take any
+    time, and O_NONBLOCK has no effect on regular files (open(2)).
     """
 
     def __init__(self, path: str, loop: EventLoop, log: Log, frontend: Frontend) -> None:
@@ -83,7 +83,7 @@ class FileChardev(Chardev):
     def _start(self) -> bool:
         """Starts the thread; False if there is none to be had, which the next call tries again."""
         if self._thread is None:
-            # A daemon thread: one that waits for the file must not keep the process.
+            # A daemon thread, so that the process can end while the thread waits for the file.
             thread = threading.Thread(target=self._run, name="file", daemon=True)
             try:
                 thread.start()

@@ -22,10 +22,10 @@ _READ_SIZE = 4096
 
 
 class PtyChardev(StreamChardev):
-    """The master of a pseudo-terminal in raw mode. Somebody is there while the slave is open.
+    """The master of a pseudo-terminal in raw mode. A user is connected while the slave is open.
 
-    The master's fd tells when the last slave is closed, not when one is opened: inotify tells that. When a user
-    has gone, what he didn't read is dropped and raw mode is set again, as he may have left echo on.
+    The master's fd reports when the last slave is closed, but not when one is opened: inotify reports that. When a
+    user has left, the output that was not read is dropped and raw mode is set again: the user may have set echo.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PtyChardev(StreamChardev):
             self._loop.add(fd, self._on_open)
         except OSError as error:
             self._log.warning(
-                "%s: a user is noticed at the first byte in either direction, not when he opens it: %s",
+                "%s: a user is noticed at the first byte in either direction, not at open(): %s",
                 self._path,
                 error.strerror,
             )
@@ -93,7 +93,7 @@ class PtyChardev(StreamChardev):
         super()._hang_up()
 
     def _drop_unread(self) -> None:
-        """Drops what waits in the terminal; once for each user, as the close here is reported as another end."""
+        """Drops the output in the terminal. Only once for each user: the close() here causes another EPOLLHUP."""
         termios.tcflush(self._fd, termios.TCOFLUSH)
         slave = os.open(self._path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -102,6 +102,6 @@ class PtyChardev(StreamChardev):
             os.close(slave)
 
     def _on_end_of_input(self) -> None:
-        # The read has said that the slave was closed; by now the next user may have opened it.
+        # The slave had been closed when the read failed; the next user may have opened it since.
         self._hang_up()
         self._look_again()

@@ -20,7 +20,7 @@ __all__ = ["StreamChardev"]
 
 
 class StreamChardev(Chardev):
-    """Somebody is there from open or connect until both directions are closed (POLLHUP)."""
+    """A user is connected from its open() or connect() until both directions are closed (POLLHUP)."""
 
     connected = False
 
@@ -36,7 +36,7 @@ class StreamChardev(Chardev):
         self._output = bytearray()
         self._blocked = False  # write() hasn't taken all
         self._paused = False  # there may be input that the device had no room for
-        self._dropped_before = 0  # dropped_output when somebody came or went last
+        self._dropped_before = 0  # dropped_output at the last change of connected
 
     def write(self, data: bytes | bytearray) -> int:
         if not self.connected and not self._look_again():
@@ -79,7 +79,7 @@ class StreamChardev(Chardev):
             self._detach()
 
     def _name(self) -> str:
-        """What an operator connects to."""
+        """The path that a user opens or connects to."""
         raise NotImplementedError
 
     def _attach(self, fd: int) -> None:
@@ -89,7 +89,7 @@ class StreamChardev(Chardev):
         self._loop.add(fd, self._on_event, EPOLLIN | EPOLLET)
 
     def _detach(self) -> None:
-        """Watches it no more, and closes it."""
+        """Stops to watch the fd, and closes it."""
         fd, self._fd = self._fd, -1
         self._loop.remove(fd)
         self._hup.unregister(fd)
@@ -103,19 +103,19 @@ class StreamChardev(Chardev):
         return os.read(self._fd, size)
 
     def _has_input(self) -> bool:
-        """Whether there is anything to read from, be there something or not."""
+        """Whether there is a source of input; it may have none at present."""
         return self._fd >= 0
 
     def _wake_input(self) -> None:
-        """Has _receive() called from the loop if there is input."""
+        """Lets the loop call _receive() if there is input."""
         self._rearm()
 
     def _look_again(self) -> bool:
-        """Whether somebody is there although nobody was."""
+        """Checks for a user that no event has reported; returns ``connected``."""
         return False
 
     def _hang_up(self) -> None:
-        """Nobody is there any more."""
+        """The user has left."""
         self._drop_output()
         self._set_connected(False)
 
@@ -130,14 +130,14 @@ class StreamChardev(Chardev):
             self._frontend.transmit_ready()
 
     def _on_write_error(self) -> None:
-        """Who was there has gone, or takes no more output."""
+        """The user has left, or has shut down the direction of output."""
         if self._is_hung_up():
             self._hang_up()
         else:
             self._drop_output()
 
     def _on_end_of_input(self) -> None:
-        """Who was there has gone, or sends no more."""
+        """The user has left, or has shut down the direction of input."""
         if self._is_hung_up():
             self._hang_up()
 
@@ -154,7 +154,7 @@ class StreamChardev(Chardev):
         self._loop.modify(self._fd, EPOLLIN | EPOLLET | (EPOLLOUT if self._output else 0))
 
     def _on_event(self, events: int) -> None:
-        if events & EPOLLOUT or self._output:  # a client that reads no more is noticed by the write alone
+        if events & EPOLLOUT or self._output:  # only a write tells that a client reads no more
             self._flush()
         if events & (EPOLLIN | EPOLLHUP | EPOLLERR):
             self._receive()

@@ -17,15 +17,15 @@ from common.peer import peer_credentials
 __all__ = ["UnixChardev"]
 
 MAX_LEFT_BEHIND = 1 << 18
-"""bytes of input kept of clients that have gone; a socket's default buffer holds no more"""
+"""bytes of input kept of clients that have left; more than a socket's default buffer holds"""
 _READ_SIZE = 1 << 14
 
 
 class UnixChardev(StreamChardev):
     """A listening UNIX socket. One client at a time; the next one waits until the first has gone.
 
-    A client that has shut down one direction is still there for the other one. When it has gone, what it sent is
-    kept for the device, and comes before what the next client sends.
+    A client that has shut down one direction is still served in the other one. When a client has left, its input
+    is kept for the device and is delivered before that of the next client.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class UnixChardev(StreamChardev):
             self._listener.resume()
 
     def _keep_input(self) -> None:
-        """Takes what a client that has gone sent, so that the next one doesn't have to wait for the device."""
+        """Takes the input of a client that has left, so that the next one needn't wait for the device."""
         dropped = 0
         with contextlib.suppress(OSError):
             while data := super()._read(_READ_SIZE):

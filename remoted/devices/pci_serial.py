@@ -18,7 +18,7 @@ class PciSerial(PciFunction):
     """One serial port.
 
     ``chardev`` is its far end: null (the default), pty, file:PATH or unix:PATH. With ``carrier=on`` the modem
-    inputs DCD and DSR tell whether somebody is there; otherwise, as in QEMU, they are always on.
+    inputs DCD and DSR are on while a user is connected; otherwise, as in QEMU, they are always on.
     """
 
     VENDOR_ID = 0x1B36
@@ -28,7 +28,7 @@ class PciSerial(PciFunction):
     BARS: ClassVar = {0: Bar(BarKind.IO, 8)}
     OPTIONS = (
         Option("chardev", str, "null", "its other end: null, pty, file:PATH or unix:PATH"),
-        Option("carrier", bool, False, "whether DCD and DSR tell that somebody is there"),
+        Option("carrier", bool, False, "whether DCD and DSR are on only while a user is connected"),
     )
 
     PARTS = ("_uart", "_uart.modem")

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import select
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from common.chardev import Chardev, file
 from common.errors import UsageError
 from tests.support.chardevbench import Device
 from tests.support.steploop import run_until
+from tests.support.threads import wait_until_blocked_in_write
 from tests.support.wait import wait_until
 
 
@@ -96,6 +98,25 @@ def test_a_file_that_takes_its_time_holds_only_the_device_up(device: Device, tmp
     os.close(reader)
 
 
+def test_output_that_comes_during_a_write_follows(device: Device, tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = open_late(device, path)
+    writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(1 << 16)):
+            pass
+    os.close(writer)
+    device.write(b"first")
+    wait_until_blocked_in_write(device.chardev._thread)  # type: ignore[attr-defined]
+    device.write(b"second")
+    received = bytearray()
+    while not received.endswith(b"second"):
+        received += os.read(reader, 1 << 16)
+    assert received.lstrip(b"\0") == b"firstsecond"
+    os.close(reader)
+
+
 def test_a_fifo_whose_reader_comes_and_goes(device: Device, tmp_path: Path) -> None:
     """Meanwhile output is dropped, and the status says so."""
     path = tmp_path / "fifo"
@@ -110,6 +131,30 @@ def test_a_fifo_whose_reader_comes_and_goes(device: Device, tmp_path: Path) -> N
     os.set_blocking(reader, True)
     assert os.read(reader, 100) == b"fresh"
     run_until(device.loop, lambda: not list(device.chardev.amiss()))
+    os.close(reader)
+
+
+def test_closing_waits_for_what_was_written(device: Device, tmp_path: Path) -> None:
+    """Within its time: here the reader begins to read when the chardev is being closed."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = open_late(device, path)
+    sent = fill(device, path)
+    chardev = device.chardev
+    received = bytearray()
+
+    def read_all() -> None:
+        wait_until(lambda: chardev._is_closing, "it is being closed")  # type: ignore[attr-defined]
+        while data := os.read(reader, 1 << 16):
+            received.extend(data)
+
+    thread = threading.Thread(target=read_all)
+    thread.start()
+    device.chardev.close()
+    assert not chardev._thread.is_alive()  # type: ignore[attr-defined]
+    device.chardev = Chardev()
+    thread.join()
+    assert received == sent
     os.close(reader)
 
 

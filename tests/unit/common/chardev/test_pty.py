@@ -9,14 +9,13 @@ import random
 import termios
 import threading
 import tty
-from pathlib import Path
 
 import pytest
 
 from common import inotify
 from tests.support.chardevbench import Device, PtyUser, connect
 from tests.support.steploop import run_ready, run_until
-from tests.support.wait import wait_until
+from tests.support.threads import wait_until_blocked_in_write
 
 
 def test_is_raw_from_the_start_and_after_each_user(device: Device, pty_user: PtyUser) -> None:
@@ -71,9 +70,7 @@ def test_setting_raw_mode_does_not_wait_for_the_next_user(device: Device, pty_us
     written: list[int] = []
     writer = threading.Thread(target=lambda: written.append(os.write(stream.fd, data)))
     writer.start()
-    system_call = Path(f"/proc/self/task/{writer.native_id}/syscall")
-    write_number = "1 "  # x86-64
-    wait_until(lambda: system_call.read_text().startswith(write_number), "the writer is blocked")
+    wait_until_blocked_in_write(writer)
     hang_up = threading.Thread(target=device.chardev._hang_up, daemon=True)  # type: ignore[attr-defined]
     hang_up.start()
     hang_up.join(10.0)

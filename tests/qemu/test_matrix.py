@@ -14,6 +14,7 @@ import pytest
 
 from common import pci
 from common.ctl.guestconsole import Record, Reply
+from common.serial_reg import UART_MSR, UART_MSR_ANY_DELTA
 from tests.support.matrix import OURS, STOCK, Cell
 from tests.support.qemuguest import QemuGuest
 
@@ -32,16 +33,33 @@ class Defect(Enum):
     LEAVES_A_DISABLED_LINE = (
         "QEMU's proxy leaves the line up in KVM when INTX_DISABLE is set: one more interrupt"
     )
+    GETS_A_VECTOR_TOO_MANY = (
+        "QEMU's timer may make KVM look at a PIC that is handling an EOI and hasn't lowered the line yet "
+        "(pic_clear_isr() in arch/x86/kvm/i8259.c unlocks in between): the guest gets vector 7 or 15"
+    )
     STORMS_AFTER_INTX_DISABLE = (
         "QEMU's remote counts a line that is high four times more when INTX_DISABLE goes"
+    )
+    MAY_ASSERT_A_RISE_TWICE = (
+        "QEMU's remote may judge an EOI from before a rise only after it, and assert the line once more"
     )
     REFUSES_THE_LAST_CONFIG_BYTES = (
         "QEMU's remote exits when one of the last three bytes of config space is read"
     )
 
 
-PROXY_DEFECTS = frozenset({Defect.DROPS_A_REROUTED_LINE, Defect.LEAVES_A_DISABLED_LINE})
-REMOTE_DEFECTS = frozenset({Defect.STORMS_AFTER_INTX_DISABLE, Defect.REFUSES_THE_LAST_CONFIG_BYTES})
+PROXY_DEFECTS = frozenset(
+    {Defect.DROPS_A_REROUTED_LINE, Defect.LEAVES_A_DISABLED_LINE, Defect.GETS_A_VECTOR_TOO_MANY}
+)
+REMOTE_DEFECTS = frozenset(
+    {
+        Defect.STORMS_AFTER_INTX_DISABLE,
+        Defect.MAY_ASSERT_A_RISE_TWICE,
+        Defect.REFUSES_THE_LAST_CONFIG_BYTES,
+    }
+)
+MOST_SPURIOUS = 20
+"""of 2000 interrupts; in most runs there is none"""
 
 
 class Setting(NamedTuple):
@@ -147,7 +165,10 @@ def transcript(command: Callable[[str], Reply]) -> list[str]:
     for line in script(base):
         reply = command(line)
         assert reply.ok, f"{line}: {reply.reason}"
-        lines.append(f"{line}: {reply.result.fields.get('value')}")
+        value = reply.result.fields.get("value")
+        if line == f"in 8 {base + UART_MSR}" and value is not None:
+            value = f"{int(value, 16) & ~UART_MSR_ANY_DELTA:#x}"  # in loopback QEMU notes no change
+        lines.append(f"{line}: {value}")
     return lines
 
 
@@ -164,14 +185,18 @@ def test_every_access_is_answered_alike(cell: Cell, known: list[str]) -> None:
     assert transcript(cell.command) == known
 
 
-def test_2000_interrupts(cell: Cell) -> None:
-    """None is lost, and none comes that nobody has raised."""
+def test_2000_interrupts(cell: Cell, setting: Setting) -> None:
+    """None is lost, and none comes that nobody has raised, but for the stock ends' defects."""
     cell.ok("run 2000")
     stats = cell.ok("stats")
     (function,), (irq,), (vectors,) = (stats.of_kind(kind) for kind in ("function", "irq", "vectors"))
     assert [function.number(key) for key in ("raised", "served", "lost", "redone")] == [2000, 2000, 0, 0]
-    assert [irq.number(key) for key in ("entries", "spurious", "orphaned", "stuck")] == [2000, 0, 0, 0]
-    assert (vectors.number("spurious7"), vectors.number("spurious15")) == (0, 0)
+    spurious = irq.number("spurious")
+    assert [irq.number(key) for key in ("entries", "orphaned", "stuck")] == [2000 + spurious, 0, 0]
+    most_spurious = MOST_SPURIOUS if Defect.MAY_ASSERT_A_RISE_TWICE in setting.defects else 0
+    assert spurious <= most_spurious
+    most_vectors = MOST_SPURIOUS if Defect.GETS_A_VECTOR_TOO_MANY in setting.defects else most_spurious
+    assert vectors.number("spurious7") + vectors.number("spurious15") <= most_vectors
 
 
 def test_lines_that_stay_high_at_eoi_come_again(cell: Cell) -> None:

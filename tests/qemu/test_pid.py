@@ -182,6 +182,17 @@ def test_sigterm_takes_the_line_out_of_the_vm(guest: CountGuest, pair: Pair) -> 
     assert "stood still for" in (pair.proxyd.log).read_text()
 
 
+def test_a_process_that_is_stopped_by_a_signal_is_amiss(guest: CountGuest, pair: Pair) -> None:
+    def amiss() -> object:
+        return call(pair._directory / "proxyd.varlink", "org.iohub.Proxyd.Status")["amiss"]
+
+    assert amiss() == []
+    os.kill(guest.pid, signal.SIGSTOP)
+    wait_until(lambda: amiss() == [f"pid:{guest.pid} is stopped by a signal"], "it is told")
+    os.kill(guest.pid, signal.SIGCONT)
+    wait_until(lambda: amiss() == [], "it is told")
+
+
 def test_the_daemon_ends_with_the_process(guest: CountGuest, pair: Pair) -> None:
     guest.process.kill()
     assert pair.proxyd.process.wait(20) == 0

@@ -110,7 +110,8 @@ class QmpBench:
         self.command(f"run {rounds} held 4")
         counts = {key: count - before[key] for key, count in self._counts().items()}
         expected = rounds * len(self._devices)
-        assert counts == {"served": expected, "lost": 0, "redone": 0, "spurious": 0, "stuck": 0, "vectors": 0}
+        assert counts.pop("vectors") <= 1  # KVM's own, beside QEMU's timer: see test_matrix
+        assert counts == {"served": expected, "lost": 0, "redone": 0, "spurious": 0, "stuck": 0}
 
     def eject(self, *slots: int) -> None:
         """The guest lets slots go as soon as QEMU asks for all of them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from common import mpqemu, pci
 from common.amiss import Amiss
@@ -25,6 +25,7 @@ from proxyd.control import ProxydService
 from proxyd.kvm.kvm_h import KVM_IOAPIC_NUM_PINS
 from proxyd.pci.links import LinkKeeper
 from proxyd.vm.pid.inject import Line, Target
+from proxyd.vm.procstat import is_stopped
 
 __all__ = ["Attached"]
 
@@ -196,6 +197,7 @@ class Attached:
         except BaseException:
             self._control.close()
             raise
+        interface.amiss.add(self._amiss)
         self._keeper = LinkKeeper(loop)
         self._functions += [
             _Function(
@@ -225,6 +227,10 @@ class Attached:
         self._control.close()
         self._loop.remove(self._target.fileno())
         self._target.close()
+
+    def _amiss(self) -> Iterator[str]:
+        if is_stopped(self._target.pid):
+            yield f"pid:{self._target.pid} is stopped by a signal"
 
     def _on_exit(self, _events: int) -> None:
         self._log.info("pid:%d has exited", self._target.pid)

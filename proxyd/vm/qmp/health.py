@@ -6,17 +6,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+from proxyd.vm.procstat import is_stopped
 from proxyd.vm.qmp.monitor import Monitor
 from proxyd.vm.qmp.qemu import run_state
 
-__all__ = ["Health", "is_stopped", "process_start"]
+__all__ = ["Health"]
 
 _ASK_SECONDS = 5.0
 """how often QEMU is asked whether its guest runs, and so whether it answers"""
 _SILENCE_SECONDS = 2.0
 """how long an answer may take before that is told"""
 _MAX_STATE = 40
-_STARTTIME = 19  # fields after the name in proc_pid_stat(5)
 
 
 class Health:
@@ -61,27 +61,3 @@ class Health:
         if not self.is_running:
             state = self._state[:_MAX_STATE]
             yield "the guest is paused" if state == "paused" else f"the guest doesn't run: QEMU says {state}"
-
-
-def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped by a signal (proc_pid_stat(5)); False where that can't be seen."""
-    return _stat(pid)[:1] == [b"T"]
-
-
-def process_start(pid: int) -> tuple[int, int] | None:
-    """What tells a process from a later one with its number: that, and when it was started.
-
-    None for a process that is gone or can't be seen.
-    """
-    fields = _stat(pid)
-    return (pid, int(fields[_STARTTIME])) if len(fields) > _STARTTIME else None
-
-
-def _stat(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat after the name, none if it can't be read."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name, in parentheses, may contain anything.
-            return file.read().rpartition(b")")[2].split()
-    except OSError:
-        return []

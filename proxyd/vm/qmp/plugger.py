@@ -30,9 +30,10 @@ from common.pci import format_devfn
 from common.peer import PeerCredentials
 from common.service import notify
 from proxyd.control import ProxydService
+from proxyd.vm.procstat import is_stopped, process_start
 from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.function import Function
-from proxyd.vm.qmp.health import Health, is_stopped, process_start
+from proxyd.vm.qmp.health import Health
 from proxyd.vm.qmp.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory
 from proxyd.vm.qmp.servers import find_servers

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_second_daemon_touches_nothing_of_the_first(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"\[{os.getpid()}\] runs in {tmp_path} already: stop it"):
         Embedded("iohub-proxyd", config_in(tmp_path), loop)
     assert count_fds() == before
-    assert sorted(os.listdir(tmp_path)) == ["proxyd.console", "proxyd.varlink"]
+    assert {"proxyd.console", "proxyd.varlink"} <= set(os.listdir(tmp_path))
     first.close()
     loop.close()
 
@@ -87,6 +88,22 @@ def test_close_before_run(tmp_path: Path) -> None:
     loop.close()
     assert count_fds() == before
     assert not list(tmp_path.iterdir())
+
+
+def test_no_thread_for_the_vcpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = count_fds()
+    loop = Loop()
+    vm = Embedded("iohub-proxyd", config_in(tmp_path), loop)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(UsageError, match=r"^no thread for the guest's CPU: can't start new thread$"):
+            vm.run()
+    vm.close()
+    loop.close()
+    assert count_fds() == before
 
 
 def test_close_of_a_guest_that_has_died(tmp_path: Path) -> None:

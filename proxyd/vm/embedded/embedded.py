@@ -121,9 +121,13 @@ class VcpuThread:
         self._thread = threading.Thread(target=self._run, name="vcpu0", daemon=True)
 
     def start(self) -> None:
-        """Lets the guest run."""
+        """Lets the guest run. Raises UsageError if the system has no room for one more thread."""
         self._is_running = True
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._is_running = False
+            raise UsageError(f"no thread for the guest's CPU: {error}") from error
 
     def stop(self) -> None:
         """Ends the thread; it may be in the guest. Accesses that wait for a remote must have been aborted."""
@@ -176,7 +180,10 @@ class Embedded:
             self._opened = opened.pop_all()
 
     def run(self) -> int:
-        """Runs the guest until the loop is stopped, or until it can't go on. Returns the exit status."""
+        """Runs the guest until the loop is stopped, or until it can't go on. Returns the exit status.
+
+        Raises UsageError if it can't be started.
+        """
         self._log.info("running the embedded guest on /dev/kvm; --vm qmp:SOCKET or pid:PID is for yours")
         self._loop.on_signal(KICK_SIGNAL, lambda: None)
         self._board.start("kvm", self._machine.tsc_khz())  # the vCPU can't be asked once it runs

@@ -175,7 +175,7 @@ class World:
     def settle(self) -> None:
         """Whatever was said to a remote has been handled there, and what it wrote has arrived."""
         for function in self.functions:
-            for _ in range(2):  # what a pass finds besides the call is handled at its end
+            for _ in range(4):  # a message may take a pass, and a resample that waits for it the next
                 if function.remote is not None:
                     done = threading.Event()
                     function.remote._loop.call_soon_threadsafe(done.set)

@@ -30,7 +30,7 @@ from asyncvarlink import (
 from asyncvarlink.conversion import ConversionError
 from asyncvarlink.serviceinterface import InvalidParameter, VarlinkServiceInterface
 
-from common.disposal import refuse_fds
+from common.disposal import Disposal, refuse_fds
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited
 from common.listen import UnixListener
@@ -69,6 +69,7 @@ class ControlServer:
         Raises UsageError when the path can't be listened at, or is that of a daemon that runs already: whoever
         makes this before it takes anything else disturbs that one in nothing.
         """
+        self.disposal = Disposal()
         self._loop = loop
         self._log = RateLimited(log)
         self._registry = VarlinkInterfaceRegistry()
@@ -79,7 +80,7 @@ class ControlServer:
         self._clients: dict[_Client, None] = {}  # the one that has been silent for longest comes first
         self._callers: dict[_Client, None] = {}  # those with a call to be answered, in their order
         try:
-            self._listener = UnixListener(loop, path, self._on_client, self._log)
+            self._listener = UnixListener(loop, path, self._on_client, self._log, self.disposal)
         except SocketInUse as error:
             raise UsageError(
                 f"{error.owner} runs in {os.path.dirname(path)} already: stop it, or choose another --runtime-dir"
@@ -174,7 +175,7 @@ class _Client:
     def close(self) -> None:
         """Hangs up. Called once."""
         self._loop.remove(self._sock.fileno())
-        self._sock.close()
+        self._server.disposal.hang_up(self._sock)
         self._server.forget(self)
 
     def answer(self) -> None:
@@ -226,7 +227,7 @@ class _Client:
         """Reads at most the rest of one message of full length. False at the end of the stream."""
         have = len(self._input)
         try:
-            data = self._sock.recv(MAX_MESSAGE + 1 - have)
+            data = self._server.disposal.receive(self._sock, MAX_MESSAGE + 1 - have)
         except BlockingIOError:
             return True
         self._input += data
@@ -299,12 +300,13 @@ def _receive_reply(sock: socket.socket, expires: float) -> bytes:
     """The first message, without its zero byte. Raises OSError, TimeoutError at a time by the monotonic clock too,
     and ProtocolError for a message that is too long."""
     received = bytearray()
+    disposal = Disposal()
     while True:
         remaining = expires - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
         sock.settimeout(remaining)
-        data = sock.recv(1 << 16)
+        data = disposal.receive(sock, 1 << 16)
         if not data:
             raise ConnectionResetError(errno.ECONNRESET, "it hung up instead of answering")
         end = data.find(0)

@@ -2,12 +2,15 @@
 """Closing what peers sent, or left behind in a socket, without waiting for them.
 
 A close may take as long as the file's owner likes: a TCP socket lingers (SO_LINGER, socket(7)), a FUSE server
-leaves FLUSH unanswered, a UNIX socket closes the fds in its queue first. So only files that are known to be
-harmless are closed at once. All others are closed by a thread, which exists as long as there are any: peers that
-keep to the protocol never need it.
+leaves FLUSH unanswered, a UNIX socket closes the fds in its queue first, the last close of a memfd frees some
+gigabytes a second. So only what is known to be quick is closed at once: eventfds, of which an irqfd leaves KVM by
+its last close, and memory of which another fd is kept. All others are closed by a thread, which exists as long as
+there are any.
 
-The kernel closes fds in the reading thread, too, if a read has no room for them: in its control buffer, which must
-take SCM_MAX_FD, or below the process's limit of open files. That one can still be reached, hence the bounds here.
+The kernel closes fds in the reading thread if a read has no room for them: without a control buffer, with one that
+takes fewer than SCM_MAX_FD, or at the process's limit of open files. So every UNIX socket of a daemon is read by
+recvmsg(2) with room, also one that refuses fds, which it can since Linux 6.16 only. The limit of open files can
+still be reached, hence the bounds here.
 """
 
 from __future__ import annotations
@@ -21,11 +24,19 @@ import socket
 import termios
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from common.notifier import is_eventfd
 
-__all__ = ["ANCILLARY_SIZE", "Disposal", "count_unread", "is_memory", "receive_urgent_inline", "refuse_fds"]
+__all__ = [
+    "ANCILLARY_SIZE",
+    "Disposal",
+    "count_unread",
+    "is_memory",
+    "receive_urgent_inline",
+    "received_fds",
+    "refuse_fds",
+]
 
 _SCM_MAX_FD = 253
 """fds in one message at most (include/net/scm.h)"""
@@ -44,7 +55,9 @@ class Disposal:
     ``is_full``, no new ones are served. Any thread may use it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Callable[[], Iterable[int]] = tuple) -> None:
+        """``kept()`` gives fds of the peers' memory that are in use: other fds of it are closed at once."""
+        self._kept = kept
         self._pending: deque[int] = deque()
         self._is_running = False
         self._lock = threading.Lock()  # never held while an fd is closed
@@ -57,18 +70,28 @@ class Disposal:
             return len(self._pending) >= _MAX_PENDING
 
     def close_fds(self, fds: Iterable[int]) -> bool:
-        """Closes fds that a peer sent: before it returns if they are eventfds or memory, soon otherwise.
+        """Closes fds that a peer sent: before it returns if that is quick, soon otherwise.
 
-        Returns whether there were such others.
+        Returns whether there were any whose close may take long.
         """
-        has_others = False
+        is_slow = False
         for fd in fds:
-            if is_memory(fd) or is_eventfd(fd):
+            if is_eventfd(fd) or (is_memory(fd) and self._is_kept(fd)):
                 os.close(fd)
             else:
                 self._hand_over(fd)
-                has_others = True
-        return has_others
+                is_slow = True
+        return is_slow
+
+    def receive(self, sock: socket.socket, size: int) -> bytes:
+        """Reads from a UNIX socket that should carry no fds, as sock.recv() does; closes those that come.
+
+        Raises OSError.
+        """
+        data, ancillary, _, _ = sock.recvmsg(size, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+        if ancillary:
+            self.close_fds(received_fds(ancillary))
+        return data
 
     def hang_up(self, sock: socket.socket) -> None:
         """Ends a connection, at once for its peer and whoever else has a copy, and closes the socket."""
@@ -85,6 +108,10 @@ class Disposal:
             self._hand_over(sock.detach())
         else:
             sock.close()
+
+    def _is_kept(self, memory: int) -> bool:
+        status = os.fstat(memory)
+        return any(os.path.samestat(status, os.fstat(fd)) for fd in self._kept())
 
     def _hand_over(self, fd: int) -> None:
         with self._lock:
@@ -124,7 +151,7 @@ def is_memory(fd: int) -> bool:
 def refuse_fds(sock: socket.socket) -> None:
     """Lets peers of a UNIX socket send bytes only; of a listening one, the clients that connect from then on.
 
-    Before Linux 6.16 it does nothing. Then a read without control buffer closes in our thread whatever comes.
+    Before Linux 6.16 it does nothing: see Disposal.receive().
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
@@ -139,6 +166,15 @@ def receive_urgent_inline(sock: socket.socket) -> None:
     Otherwise the next read drops it, with its fds, in our thread (manage_oob() in net/unix/af_unix.c).
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
+def received_fds(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
+    """The fds among what recvmsg() returned besides the data; the caller's to close."""
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds
 
 
 def count_unread(sock: int) -> int:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from common import mpqemu
-from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
+from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, received_fds, refuse_fds
 from common.errors import PeerGone, ProtocolError, ShortageError, UntrustedError
 from common.mpqemu import HEADER, Command
 from common.peer import PeerCredentials, peer_credentials
@@ -314,12 +314,3 @@ class Client:
             self._disposal.close_fds(received_fds(ancillary))
             raise ProtocolError("the peer sent file descriptors with a reply")
         return count
-
-
-def received_fds(ancillary: _Ancillary) -> array.array[int]:
-    """The fds that a recvmsg() has brought; they are the caller's to close."""
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return fds

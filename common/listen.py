@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 
-from common.disposal import Disposal, refuse_fds
+from common.disposal import Disposal, receive_urgent_inline, refuse_fds
 from common.errors import UntrustedError, UsageError
 from common.journal import RateLimited
 from common.loop import EventLoop, Timer
@@ -29,14 +29,18 @@ class UnixListener:
         path: str,
         on_client: Callable[[socket.socket], None],
         log: RateLimited,
-        disposal: Disposal | None = None,
+        disposal: Disposal,
         trust: Trust = TRUST,
+        *,
+        takes_fds: bool = False,
     ) -> None:
         """Binds and listens; a socket whose daemon is gone is replaced.
 
         ``on_client(sock)`` is called for one client a pass of the loop, and owns the non-blocking socket; if it
-        raises OSError, the client is hung up. With a ``disposal`` clients may send fds (without one see
-        refuse_fds()), and wait as long as it is full. Clients of users that ``trust`` doesn't include are hung up.
+        raises OSError, the client is hung up. Clients of users that ``trust`` doesn't include are hung up. Others
+        wait as long as ``disposal`` is full. Unless ``takes_fds``, they can't send fds where the kernel can refuse
+        them.
+
         Raises SocketInUse when a live daemon has the path, UsageError when it is no socket or can't be bound, and
         UntrustedError when it is in a directory that other users can change.
         """
@@ -50,7 +54,7 @@ class UnixListener:
         self._pause: Timer | None = None
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            if disposal is None:
+            if not takes_fds:
                 refuse_fds(self._sock)
             self._inode = listen_at(self._sock, path, trust)
             try:
@@ -93,11 +97,10 @@ class UnixListener:
         self.hold()
         if self._sock.fileno() != -1:
             remove(self.path, self._inode)
-        if self._disposal is not None:
-            with contextlib.suppress(OSError):  # nobody is left, or it was closed already
-                self._sock.shutdown(socket.SHUT_RDWR)
-                while True:  # clients that were never taken may have sent fds
-                    self._disposal.hang_up(self._sock.accept()[0])
+        with contextlib.suppress(OSError):  # nobody is left, or it was closed already
+            self._sock.shutdown(socket.SHUT_RDWR)
+            while True:  # clients that were never taken may have sent fds
+                self._disposal.hang_up(self._sock.accept()[0])
         self._sock.close()
 
     def accept(self) -> socket.socket | None:
@@ -108,7 +111,7 @@ class UnixListener:
             return None
 
     def _on_ready(self, _events: int) -> None:
-        if self._disposal is not None and self._disposal.is_full:
+        if self._disposal.is_full:
             self._keep_waiting("too many file descriptors of earlier ones take long to close")
             return
         try:
@@ -119,25 +122,20 @@ class UnixListener:
         if sock is None:
             return
         sock.setblocking(False)
+        receive_urgent_inline(sock)
         try:
             self._trust.check_peer(sock)
             self._on_client(sock)
         except UntrustedError as error:
             self._log.warning("%s: refused: %s", self.path, error)
-            self._hang_up(sock)
+            self._disposal.hang_up(sock)
         except OSError as error:
-            self._hang_up(sock)
+            self._disposal.hang_up(sock)
             self._keep_waiting(error.strerror)
 
     def _watch(self) -> None:
         self._loop.add(self._sock.fileno(), self._on_ready, in_turn=True)
         self._is_watched = True
-
-    def _hang_up(self, sock: socket.socket) -> None:
-        if self._disposal is not None:
-            self._disposal.hang_up(sock)
-        else:
-            sock.close()
 
     def _keep_waiting(self, reason: str | None) -> None:
         self._log.warning("%s: can't take a client: %s", self.path, reason)

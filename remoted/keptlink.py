@@ -25,9 +25,8 @@ from collections.abc import Sequence
 from fcntl import ioctl
 
 from common import mpqemu
-from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline
+from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, received_fds
 from common.errors import IohubError, PeerGone, ProtocolError
-from common.link import received_fds
 from remoted.state import FunctionState
 
 __all__ = ["KeptLink"]

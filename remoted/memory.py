@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Guest RAM as SYNC_SYSMEM describes it, and DMA to it.
 
-A client sends the whole table each time, up to eight regions with one fd each; what it replaces goes before the
-next message is looked at. One memory serves one client: with its session the files go.
+A client sends the whole table each time, up to eight regions with one fd each; what it replaces is out of use
+before the next message is looked at. One memory serves one client: with its session the files go.
 
 The files stay the client's, which may truncate them at any time, make them larger than any address space, or leave
 them sparse. So what a client can make this process hold is bounded: RAM is read with pread(2), and mapped for a
@@ -77,6 +77,11 @@ class GuestMemory:
     def regions(self) -> list[tuple[int, int]]:
         """Start and size of every region, by address."""
         return [(region.start, region.end - region.start) for region in self._regions]
+
+    @property
+    def fds(self) -> list[int]:
+        """The fds of all regions."""
+        return [region.fd for region in self._regions]
 
     def sync(self, payload: bytes | memoryview, fds: Sequence[int]) -> list[int]:
         """Replaces all regions by those of a SYNC_SYSMEM payload, one for each fd.

@@ -42,7 +42,7 @@ class DeviceServer:
         self._on_idle = on_idle
         self._listener: UnixListener | None = None
         self._log = RateLimited(function.host.log)
-        self._disposal = Disposal()
+        self._disposal = Disposal(lambda: function.host.memory.fds)
         self._keeper: Keeper | None = None
         function.amiss.add(self._amiss)
 
@@ -69,7 +69,9 @@ class DeviceServer:
 
     def listen(self, path: str) -> None:
         """Takes clients at a path. Raises UsageError."""
-        self._listener = UnixListener(self._loop, path, self._on_client, self._log, self._disposal)
+        self._listener = UnixListener(
+            self._loop, path, self._on_client, self._log, self._disposal, takes_fds=True
+        )
         self.function.host.log.info("listening on %s", path)
 
     def serve(self, sock: socket.socket) -> None:

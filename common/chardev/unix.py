@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from common.chardev.base import Frontend
 from common.chardev.stream import StreamChardev
+from common.disposal import Disposal
 from common.journal import Log
 from common.listen import UnixListener
 from common.loop import EventLoop
@@ -34,7 +35,9 @@ class UnixChardev(StreamChardev):
         """Binds and listens. Raises UsageError."""
         super().__init__(loop, log, frontend, on_connected)
         self._left_behind = bytearray()
-        self._listener = UnixListener(loop, path, self._on_client, self._log)
+        self._disposal = Disposal()
+        self._client: socket.socket | None = None
+        self._listener = UnixListener(loop, path, self._on_client, self._log, self._disposal)
 
     def close(self) -> None:
         super().close()
@@ -47,7 +50,8 @@ class UnixChardev(StreamChardev):
     def _on_client(self, sock: socket.socket) -> None:
         self._listener.hold()
         self._log.info("%s: connected", self._listener.path, peer=str(peer_credentials(sock)))
-        self._attach(sock.detach())
+        self._client = sock
+        self._attach(sock.fileno())
         self._set_connected(True)
 
     def _hang_up(self) -> None:
@@ -61,7 +65,7 @@ class UnixChardev(StreamChardev):
         """Takes the input of a client that has left, so that the next one needn't wait for the device."""
         dropped = 0
         with contextlib.suppress(OSError):
-            while data := super()._read(_READ_SIZE):
+            while data := self._receive_bytes(_READ_SIZE):
                 kept = data[: MAX_LEFT_BEHIND - len(self._left_behind)]
                 self._left_behind += kept
                 dropped += len(data) - len(kept)
@@ -78,7 +82,15 @@ class UnixChardev(StreamChardev):
             data = bytes(self._left_behind[:size])
             del self._left_behind[:size]
             return data
-        return super()._read(size)
+        return self._receive_bytes(size)
+
+    def _receive_bytes(self, size: int) -> bytes:
+        return b"" if self._client is None else self._disposal.receive(self._client, size)
+
+    def _close_fd(self, fd: int) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            self._disposal.hang_up(client)
 
     def _has_input(self) -> bool:
         return bool(self._left_behind) or super()._has_input()

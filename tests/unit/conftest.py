@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common import disposal
 from common.loop import Loop
 from tests.support.fds import no_fd_is_left
 from tests.support.remotebench import LineDevice, Pair, Peer, RemoteBench
@@ -19,6 +20,12 @@ from tests.support.steploop import CountingLoop
 def loop() -> Iterator[Loop]:
     with closing(Loop()) as loop:
         yield loop
+
+
+@pytest.fixture
+def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One before 6.16, whose sockets can't refuse fds."""
+    monkeypatch.setattr(disposal, "_SO_PASSRIGHTS", 0x7FFF)
 
 
 @pytest.fixture

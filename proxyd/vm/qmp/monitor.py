@@ -21,6 +21,7 @@ from typing import Any
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 
+from common.disposal import Disposal, receive_urgent_inline, refuse_fds
 from common.errors import IohubError, PeerGone, UntrustedError, UsageError
 from common.peer import PeerCredentials, peer_credentials
 from common.trust import TRUST
@@ -33,6 +34,8 @@ _MAX_WORDS = 200
 """characters of an error's text, of which QEMU may have chosen any number"""
 _COMMAND_SECONDS = 10.0
 """how long QEMU's main loop may be busy with something else"""
+
+_disposal = Disposal()
 
 # Its loggers report what the exceptions raised here say anyway.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -222,13 +225,26 @@ class Monitor:
                 self._asked = None
 
 
+class _Socket(socket.socket):
+    """A socket for asyncio, whose thread waits for the close of no fd that comes over it."""
+
+    def recv(self, bufsize: int, _flags: int = 0) -> bytes:
+        return _disposal.receive(self, bufsize)
+
+    def close(self) -> None:
+        if self.fileno() != -1:
+            _disposal.hang_up(socket.socket(fileno=self.detach()))
+
+
 def _connect(path: str) -> socket.socket:
     """A connected, non-blocking socket; asyncio would take EAGAIN, a full queue, for being connected."""
     try:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = _Socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
         raise PeerGone(f"{path}: {error.strerror}") from error
     try:
+        refuse_fds(sock)
+        receive_urgent_inline(sock)
         TRUST.connect(sock, path)
     except UntrustedError as error:
         sock.close()

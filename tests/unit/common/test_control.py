@@ -29,8 +29,10 @@ from remoted.device import Host
 from remoted.devices.irq_line import IrqLine
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
-from tests.support.fds import count_fds, no_fd_is_left
+from tests.support.fds import count_fds, no_fd_is_left, send_fds
 from tests.support.loops import running
+from tests.support.unsendable import returns_soon, unsendable_socket
+from tests.support.wait import wait_until
 
 STATUS = b'{"method": "org.iohub.Remoted.Status"}\0'
 CROWD = 40
@@ -495,7 +497,24 @@ def test_fds_that_somebody_sends_do_not_stay(bench: Bench) -> None:
         before = count_fds()
         socket.send_fds(peer.sock, [STATUS], [peer.sock.fileno()] * 3)
         assert "parameters" in peer.reply()
-        assert count_fds() == before
+        wait_until(lambda: count_fds() == before, "all fds are closed")
+
+
+@pytest.mark.usefixtures("older_kernel")
+def test_the_close_of_fds_that_somebody_sends_holds_up_nobody(bench: Bench) -> None:
+    """Of those that are read, that come as urgent data, and that lie unread when their sender is hung up on."""
+    with contextlib.ExitStack() as stack:
+        for flags, data in ((0, STATUS), (socket.MSG_OOB, STATUS[:1]), (0, b"junk\0" + STATUS)):
+            peer = stack.enter_context(bench.connect())
+            sock = stack.enter_context(unsendable_socket())
+            send_fds(peer.sock, data, [sock.fileno()], flags)
+            send_fds(peer.sock, STATUS, [sock.fileno()])
+            sock.close()
+            for _ in range(5):
+                assert returns_soon(bench.loop.step)
+        other = stack.enter_context(bench.connect())
+        other.send(STATUS)
+        assert "parameters" in other.reply()
 
 
 def test_hostile_clients_cannot_fill_the_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

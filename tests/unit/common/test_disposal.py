@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from common import disposal
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
 from tests.support.fds import count_fds, send_fds
 from tests.support.unsendable import has_passrights, returns_soon, unsendable_socket
@@ -26,12 +25,6 @@ def place() -> Iterator[Disposal]:
     before = count_fds()
     yield Disposal()
     wait_until(lambda: count_fds() == before, "all fds are closed")
-
-
-@pytest.fixture
-def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that knows no SO_PASSRIGHTS."""
-    monkeypatch.setattr(disposal, "_SO_PASSRIGHTS", 0x7FFF)
 
 
 def fail(_thread: threading.Thread) -> None:
@@ -47,8 +40,7 @@ def tmpfs_file() -> int:
         return os.dup(file.fileno())
 
 
-HARMLESS = [
-    pytest.param(lambda: os.eventfd(0), id="eventfd"),
+MEMORY = [
     pytest.param(lambda: os.memfd_create("ram"), id="memfd"),
     pytest.param(lambda: os.memfd_create("ram", os.MFD_HUGETLB), id="memfd of huge pages"),
     pytest.param(tmpfs_file, id="file on tmpfs"),
@@ -58,15 +50,31 @@ OTHERS = [
     pytest.param(lambda: os.open("/dev/shm", os.O_PATH), id="path"),
     pytest.param(lambda: os.pidfd_open(os.getpid()), id="pidfd"),
     pytest.param(lambda: socket.socket().detach(), id="socket"),
+    *MEMORY,
 ]
 
 
-@pytest.mark.parametrize("opener", HARMLESS)
-def test_harmless_files_are_closed_at_once(opener: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eventfds_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading.Thread, "start", fail)
     before = count_fds()
-    assert not Disposal().close_fds([opener(), opener()])
+    assert not Disposal().close_fds([os.eventfd(0), os.eventfd(0)])
     assert count_fds() == before
+
+
+@pytest.mark.parametrize("opener", MEMORY)
+def test_memory_is_closed_at_once_if_another_fd_of_it_is_kept(
+    place: Disposal, opener: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = opener()
+    keeping = Disposal(lambda: [kept])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        assert not keeping.close_fds([os.dup(kept), os.dup(kept)])
+        other = opener()
+        assert keeping.close_fds([other])
+        os.fstat(other)
+    assert not keeping.is_full  # which makes the next attempt
+    assert place.close_fds([kept])
 
 
 @pytest.mark.parametrize("opener", OTHERS)
@@ -118,6 +126,33 @@ def test_who_asks_whether_it_is_full_makes_the_next_attempt(
         place.close_fds(paths(256))
         assert place.is_full
     wait_until(lambda: not place.is_full, "the backlog is gone")
+
+
+class TestReceive:
+    def test_bytes_arrive_as_they_do_without_fds(self, place: Disposal) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with ours, theirs:
+            with pytest.raises(BlockingIOError):
+                place.receive(ours, 10)
+            theirs.send(b"abc")
+            send_fds(theirs, b"def", [0, 1])
+            theirs.close()
+            assert [place.receive(ours, 2) for _ in range(4)] == [b"ab", b"cd", b"ef", b""]
+
+    def test_fds_are_closed_by_a_thread(self, place: Disposal) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, unsendable_socket() as sock:
+            send_fds(theirs, b"x", [sock.fileno()])
+            sock.close()
+            assert returns_soon(lambda: place.receive(ours, 10))
+
+    def test_as_many_as_a_message_can_have(self, place: Disposal) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, unsendable_socket() as sock:
+            send_fds(theirs, b"x", [0] * 252 + [sock.fileno()])
+            sock.close()
+            assert returns_soon(lambda: place.receive(ours, 10))
 
 
 class TestSockets:

@@ -39,7 +39,8 @@ class Bench:
         self.clients: list[socket.socket] = []
 
     def listen(self, path: str) -> UnixListener:
-        return UnixListener(self.loop, path, self.clients.append, RateLimited(logging.getLogger("test")))
+        log = RateLimited(logging.getLogger("test"))
+        return UnixListener(self.loop, path, self.clients.append, log, Disposal())
 
     def close(self) -> None:
         self.loop.close()
@@ -201,6 +202,7 @@ def test_users_that_are_listed_can_connect_and_no_others(bench: Bench, open_path
         open_path,
         bench.clients.append,
         RateLimited(logging.getLogger("test")),
+        Disposal(),
         trust=Trust([STRANGER, 65534]),
     )
     for uid in (STRANGER, 65534):
@@ -233,7 +235,7 @@ def test_a_client_that_cant_be_taken_is_hung_up_and_others_wait(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     log = RateLimited(logging.getLogger("test"))
-    listener = UnixListener(bench.loop, path, full, log)
+    listener = UnixListener(bench.loop, path, full, log, Disposal())
     with connect(path) as one, connect(path) as two:
         assert run_ready(bench.loop) == 1
         assert one.recv(1) == b""
@@ -431,7 +433,7 @@ def test_clients_wait_as_long_as_too_many_fds_of_earlier_ones_are_to_be_closed(
 ) -> None:
     disposal = Disposal()
     log = RateLimited(logging.getLogger("test"))
-    listener = UnixListener(bench.loop, path, bench.clients.append, log, disposal)
+    listener = UnixListener(bench.loop, path, bench.clients.append, log, disposal, takes_fds=True)
     with connect(path):
         with unsendable_socket() as sock:
             disposal.close_fds([sock.detach(), *[os.open("/", os.O_PATH) for _ in range(255)]])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from common.disposal import Disposal
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.pathwatch import PathWatch
@@ -94,7 +95,7 @@ def test_a_listener_of_ours_is_told_when_it_takes_connections(bench: Bench) -> N
     original, socket.socket = socket.socket, Slow  # type: ignore[misc]
     try:
         log = RateLimited(logging.getLogger("test"))
-        listener = UnixListener(bench.loop, bench.path, lambda sock: sock.close(), log)
+        listener = UnixListener(bench.loop, bench.path, lambda sock: sock.close(), log, Disposal())
     finally:
         socket.socket = original  # type: ignore[misc]
     with closing(listener):

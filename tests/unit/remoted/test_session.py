@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
+import threading
 
 import pytest
 
-from common.mpqemu import BAR, CONFIG, Command, request_frame
+from common.mpqemu import BAR, CONFIG, SYSMEM, Command, request_frame
 from tests.support.fds import count_fds
 from tests.support.remotebench import IO_BASE, MEM64_BASE, MEM_BASE, Pair, Peer, RemoteBench
 from tests.support.wait import wait_until
@@ -146,3 +148,34 @@ def test_eventfds_that_the_peer_made_blocking_hold_nobody(bench: RemoteBench, pe
     peer.drive(False)
     peer.drive(True)
     assert os.eventfd_read(pair.irqfd.fd) == FULL + 1
+
+
+def test_ram_is_freed_by_a_thread_unless_it_stays_in_use(
+    bench: RemoteBench, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also RAM that was refused; and a table that is sent again and again brings nothing to be freed."""
+    unfit, ram = os.memfd_create("unfit"), os.memfd_create("ram")
+    os.ftruncate(ram, 8 * mmap.PAGESIZE)
+    starts = [number * mmap.PAGESIZE for number in range(8)]
+    table = SYSMEM.pack(*starts, *([mmap.PAGESIZE] * 8), *starts)
+    before = count_fds()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        for _ in range(100):
+            peer.send(Command.SYNC_SYSMEM, table, [ram] * 8)
+            bench.settle()
+        assert len(bench.servers["dev0"].function.host.memory.regions) == 8
+        in_use = count_fds()
+        peer.send(Command.SYNC_SYSMEM, table, [unfit])
+        bench.settle()
+        assert count_fds() == in_use + 1
+        peer.close()
+        bench.settle()
+        assert count_fds() > before
+    wait_until(lambda: not bench.servers["dev0"]._disposal.is_full and count_fds() < before, "all is closed")
+    os.close(unfit)
+    os.close(ram)
+
+
+def no_thread(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

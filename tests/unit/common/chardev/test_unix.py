@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -15,7 +16,9 @@ import pytest
 from common.chardev import Chardev, unix
 from common.errors import UsageError
 from tests.support.chardevbench import Device, UnixUser, connect
+from tests.support.fds import send_fds
 from tests.support.steploop import run_ready, run_until
+from tests.support.unsendable import returns_soon, unsendable_socket
 
 
 def test_one_client_at_a_time(device: Device, unix_user: UnixUser, caplog: pytest.LogCaptureFixture) -> None:
@@ -37,6 +40,26 @@ def test_one_client_at_a_time(device: Device, unix_user: UnixUser, caplog: pytes
     device.write(b"out")
     assert second.read_exactly(device.loop, 3) == b"out"
     second.close()
+
+
+@pytest.mark.usefixtures("older_kernel")
+def test_the_close_of_fds_that_a_client_sends_holds_up_nobody(device: Device, tmp_path: Path) -> None:
+    """Of those that are read, and of those that lie unread at the end."""
+    user = UnixUser(device, tmp_path / "older")
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(str(user.path))
+        run_until(device.loop, lambda: device.connections == [True])
+        for data, flags in ((b"a", 0), (b"!", socket.MSG_OOB)):
+            sock = stack.enter_context(unsendable_socket())
+            send_fds(client, data, [sock.fileno()], flags)
+            sock.close()
+        assert returns_soon(lambda: run_until(device.loop, lambda: device.received == b"a!"))
+        device.room = 0
+        sock = stack.enter_context(unsendable_socket())
+        send_fds(client, b"b", [sock.fileno()])
+        sock.close()
+        assert returns_soon(device.chardev.close)
 
 
 def test_a_client_that_has_gone_is_heard_before_the_next_one(device: Device, unix_user: UnixUser) -> None:

@@ -274,8 +274,8 @@ class SlowIrqchip(SoftIrqchip):
 
 
 def settle(remote: RemoteThread) -> None:
-    """What was sent to the remote has been handled: what a pass finds besides the call, at its end."""
-    for _ in range(2):
+    """What was sent to the remote has been handled; a resample may wait for a message, and take one more pass."""
+    for _ in range(4):
         done = threading.Event()
         remote._loop.call_soon_threadsafe(done.set)
         assert done.wait(20.0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import math
 import os
 import socket
@@ -21,7 +22,9 @@ from common.peer import PeerCredentials
 from proxyd.vm.qmp import monitor as monitor_module
 from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.monitor import CommandError, Monitor, MonitorAbsent
+from tests.support.fds import send_fds
 from tests.support.monitorpeer import GREETING, Peer, answer, receive, send
+from tests.support.unsendable import unsendable_socket
 
 
 @pytest.fixture
@@ -54,6 +57,30 @@ def test_an_fd_rides_with_its_command(peer: Peer) -> None:
     finally:
         os.close(reading)
         os.close(writing)
+
+
+@pytest.mark.usefixtures("older_kernel")
+def test_the_close_of_fds_that_qemu_sends_holds_up_nobody(peer: Peer) -> None:
+    """Of those that come with an answer, and of those that lie unread at the end."""
+    returned = threading.Event()
+
+    def say(sock: socket.socket) -> None:
+        command, _ = receive(sock)
+        with unsendable_socket() as passenger:
+            reply = json.dumps({"return": {}, "id": command["id"]}).encode() + b"\r\n"
+            send_fds(sock, reply, [passenger.fileno()])
+            with contextlib.suppress(BrokenPipeError):  # it may have hung up already
+                send_fds(sock, b" ", [passenger.fileno()])
+            passenger.close()
+            assert returned.wait(20.0)
+
+    async def talk(monitor: Monitor) -> None:
+        await monitor.execute("query-status")
+        await monitor.close()
+        returned.set()
+
+    peer.run(say, talk)
+    assert returned.is_set()
 
 
 def test_events_are_handled_and_not_kept(peer: Peer) -> None:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable
 
 from common.journal import printable
 
-__all__ = ["Amiss", "one_line"]
+__all__ = ["MAX_TEXTS", "Amiss", "one_line"]
 
-_MAX_TEXTS = 16
+MAX_TEXTS = 16
 _MAX_CHARACTERS = 256
 
 
@@ -41,7 +41,7 @@ class Amiss:
 
     def texts(self) -> list[str]:
         """What is amiss at present: at most 16 texts of one line each, in the order of their sources."""
-        return [one_line(text) for source in self._sources for text in source()][:_MAX_TEXTS]
+        return [one_line(text) for source in self._sources for text in source()][:MAX_TEXTS]
 
 
 def one_line(text: str) -> str:

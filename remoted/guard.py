@@ -7,17 +7,27 @@ its traceback, within a rate limit. How long it takes is watched (remoted.watchd
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from common.amiss import MAX_TEXTS, Amiss
 from common.journal import Log, RateLimited, printable
 from remoted.watchdog import Doing, Watchdog
 
-__all__ = ["CONFIG_SPACE", "DEVICE_ERRORS", "Guard", "as_int", "describe_error", "log_stray_errors"]
+__all__ = [
+    "CONFIG_SPACE",
+    "DEVICE_ERRORS",
+    "Guard",
+    "GuardedAmiss",
+    "as_int",
+    "describe_error",
+    "log_stray_errors",
+]
 
 DEVICE_ERRORS = (BaseException,)
 """What a device's own code may raise at the cost of the device only: everything. SystemExit, KeyboardInterrupt,
@@ -127,6 +137,29 @@ class Guard:
         """See Work."""
         self.stall = f"the device's code took {seconds:.0f} s: {self.access(*doing[1:])}"
         self._stall_log.warning("%s", self.stall)
+
+
+class GuardedAmiss(Amiss):
+    """What is amiss with a device, some of it told by the device's own code."""
+
+    __slots__ = ("_guard",)
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self._guard = guard
+        super().add(guard.amiss)
+
+    def add(self, source: Callable[[], Iterable[str]]) -> None:
+        """As Amiss.add(); a source that fails, or gives what is no text, tells nothing more."""
+
+        def guarded() -> list[str]:
+            texts: list[str] = []
+            with self._guard.running("telling what is amiss"):
+                for text in itertools.islice(source(), MAX_TEXTS):
+                    texts.append(str.__str__(text))  # noqa: PERF401  those before an error count
+            return texts
+
+        super().add(guarded)
 
 
 class _Running:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -326,3 +327,22 @@ def test_periodic_timer_goes_on_after_an_error(bench: Bench) -> None:
 def test_impossible_period(bench: Bench, seconds: float) -> None:
     with pytest.raises(ValueError):
         bench.function.call_every(seconds, lambda: None)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_source_of_what_is_amiss_that_raises(bench: Bench, error: type[BaseException]) -> None:
+    """Before it gives a text, between two, and by one that is none."""
+
+    def told() -> Iterator[str]:
+        yield "no paper"
+        bench.function.error = error("unwell")
+        bench.function.fail()
+
+    for source in (bench.function.fail, told, lambda: [5]):
+        bench.function.amiss.add(source)  # type: ignore[arg-type]
+    bench.function.error = error("unwell")
+    assert bench.function.amiss.texts() == ["no paper"]
+    assert bench.function.errors == 3
+    bench.function.amiss.add(lambda: itertools.repeat("again"))
+    assert len(bench.function.amiss.texts()) == 16
+    assert "telling what is amiss" in bench.function.amiss.texts()[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Self
@@ -162,10 +162,10 @@ def arguments(directory: Path, *devices: str) -> list[str]:
     return ["--name=vm", f"--runtime-dir={directory}", *(f"--device={device}" for device in devices)]
 
 
-def refused(directory: Path, *devices: str) -> list[str]:
+def refused(directory: Path, *devices: str, options: Sequence[str] = ()) -> list[str]:
     """The lines of a daemon that must not start; there is nothing left of it."""
     result = subprocess.run(
-        [sys.executable, "-m", "remoted", *arguments(directory, *devices)],
+        [sys.executable, "-m", "remoted", *options, *arguments(directory, *devices)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -391,6 +391,16 @@ def test_failing_module_is_one_line_with_its_place_and_status_2(
     where = "iohub-remoted: device thing: model 'acme.parts:Thing' can't be loaded: "
     assert line.startswith(where + complaint)
     assert line.endswith(f"parts.py, line {number})")
+
+
+def test_debug_lines_of_a_device_are_shown_with_verbose(parts: Callable[[str], Path]) -> None:
+    method = "def __init__(self, host, options):\n    super().__init__(host, options)\n    host.log.debug('ready')"
+    identity = "    VENDOR_ID = DEVICE_ID = 1\n"
+    directory = parts(f"{HEAD}class Thing(PciFunction):\n{identity}{indent(method, '    ')}")
+    devices = ("acme.parts:Thing,id=thing", "acme.parts:Lost,id=lost")
+    assert not [line for line in refused(directory, *devices) if "ready" in line]
+    lines = refused(directory, *devices, options=["--verbose"])
+    assert len([line for line in lines if line.endswith("thing: debug: ready")]) == 1, lines
 
 
 def test_no_device_at_all_is_one_line_and_status_2(parts: Callable[[str], Path]) -> None:

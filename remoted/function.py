@@ -210,7 +210,6 @@ class PciFunction:
         self.__guard.forgive()
         for timer in self.__timers:
             timer.cancel()
-        self.__timers.clear()
         is_lowered = self.drive_intx(False)
         PciFunction.set_intx(self, False)
         for start, length in (

@@ -33,24 +33,26 @@ _MAX_SECONDS = 1e6
 class _Watched:
     """An fd of the device in the loop, and the guard around its callback."""
 
-    __slots__ = ("_calls", "_idle_calls", "_is_edge_triggered", "callback", "events", "fd", "loop")
+    __slots__ = ("_calls", "_doing", "_idle_calls", "_is_edge_triggered", "callback", "events", "fd", "loop")
 
     def __init__(self, loop: GuardedLoop, fd: int, callback: Callable[[int], None], events: int) -> None:
         self.loop = loop
         self.fd = fd
         self.callback = callback
         self.events = events
+        self._doing = f"handling fd {fd} in {_name(callback)}()"
         self._calls = 0
         self._idle_calls = 0
         self._is_edge_triggered = False
+        """whether it was made so here"""
 
     def on_ready(self, ready: int) -> None:
-        guard = self.loop.guard
         self._calls += 1
         if self._idle_calls or self._calls >= _PROBE_EVERY:
             self._calls = 0
-            self._probe(ready)
-        with guard.running(f"handling fd {self.fd} in {_name(self.callback)}()") as run:
+            if not self.events & EPOLLET:  # an edge is reported only when something happens
+                self._probe(ready)
+        with self.loop.guard.running(self._doing) as run:
             self.callback(ready)
         if run.failed:
             # It may have removed the fd before it failed.

@@ -66,11 +66,12 @@ def find_model(name: str, device: str) -> type[PciFunction]:
 def load_class(target: str, where: str) -> type[PciFunction]:
     """The class at ``package.module:Class`` or ``./file.py:Class``. UsageErrors begin with ``where``."""
     module, _, attribute = target.rpartition(":")
+    is_file = "/" in module or module.endswith(".py")
+    if is_file and not os.path.isfile(module):
+        raise UsageError(f"{where} can't be loaded: there is no file {printable(module)}")
     try:
-        loaded = _load_file(os.path.abspath(module)) if _is_file(module) else importlib.import_module(module)
+        loaded = _load_file(os.path.abspath(module)) if is_file else importlib.import_module(module)
         found = operator.attrgetter(attribute)(loaded)
-    except FileNotFoundError as error:
-        raise UsageError(f"{where} can't be loaded: {printable(module)}: {error.strerror}") from error
     except ImportError as error:
         hint = _hidden(error.name) or _place(error)
         if not hint and error.name == module.partition(".")[0]:
@@ -119,15 +120,10 @@ def _installed() -> tuple[Model, ...]:
     return tuple(sorted(found))
 
 
-def _is_file(module: str) -> bool:
-    return "/" in module or module.endswith(".py")
-
-
 @functools.cache
 def _load_file(path: str) -> ModuleType:
     """The module in a file. What it imports is looked for in its folder as well, after all other places."""
     folder, name = os.path.split(path)
-    os.stat(path)  # for the error that says what is wrong
     name = name.removesuffix(".py").replace(".", "_")
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         name = f"{name} in {folder}"

@@ -206,12 +206,15 @@ def test_a_class_in_a_file(environment: Environment, tmp_path: Path) -> None:
     """It may import what is beside it. Two files of one name are two modules, whatever else has that name."""
     lay_out(tmp_path, {"a/json.py": f"import tones\n{CARD}    CLASS_CODE = tones.A\n", "a/tones.py": "A = -1\n"})
     lay_out(tmp_path, {"b/json.py": f"{CARD}    REVISION = 256\n", "b/no.txt": "", "b/fails.py": "1 / 0"})
+    lay_out(tmp_path, {"b/opens.py": "open('tones.txt')\n"})
     line = environment.refusal("--device=./json.py:RingCard,id=a", cwd=tmp_path / "a")
     assert line == "iohub-remoted: device a: CLASS_CODE -1 is no number of 24 bits"
     line = environment.refusal(f"--device={tmp_path}/b/json.py:RingCard,id=b")
     assert line == "iohub-remoted: device b: REVISION 256 is no number of 8 bits"
     for name, reason in {
-        "b/none.py": "No such file or directory",
+        "b/none.py": "there is no file ",
+        "b": "there is no file ",
+        "b/opens.py": "FileNotFoundError: [Errno 2] No such file or directory: 'tones.txt'",
         "b/no.txt": "is no Python file",
         "b/json.py:Lost": "has no attribute 'Lost'",
         "b/fails.py": "ZeroDivisionError: division by zero",

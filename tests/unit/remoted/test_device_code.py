@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -146,6 +148,16 @@ def test_reset_that_raises(bench: Bench, error: type[BaseException]) -> None:
     function.bus_read(False, IO_BASE, 1)
     assert function.bus_read(False, IO_BASE, 1) == ONES, "config space had been reset"
     assert function.errors == 2
+
+
+@pytest.mark.parametrize("method", ["reset", "set_intx"])
+def test_reset_tells_its_client_which_of_both_failed(bench: Bench, method: str) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    assert bench.function.full_reset()
+    setattr(bench.function, method, fails)
+    assert not bench.function.full_reset()
 
 
 class Index:
@@ -311,6 +323,28 @@ def test_periodic_timer_stops_at_a_reset(bench: Bench) -> None:
     function.call_every(0.5, lambda: ticks.append(0)).cancel()
     advance(10)
     assert len(ticks) == 4
+
+
+def test_no_dma_before_the_first_reset(bench: Bench) -> None:
+    """In __init__(), say."""
+    memory = GuestMemory()
+    LineDevice(Host("dev1", bench.loop, bench.log.logger, memory, lambda _: None), {})
+    with pytest.raises(DmaError, match="bus mastering"):
+        memory.read(0x1000, 4)
+
+
+def test_periodic_timers_that_are_over_are_not_kept(bench: Bench) -> None:
+    def create() -> weakref.ref[object]:
+        timer = bench.function.call_every(0.5, lambda: None)
+        timer.cancel()
+        return weakref.ref(timer)
+
+    over = [create() for _ in range(100)]
+    bench.function.call_every(0.5, lambda: None)
+    bench.clock.now += 1
+    bench.loop.step()
+    gc.collect()
+    assert not [each for each in over if each() is not None]
 
 
 def test_periodic_timer_goes_on_after_an_error(bench: Bench) -> None:

@@ -69,10 +69,10 @@ def test_interrupt_pin(pin: int) -> None:
 
 
 def test_every_byte_of_config_space_can_be_read_alone(function: PciFunction) -> None:
-    function.config_write(0xFC, 4, 0xA4A3A2A1)
-    assert [function.config_read(addr, 1) for addr in range(0xFC, 0x100)] == [0xA1, 0xA2, 0xA3, 0xA4]
-    assert function.config_read(0xFE, 2) == 0xA4A3
-    assert all(function.config_read(addr, 1) <= 0xFF for addr in range(256))
+    function.bus_config_write(0xFC, 4, 0xA4A3A2A1)
+    assert [function.bus_config_read(addr, 1) for addr in range(0xFC, 0x100)] == [0xA1, 0xA2, 0xA3, 0xA4]
+    assert function.bus_config_read(0xFE, 2) == 0xA4A3
+    assert all(function.bus_config_read(addr, 1) <= 0xFF for addr in range(256))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,13 @@ def test_decoders_follow_the_command_register(board: Board, command: int, io: bo
     assert (board.function.bus_read(True, MEM64_BASE, 1) == 0) is memory
 
 
+def test_a_function_without_bars_needs_no_decoding() -> None:
+    class Model(LineDevice):
+        BARS: ClassVar[Mapping[int, Bar]] = {}
+
+    assert Board(Model).function.is_decoded
+
+
 def test_moved_bar(board: Board) -> None:
     board.enable()
     board.function.config_write(0x14, 4, 0xE0000000)
@@ -251,6 +258,21 @@ def test_each_bar_is_decoded_anew_by_any_write_to_it(number: int, size: int) -> 
     assert moved != 0x11223340
     assert function.bus_read(True, 0x11223340, 4) == ONES
     assert function.bus_read(True, moved, 4) == 10 + number
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_reset_clears_each_bar(number: int) -> None:
+    class Model(LineDevice):
+        BARS: ClassVar[dict[int, Bar]] = {number: Bar(BarKind.MEM32, 16)}
+
+    function = Board(Model).function
+    addr = 0x10 + 4 * number
+    function.config_write(addr, 4, 0x11223340)
+    Model.BARS[number] = Bar(BarKind.IO, 256)  # too late
+    function.config_write(COMMAND, 2, 0x2)
+    assert function.bus_read(True, 0x11223340, 4) == 0
+    assert function.full_reset()
+    assert function.config_read(addr, 4) == 0
 
 
 def test_a_write_that_crosses_into_the_command_register_counts(board: Board) -> None:

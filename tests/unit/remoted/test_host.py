@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from select import EPOLLIN, EPOLLOUT
+from select import EPOLLET, EPOLLIN, EPOLLOUT
 
 import pytest
 
@@ -228,6 +228,23 @@ def test_correct_handlers_are_called_as_often_as_they_are_due(bench: Bench, stre
     ours.close()
     theirs.close()
     assert bench.log.records == []
+
+
+def test_handler_of_edges_may_see_the_end_of_its_stream_any_number_of_times(
+    bench: Bench, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    calls: list[int] = []
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    bench.guarded.add(fd, calls.append, EPOLLIN | EPOLLET)
+    for _ in range(PASSES):
+        os.close(os.open(fifo, os.O_WRONLY))
+        bench.loop.step()
+    assert len(calls) == PASSES
+    assert bench.log.records == []
+    bench.guarded.remove(fd)
+    os.close(fd)
 
 
 def test_other_fds_are_out_of_reach(bench: Bench) -> None:

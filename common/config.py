@@ -5,6 +5,7 @@ The file, read by both daemons:
 
     name = "vm1"
     vm = "embedded"                 # proxyd's way to the VM
+    allow-users = ["libvirt-qemu"]  # trusted besides root and the daemon's own user
     [[device]]
     id = "com1"
     model = "pci-serial"            # remoted's
@@ -20,38 +21,34 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.errors import UsageError
+from common.configfile import ConfigFile, read_file
+from common.errors import UntrustedError, UsageError
 from common.journal import printable
 from common.options import (
     COMMON_KEYS,
-    INTEGER_KEYS,
-    KEY,
     PROXYD,
     REMOTED,
-    STRING_KEYS,
     Keys,
     Role,
     Value,
-    check_id,
+    check_text,
     make_parser,
     nearest,
     parse_device,
 )
 from common.output import emit
 from common.pci import PCI_DEVFN_MAX, format_devfn, parse_devfn
-from common.trust import MAX_SOCKET_PATH
+from common.trust import MAX_SOCKET_PATH, TRUST, find_user
 
 __all__ = ["DeviceConfig", "VmConfig", "check_name", "default_runtime_dir", "parse_proxyd", "parse_remoted"]
 
 _FIRST_FREE_DEVFN = 0x02 << 3
 """00 is the host bridge and 01 the ISA bridge on the boards that QEMU and proxyd make"""
 _FUNCTIONS_OF_A_SLOT = 8
-_MAX_FILE = 1 << 20
 _MAX_FD = (1 << 31) - 1
 _MAX_GSI = 4095
 """the last of KVM_MAX_IRQ_ROUTES (linux/kvm_host.h)"""
@@ -59,11 +56,12 @@ _MAX_GSI = 4095
 _GUESSED_KEYS = ("addr", "socket")
 """what is made up where a device doesn't have it"""
 
+_LONGEST_NAME = "remoted.varlink"
+"""of the sockets that the daemons make besides the devices'"""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
 _VM = re.compile(r"embedded|soft|qmp:.+|pid:[1-9][0-9]{0,9}", re.ASCII | re.DOTALL)
-
-_TOP_KEYS = frozenset(("name", "runtime-dir", "vm", "device"))
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,8 @@ class VmConfig:
     vm: str
     """``embedded``, ``soft``, ``qmp:PATH`` or ``pid:N``"""
     devices: tuple[DeviceConfig, ...]
+    allow_users: tuple[int, ...] = ()
+    """uids that are trusted besides root and the daemon's own user (common.trust)"""
     unplug_on_exit: bool = False
     """for proxyd with ``qmp:``: whether the devices leave QEMU together with it"""
     verbose: bool = False
@@ -105,15 +105,22 @@ class VmConfig:
         return device.socket or str(self.runtime_dir / f"{device.id}.sock")
 
     def make_runtime_dir(self) -> None:
-        """Makes the runtime directory if it isn't there. Raises UsageError."""
+        """Makes the runtime directory if it isn't there, and those above it, writable by their owner only.
+
+        Raises UsageError, and UntrustedError for one that untrusted users can change.
+        """
+        where = f"--runtime-dir {printable(str(self.runtime_dir))}"
         try:
-            self.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for directory in (*reversed(self.runtime_dir.parents), self.runtime_dir):
+                if not directory.is_dir():
+                    directory.mkdir(0o755, exist_ok=True)  # the process's umask may be 0
+            TRUST.check_directory(self.runtime_dir)
         except FileExistsError as error:
-            raise UsageError(
-                f"--runtime-dir {printable(str(self.runtime_dir))}: exists and is no directory"
-            ) from error
+            raise UsageError(f"{where}: {printable(error.filename)} exists and is no directory") from error
         except OSError as error:
-            raise UsageError(f"--runtime-dir {printable(str(self.runtime_dir))}: {error.strerror}") from error
+            raise UsageError(f"{where}: {error.strerror}") from error
+        except UntrustedError as error:
+            raise UntrustedError(f"{where}: {error}") from error
 
 
 def parse_remoted(
@@ -182,17 +189,23 @@ def default_runtime_dir(name: str, uid: int, environ: Mapping[str, str]) -> Path
 
 
 def _load(role: Role, options: argparse.Namespace) -> VmConfig:
-    top: Keys = {}
-    devices: dict[str, Keys] = {}
-    if options.config is not None:
-        top, devices = _read_file(options.config)
+    file = ConfigFile({}, [], {}) if options.config is None else read_file(options.config)
+    top, devices = file.top, file.devices
     for key in ("name", "runtime-dir", "vm"):
         text = getattr(options, key.replace("-", "_"), None)
         if text is not None:
-            top[key] = Value(text, f"--{key}")
+            top[key] = Value(check_text(text, f"--{key}"), f"--{key}")
+    users = [Value(name, "--allow-user") for name in options.allow_user] or file.allow_users
     name, runtime_dir, vm = _top_level(top)
     _override(devices, (parse_device(role, text) for text in options.device))
-    config = VmConfig(name, runtime_dir, vm, _build(role, devices), verbose=options.verbose)
+    config = VmConfig(
+        name,
+        runtime_dir,
+        vm,
+        _build(role, devices),
+        allow_users=tuple(_user(user) for user in users),
+        verbose=options.verbose,
+    )
     _check_sockets(role, config, devices)
     if not role.has_models:
         _check_meant(vm, devices)
@@ -207,70 +220,30 @@ def _top_level(top: Keys) -> tuple[str, Path, str]:
     except UsageError as error:
         raise UsageError(f"{top['name'].where}: {error}") from error
     vm = top.get("vm", Value("embedded", ""))
-    if not _VM.fullmatch(vm.text) or "\0" in vm.text:
+    if not _VM.fullmatch(vm.text):
         raise UsageError(f"{vm.where}: {vm.text!r} is neither embedded, soft, qmp:SOCKET nor pid:PID")
+    _check_length(vm.text.removeprefix("qmp:"), vm.where)
     if "runtime-dir" in top:
-        return name, Path(_path(top["runtime-dir"])), vm.text
-    return name, default_runtime_dir(name, os.geteuid(), os.environ), vm.text
+        runtime_dir, where = Path(_path(top["runtime-dir"])), top["runtime-dir"].where
+    else:
+        runtime_dir, where = default_runtime_dir(name, os.geteuid(), os.environ), "--runtime-dir"
+    _check_length(str(runtime_dir / _LONGEST_NAME), where)
+    return name, runtime_dir, vm.text
 
 
-def _read_file(name: str) -> tuple[Keys, dict[str, Keys]]:
-    """Top-level keys, and each device's keys by id."""
-    where = printable(name)
+def _user(name: Value) -> int:
     try:
-        with open(name, "rb") as file:
-            data = file.read(_MAX_FILE + 1)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--config {where}: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > _MAX_FILE:
-        raise UsageError(f"--config {where}: larger than {_MAX_FILE} bytes")
-    try:
-        tables = tomllib.loads(data.decode())
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{where}: no UTF-8 text: byte {data[error.start]:#04x} in line {line}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: {error}") from error
-    for key in tables:
-        if key not in _TOP_KEYS:
-            raise UsageError(f"{where}: unknown key {key!r}: the file has {', '.join(sorted(_TOP_KEYS))}")
-    entries = tables.pop("device", [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError(f"{where}: device: is written as [[device]] tables")
-    top = {key: Value(_text(value, key, where, str), f"{where}: {key}") for key, value in tables.items()}
-    devices: dict[str, Keys] = {}
-    for number, entry in enumerate(entries, 1):
-        keys = _table_keys(entry, f"{where}: device {entry.get('id', number)!r}")
-        if keys["id"].text in devices:
-            raise UsageError(f"{keys['id'].where}: the id is given twice")
-        devices[keys["id"].text] = keys
-    return top, devices
+        return find_user(name.text)
+    except UsageError as error:
+        raise UsageError(f"{name.where}: {error}") from error
 
 
-def _table_keys(entry: Mapping[str, object], where: str) -> Keys:
-    """The keys of one [[device]] table, checked for their types."""
-    keys: Keys = {}
-    for key, value in entry.items():
-        if not KEY.fullmatch(key):
-            raise UsageError(f"{where}: unknown key {key!r}")
-        if key in INTEGER_KEYS:
-            text = _text(value, key, where, int)
-        elif key in STRING_KEYS:
-            text = _text(value, key, where, str)
-        else:
-            text = _text(value, key, where, str, int, bool)
-        keys[key] = Value(text, where)
-    check_id(keys, where)
-    return keys
-
-
-def _text(value: object, key: str, where: str, *types: type) -> str:
-    if type(value) not in types:
-        names = {str: "a string", int: "an integer", bool: "a boolean"}
-        raise UsageError(f"{where}: {key}: must be {' or '.join(names[each] for each in types)}")
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
+def _check_length(path: str, where: str) -> None:
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH:
+        raise UsageError(
+            f"{where}: {printable(path)}: {length} bytes, a socket's path has at most {MAX_SOCKET_PATH}"
+        )
 
 
 def _check_meant(vm: str, devices: Mapping[str, Keys]) -> None:
@@ -361,7 +334,7 @@ def _number(value: Value, key: str, maximum: int) -> int:
 
 
 def _path(value: Value, key: str = "") -> str:
-    if not value.text or "\0" in value.text:
+    if not value.text:
         raise UsageError(f"{value.where}: {key}{value.text!r} is no path")
     return value.text
 
@@ -377,11 +350,7 @@ def _check_sockets(role: Role, config: VmConfig, devices: Mapping[str, Keys]) ->
         else:
             place = config.socket_path(device)
             shown = f"socket {printable(place)}"
-            length = len(place.encode("utf-8", "surrogateescape"))
-            if length > MAX_SOCKET_PATH:
-                raise UsageError(
-                    f"{where}: {shown}: {length} bytes, a socket's path has at most {MAX_SOCKET_PATH}"
-                )
+            _check_length(place, f"{where}: socket")
         if place in owners:
             raise UsageError(f"{where}: {shown} is taken by device {owners[place]!r}")
         owners[place] = device.id

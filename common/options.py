@@ -31,6 +31,7 @@ __all__ = [
     "Value",
     "add_version",
     "check_id",
+    "check_text",
     "make_parser",
     "nearest",
     "parse_device",
@@ -159,7 +160,9 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def make_parser(role: Role) -> Parser:
-    """The options that both daemons have: --version, --name, --config, --runtime-dir, --verbose, --device."""
+    """The options that both daemons have: --version, --name, --config, --runtime-dir, --allow-user,
+    --verbose, --device.
+    """
     parser = Parser(
         prog=role.program,
         description=role.summary,
@@ -176,6 +179,14 @@ def make_parser(role: Role) -> Parser:
         help="where the sockets are (default: /run/iohub/VM, or "
         "$XDG_RUNTIME_DIR/iohub/VM for users other than root)",
     )
+    parser.add_argument(
+        "--allow-user",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="another user, by name or number, whose processes and directories are trusted besides root's and "
+        "the daemon's own; once for each, in place of the file's allow-users",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log messages for debugging as well")
     parser.add_argument("--device", metavar=role.device, action="append", default=[], help=role.device_help)
     return parser
@@ -184,6 +195,7 @@ def make_parser(role: Role) -> Parser:
 def parse_device(role: Role, text: str) -> Keys:
     """The keys of one ``--device``; of their values only the id is checked. Raises UsageError."""
     where = f"--device {text!r}"
+    check_text(text, "--device")
     keys: Keys = {}
     # An argument can't hold a null byte.
     for number, word in enumerate(text.replace(",,", "\0").split(",")):
@@ -200,6 +212,13 @@ def parse_device(role: Role, text: str) -> Keys:
         keys[key] = Value(value, where)
     check_id(keys, where)
     return keys
+
+
+def check_text(text: str, where: str) -> str:
+    """The text. Raises UsageError if it has control characters: paths, names and log lines are made of it."""
+    if any(c < " " or c == "\x7f" for c in text):
+        raise UsageError(f"{where}: {text!r} has a control character")
+    return text
 
 
 def check_id(keys: Keys, where: str) -> None:

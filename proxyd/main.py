@@ -14,7 +14,9 @@ from common.journal import device_log, setup
 from common.loop import Loop
 from common.output import OutputError, complain
 from common.pci import format_devfn
+from common.privilege import renounce
 from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
+from common.trust import TRUST
 
 __all__ = ["main"]
 
@@ -72,12 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, 1 when the guest died, 2 for bad usage."""
     loop = Loop()
     try:
+        renounce()
         raise_fd_limit()
         eventsignal.prepare()
         config = parse_proxyd(argv)
         setup(PROGRAM, config.name, verbose=config.verbose)
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")
+        TRUST.allow(config.allow_users)
         config.make_runtime_dir()
         _tell_unseen(config)
         for signum in (signal.SIGTERM, signal.SIGINT):

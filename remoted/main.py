@@ -19,9 +19,11 @@ from common.journal import device_log, setup
 from common.loop import Loop
 from common.output import OutputError, complain
 from common.pci import format_devfn
+from common.privilege import renounce
 from common.remoted_interface import Stalled
 from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
 from common.stdio import flush_stdio
+from common.trust import TRUST
 from remoted.control import RemotedService
 from remoted.function import PciFunction
 from remoted.guard import DEVICE_ERRORS, Guard, describe_error, log_stray_errors
@@ -188,12 +190,14 @@ def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> Pci
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, or 2 for bad usage."""
     try:
+        renounce()
         raise_fd_limit()
         eventsignal.prepare()
         config = parse_remoted(argv, describe_models)
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")
         setup(PROGRAM, config.name, verbose=config.verbose)
+        TRUST.allow(config.allow_users)
         config.make_runtime_dir()
         remoted = Remoted(config)
     except OutputError as error:

@@ -22,6 +22,7 @@ class Ram:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self.mapping = mmap.mmap(fd, size)
+            self.mapping.madvise(mmap.MADV_DONTDUMP)
         except BaseException:
             os.close(fd)
             raise

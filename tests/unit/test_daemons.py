@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tests.support.fuse import stalling_file
 from tests.support.wait import wait_until
 
 END_SECONDS = 20
+STRANGER = 54321
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -229,6 +231,55 @@ def test_a_daemon_that_was_killed_but_cant_end_is_replaced(
         client.close()
         file.release()
         daemon.process.wait(END_SECONDS)
+
+
+def status(pid: int) -> dict[str, str]:
+    """The fields of /proc/PID/status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@pytest.mark.parametrize("program", ["remoted", "proxyd"])
+def test_daemons_gain_no_privileges_and_show_nobody_their_memory(program: str) -> None:
+    """As a user without privileges: what a process that isn't dumpable has in /proc belongs to root."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to start a daemon as another user")
+    device = "edu,id=edu0" if program == "remoted" else "id=edu0"
+    with tempfile.TemporaryDirectory() as directory:
+        os.chown(directory, STRANGER, STRANGER)
+        options = ["--name=vm", f"--runtime-dir={directory}", f"--device={device}"]
+        if program == "proxyd":
+            options.append("--vm=soft")
+        child = subprocess.Popen(
+            ["setpriv", f"--reuid={STRANGER}", "--clear-groups", sys.executable, "-m", program, *options],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_until(lambda: os.path.exists(f"{directory}/.{program}.varlink.pid"), "the daemon listens")
+            assert status(child.pid)["NoNewPrivs"] == "1"
+            assert os.stat(f"/proc/{child.pid}/fd").st_uid == 0, "it is not dumpable"
+            if program == "remoted":
+                set_irqfd(f"{directory}/edu0.sock")
+        finally:
+            child.terminate()
+            _, log = child.communicate(timeout=END_SECONDS)
+        assert child.returncode == 0
+        assert "examine" not in log
+
+
+def set_irqfd(path: str) -> None:
+    """Makes remoted look at fds of its own in /proc."""
+    sock = socket.socket(socket.AF_UNIX)
+    wait_until(lambda: sock.connect_ex(path) == 0, "the device listens")
+    client = Client(sock, END_SECONDS, Disposal())
+    fds = (os.eventfd(0), os.eventfd(0))
+    client.send(Command.SET_IRQFD, fds=fds)
+    assert vendor(client) == 0x1234
+    client.close()
+    for fd in fds:
+        os.close(fd)
 
 
 def test_the_device_socket_is_private(daemon: Child, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import VmConfig, default_runtime_dir, parse_proxyd, parse_remoted
-from common.errors import UsageError
+from common.errors import UntrustedError, UsageError
 from common.pci import format_devfn
 from remoted.devices.edu import Edu
 from remoted.devices.pci_serial import PciSerial
@@ -196,13 +197,71 @@ def test_default_runtime_dir() -> None:
 
 
 def test_the_longest_socket_path() -> None:
-    directory = "/tmp" + "/ä" * 32  # 100 bytes; the file adds 7
+    directory = "/tmp" + "/ä" * 29  # 91 bytes; the file adds 16, as remoted.varlink does
     argv = ["--name", "vm1", "--runtime-dir", directory, "--device"]
-    config = parse_remoted([*argv, "edu,id=a"])
+    config = parse_remoted([*argv, "edu,id=abcdefghij"])
     assert len(os.fsencode(config.socket_path(config.devices[0]))) == 107
     with pytest.raises(UsageError, match=r"108 bytes, .* at most 107"):
-        parse_remoted([*argv, "edu,id=ab"])
-    assert parse_remoted([*argv, "edu,id=ab,fd=3"]).devices[0].fd == 3, "no path is needed"
+        parse_remoted([*argv, "edu,id=abcdefghijk"])
+    assert parse_remoted([*argv, "edu,id=abcdefghijk,fd=3"]).devices[0].fd == 3, "no path is needed"
+    with pytest.raises(UsageError, match=r"^--runtime-dir: \S+/remoted.varlink: 108 bytes, .* at most 107$"):
+        parse_remoted(["--name", "vm1", "--runtime-dir", directory + "x", "--device", "edu,id=a"])
+    socket = "x" * 108
+    with pytest.raises(UsageError, match=rf"^--vm: {socket}: 108 bytes, .* at most 107$"):
+        parse_proxyd(["--name", "vm1", "--runtime-dir", "/tmp", "--vm", f"qmp:{socket}"])
+    parse_proxyd(["--name", "vm1", "--runtime-dir", "/tmp", "--vm", f"qmp:{socket[1:]}"])
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "vm.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("character", ["\0", "\n", "\x1b", "\x7f"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'runtime-dir = "?"',
+        'vm = "qmp:?"',
+        'vm = "pid:1?"',
+        'allow-users = ["?"]',
+        '[[device]]\nid = "a"\nmodel = "?"',
+        '[[device]]\nid = "a"\naddr = "?"',
+        '[[device]]\nid = "a"\nsocket = "?"',
+        '[[device]]\nid = "a"\nchardev = "unix:?"',
+    ],
+)
+def test_control_characters_are_refused_everywhere(tmp_path: Path, text: str, character: str) -> None:
+    escaped = f"\\u{ord(character):04x}"
+    file = write(tmp_path, 'name = "vm1"\n' + text.replace("?", escaped))
+    for parse in (parse_remoted, parse_proxyd):
+        with pytest.raises(UsageError, match=r"has a control character$") as raised:
+            parse(["--config", str(file)])
+        assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("option", ["--runtime-dir=a\nb", "--vm=qmp:a\nb", "--device=id=a,socket=a\nb"])
+def test_control_characters_in_an_option_are_refused(option: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{option.partition('=')[0]}: '.*' has a control character$"):
+        parse_proxyd(["--name", "vm1", "--runtime-dir", "/tmp", option])
+
+
+def test_allow_users_of_the_file_and_of_the_command_line_which_wins(tmp_path: Path) -> None:
+    file = write(tmp_path, 'name = "vm1"\nallow-users = ["nobody", "1234"]')
+    argv = ["--config", str(file), "--runtime-dir", "/tmp"]
+    assert parse_proxyd(argv).allow_users == (65534, 1234)
+    assert parse_remoted([*argv, "--allow-user", "7", "--allow-user=root"]).allow_users == (7, 0)
+    with pytest.raises(UsageError, match=r"^--allow-user: there is no user 'no such'$"):
+        parse_proxyd([*argv, "--allow-user", "no such"])
+    for bad, complaint in (
+        ('"root"', "must be a list of strings"),
+        ("[1]", "must be a string"),
+        ('["no such"]', "there is no user 'no such'"),
+    ):
+        file = write(tmp_path, f'name = "vm1"\nallow-users = {bad}')
+        with pytest.raises(UsageError, match=rf"vm.toml: allow-users: {complaint}"):
+            parse_remoted(argv)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +272,7 @@ def test_the_longest_socket_path() -> None:
         (["edu,id=a/b"], ["id: 'a/b'"]),
         (["edu,id=ä"], ["id: 'ä'"]),
         (["edu,id=" + "a" * 33], ["id: 'aaa"]),
-        (["edu,id=a\n"], ["id: 'a\\n'"]),
+        (["edu,id=a\n"], ["'edu,id=a\\n' has a control character"]),
         (["id=a"], ["no model"]),
         (["model=,id=a"], ["no model"]),
         ([""], ["--device ''", "KEY=VALUE"]),
@@ -402,12 +461,29 @@ def test_runtime_dir_is_made_or_named_with_the_reason(tmp_path: Path) -> None:
         make(tmp_path / "a" / "b")
         assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: exists and is no directory$"):
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: /\S+/file exists and is no directory$"):
         make(tmp_path / "file")
-    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: Not a directory$"):
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: /\S+/file exists and is no directory$"):
         make(tmp_path / "file" / "sub")
-    with pytest.raises(UsageError, match=r"^--runtime-dir /proc/a\\nb: No such file or directory$"):
-        make(Path("/proc/a\nb"))
+    with pytest.raises(UsageError, match=r"^--runtime-dir /proc/a: No such file or directory$"):
+        make(Path("/proc/a"))
+
+
+def test_directories_that_are_made_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        parse_remoted(["--name", "vm1", "--runtime-dir", str(tmp_path / "a" / "b")]).make_runtime_dir()
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")] == [0o755, 0o755]
+
+
+def test_runtime_dir_that_untrusted_users_can_change_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    config = parse_remoted(["--name", "vm1", "--runtime-dir", str(tmp_path / "open" / "run")])
+    with pytest.raises(UntrustedError, match=r"^--runtime-dir \S+/open/run: directory \S+/open can be written by"):
+        config.make_runtime_dir()
 
 
 @given(

@@ -220,7 +220,7 @@ class Attached:
         return 0
 
     def close(self) -> None:
-        """Takes every line out of the VM, and lets go of the process."""
+        """Takes every line out of the VM, and closes the process's pidfd."""
         self._keeper.close()
         for function in self._functions:
             function.close(exited=self._exited)

@@ -165,7 +165,7 @@ class Target:
             return self._run(lambda thread: self._deassign(thread, line))[1]
 
     def close(self) -> None:
-        """Lets go of the process; lines stay as they are."""
+        """Closes the process's pidfd; lines stay as they are."""
         self._process.close()
 
     def _is_in_use(self, identity: str) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A process that may have a KVM VM: whether it can be made to work for us, and where its VM is.
+"""A process that may have a KVM VM: whether it can be made to make system calls, and which fd its VM is.
 
 Needs CAP_SYS_PTRACE, or the process's own user where Yama doesn't object; with the former alone /proc/PID/fd
 can't be listed, so then every fd number is tried.
@@ -101,7 +101,7 @@ class Process:
             raise kind(f"pid:{self.pid}: {error.filename}: {error.strerror}") from error
 
     def close(self) -> None:
-        """Lets go of the process; a second call does nothing."""
+        """Closes the pidfd; a second call does nothing."""
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd != -1:
             os.close(pidfd)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""System calls made by another process's main thread, under ptrace, and the thread put back exactly.
+"""Makes another process's main thread carry out system calls, under ptrace, and restores its state exactly.
 
 The thread is stopped by PTRACE_INTERRUPT, which leaves no trace in its signals. If that interrupts a system
 call, its registers hold one of the kernel's private restart codes. They are put back, code and all, before
-the thread is let go, and the kernel restarts the call, or doesn't, as it would have done: the time that is
-left of a sleep lives in a restart_block that none of the calls made here touches.
+the thread is released, and the kernel restarts the call or not, as it would have done: the time that is left
+of a sleep is kept in a restart_block that none of the calls made here touches.
 
 Signals are blocked meanwhile and stay queued. A job control stop is let through at once: the kernel allows a
 traced thread to run within it and stops the thread again after the detach.
@@ -13,13 +13,13 @@ While the thread is ours, its stack pointer points at a signal frame with its ow
 placed where the kernel would put one, and every call is made by an instruction pair ``syscall; ret``. So if
 this process is killed in the midst of it, the kernel detaches the thread and it returns through that frame by
 itself: a call that was begun completes, registers and signal mask come back, an interrupted call is
-restarted. The fds that the work has opened are closed on that way, by a frame each; only what a call has just
+restarted. The fds that the work has opened are closed on that path, by a frame each; only what a call has just
 opened can stay behind, as long as its number isn't known here.
 
 Two things are different then. A sleep with its rest in the restart_block fails with EINTR, as after any
 handled signal. And in two moments of some microseconds, when the registers are ours and the signal mask
-isn't, an interrupted call is restarted even if a handler runs. (A program with a user shadow stack has no such
-way home: the ``ret`` would kill it.)
+isn't, an interrupted call is restarted even if a handler runs. (A program with a user shadow stack can't return
+like this: the ``ret`` would kill it.)
 
 For the same reason a call that hangs can be left behind at any time: ptrace belongs to a thread, so the work
 is done in one of its own, and its end releases the traced thread. One deadline bounds all of a stop, however the
@@ -92,7 +92,7 @@ class StoppedThread:
         self._regs: user_regs_struct | None = None  # set while the thread's registers aren't its own
         self._mask: int | None = None  # set while its signal mask isn't its own
         self._saved: tuple[int, bytes] | None = None  # set while its memory isn't its own
-        self._home = 0  # address of the frame with the thread's own state
+        self._state_frame = 0  # address of the frame with the thread's own state
         self._closers: dict[int, int] = {}  # by fd the addresses of the frames before that one, the last first
         self._scratch = self._scratch_end = 0
         self._in_call = False  # stopped where the kernel is about to make the call that orig_rax names
@@ -105,7 +105,7 @@ class StoppedThread:
     def stop(self) -> None:
         """Seizes and stops the thread, and makes it ready.
 
-        Below any stack but the main one there may be anything, so one that is on a coroutine's is let go and
+        Below any stack but the main one there may be anything, so one that is on a coroutine's is released and
         stopped again until it has come back to the main stack.
 
         Raises OSError (EPERM: no right to, or traced by another; ESRCH: gone), PeerGone if it exits,
@@ -140,11 +140,11 @@ class StoppedThread:
         ptrace.write_memory(
             self.pid, frame, sigframe.build(frame, self._landmarks.restore_rt, home, mask, xstate)
         )
-        self._home = frame
+        self._state_frame = frame
         self._regs = regs
-        # From here on the thread gets home through the frame. The mask comes second: it would stay if the
+        # From here on the thread returns through the frame. The mask comes second: it would stay if the
         # registers didn't follow it.
-        ptrace.setregs(self.pid, self._homebound())
+        ptrace.setregs(self.pid, self._returning())
         self._mask = mask
         ptrace.set_signal_mask(self.pid, ptrace.NSIG_MASK)
 
@@ -166,7 +166,7 @@ class StoppedThread:
         """Makes one system call in the thread and returns its result.
 
         Raises OSError with the call's errno, PeerGone if the process exits, IohubError if the call doesn't
-        end in time: release() then leaves the thread to get home by itself.
+        end in time: release() then leaves the thread to return by itself.
         """
         self.check_time()
         ptrace.setregs(self.pid, self._calling(number, *arguments))
@@ -194,9 +194,9 @@ class StoppedThread:
 
     @contextlib.contextmanager
     def closing(self, *fds: int) -> Iterator[None]:
-        """Has the thread close fds that it has opened, at the end or on its way home. Raises as call() does.
+        """Has the thread close fds that it has opened, at the end or when it returns by itself.
 
-        MAX_OPEN at most are open at a time; they are closed in reverse order.
+        Raises as call() does. MAX_OPEN at most are open at a time; they are closed in reverse order.
         """
         with contextlib.ExitStack() as undo:
             for fd in fds:
@@ -204,13 +204,13 @@ class StoppedThread:
             if len(self._closers) + len(fds) > MAX_OPEN:
                 raise ValueError(f"no room to close more than {MAX_OPEN} fds")
             for fd in fds:
-                frame = self._way_home - sigframe.size()
+                frame = self._return_frame - sigframe.size()
                 regs = self._calling(Syscall.close, fd)
                 ptrace.write_memory(
                     self.pid, frame, sigframe.build(frame, self._landmarks.restore_rt, regs, ptrace.NSIG_MASK)
                 )
                 self._closers[fd] = frame
-            ptrace.setregs(self.pid, self._homebound())
+            ptrace.setregs(self.pid, self._returning())
             yield
 
     def _close(self, fd: int) -> None:
@@ -218,7 +218,7 @@ class StoppedThread:
         self.call(Syscall.close, fd)
 
     def release(self) -> None:
-        """Puts back registers, signal mask and memory, and lets the thread go. Raises as call() does.
+        """Puts back registers, signal mask and memory, and releases the thread. Raises as call() does.
 
         A thread that didn't stop, or that is gone, is left to the end of the calling thread.
         """
@@ -231,7 +231,7 @@ class StoppedThread:
         if self._regs is not None:
             ptrace.setregs(self.pid, self._regs)
         if self._saved is not None:
-            # Last, because until now it is the way home; and without it nothing of the thread's own is amiss.
+            # Last: until now the thread may need it to return. Nothing of the thread's own depends on it.
             with contextlib.suppress(OSError):
                 ptrace.write_memory(self.pid, *self._saved)
         # It wakes the thread as a signal does (__ptrace_unlink() of kernel/ptrace.c): restart codes are looked at.
@@ -244,22 +244,22 @@ class StoppedThread:
         self._in_call = False
 
     @property
-    def _way_home(self) -> int:
-        return next(reversed(self._closers.values()), self._home)
+    def _return_frame(self) -> int:
+        return next(reversed(self._closers.values()), self._state_frame)
 
     def _calling(self, number: Syscall, *arguments: int) -> user_regs_struct:
-        """Registers that make a call, and then take the way home."""
+        """Registers that make a call, and then return through the frames."""
         regs = user_regs_struct.from_buffer_copy(self._regs or user_regs_struct())
         regs.rip = self._landmarks.syscall_ret
-        regs.rsp = self._way_home
+        regs.rsp = self._return_frame
         regs.orig_rax = _MINUS_1  # none that could be restarted
         regs.rax = number
         for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
             setattr(regs, name, value & _MINUS_1)
         return regs
 
-    def _homebound(self) -> user_regs_struct:
-        """Registers that take the way home at once."""
+    def _returning(self) -> user_regs_struct:
+        """Registers that return through the frames at once."""
         regs = self._calling(Syscall.close)
         regs.rip += len(SYSCALL_RET) - 1
         return regs
@@ -275,7 +275,7 @@ class StoppedThread:
         if regs is None:
             raise IohubError(f"process {self.pid} runs 32-bit code, which can't be served")
         if make_restartable(regs):
-            ptrace.setregs(self.pid, regs)  # however it is let go
+            ptrace.setregs(self.pid, regs)  # however it is released
         self._check_code()
         return regs
 
@@ -344,7 +344,7 @@ def run_stopped(
     body: Callable[[StoppedThread], _T],
     discard: Callable[[_T], None] = _keep,
 ) -> tuple[_T, float]:
-    """Stops the main thread of a process, lets ``body`` make calls in it, and lets it go.
+    """Stops the main thread of a process, lets ``body`` make calls in it, and releases it.
 
     Returns what ``body`` returned and the seconds for which the thread was stopped, at most. Raises what
     ``body`` and StoppedThread's methods raise; the process runs on in any case. ``discard`` gets what ``body``

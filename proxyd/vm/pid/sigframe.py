@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The frame that rt_sigreturn(2) takes on x86-64: the whole state of a thread, in its own memory.
 
-A thread that comes upon such a frame puts itself back, with nobody's help. Layout: <asm/sigcontext.h>,
+A thread that returns to such a frame restores its own state, without a tracer. Layout: <asm/sigcontext.h>,
 <asm/ucontext.h> and struct rt_sigframe of arch/x86/include/asm/sigframe.h.
 """
 

@@ -39,7 +39,7 @@ class Function:
         self.path = path
         self.reconnects = 0
         self.reason = NOT_ATTACHED
-        """what is or was amiss last"""
+        """the last problem, in words"""
         self.amiss = Amiss()
         self.amiss.add(self._amiss)
         self.remote: PeerCredentials | None = None
@@ -54,7 +54,7 @@ class Function:
         self.is_out = False
         """whether somebody else has unplugged it"""
         self.handover: Handover | None = None
-        """the link, from when it is there until QEMU has none any more"""
+        """the link, from its examination until QEMU has closed its copy"""
         self.is_broken = False
         """whether QEMU's link was ended from here"""
         self.log = RateLimited(log)
@@ -73,7 +73,7 @@ class Function:
         return f"iohub-{self.name}"
 
     def warn(self, text: str) -> None:
-        """Logs what is amiss, and keeps it to be asked for."""
+        """Logs a problem, and keeps it for Status."""
         self.reason = text
         self.log.warning("%s", text)
 
@@ -147,7 +147,7 @@ class Function:
 
     def _amiss(self) -> Iterator[str]:
         if self.is_sound and self.is_asked:
-            yield "the guest was asked to eject it, and hasn't yet; it is plugged again then"
+            yield "the guest has been asked to eject it and hasn't yet; it will be plugged again after that"
         if self.is_sound and self.handover is not None:
             yield from self.handover.defects
 

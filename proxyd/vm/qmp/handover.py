@@ -67,9 +67,9 @@ def examine(client: Client) -> Handover:
 
 
 def find_server(path: str) -> PeerCredentials | None:
-    """Who serves a device's socket, if a client is being served; None if one would be welcome, or nobody listens.
+    """The process that serves a device's socket, if it is serving a client.
 
-    Blocks for one round trip at most.
+    None if it would take one, or nobody listens. Blocks for one round trip at most.
     """
     try:
         client = connect(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What of the QEMU that is attached an operator should know: its process, its monitor, its guest's CPUs."""
+"""The state of the attached QEMU that an operator should know: its process, its monitor, its guest's CPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_STATE = 40
 
 
 class Health:
-    """Of one QEMU after the other."""
+    """The state of the QEMU that is attached at present."""
 
     def __init__(self) -> None:
         self.is_running = True
@@ -29,15 +29,16 @@ class Health:
         self._monitor: Monitor | None = None
 
     async def begin(self, monitor: Monitor) -> None:
-        """Looks at a QEMU for the first time. Raises PeerGone and ProtocolError."""
-        self.is_running, self._state = await run_state(monitor)
+        """Asks a newly attached QEMU for its state. Raises PeerGone and ProtocolError."""
+        self.is_running, self._state = await run_state(monitor.execute)
         self._monitor = monitor
 
     async def watch(self, monitor: Monitor) -> None:
-        """Asks it again and again. Raises PeerGone and ProtocolError."""
+        """Asks again every few seconds. Raises PeerGone and ProtocolError."""
         while True:
             await asyncio.sleep(_ASK_SECONDS)
-            self.is_running, self._state = await run_state(monitor)
+            # However long it takes: a QEMU that is stopped for a while stays attached.
+            self.is_running, self._state = await run_state(monitor.wait_for)
 
     def on_event(self, name: str) -> None:
         """STOP or RESUME."""
@@ -45,7 +46,7 @@ class Health:
         self._state = "running" if self.is_running else "paused"
 
     def end(self) -> None:
-        """There is no QEMU to tell of."""
+        """No QEMU is attached any more."""
         self._monitor = None
 
     def amiss(self) -> Iterator[str]:

@@ -187,11 +187,15 @@ class Monitor:
 
         Raises CommandError, and PeerGone when the connection ends or QEMU doesn't answer in time.
         """
-        return await self._execute(command, arguments, None)
+        return await self._execute(command, arguments, None, _COMMAND_SECONDS)
+
+    async def wait_for(self, command: str) -> Any:
+        """As execute(), but waits for as long as QEMU takes; see ``silent_for``."""
+        return await self._execute(command, {}, None, None)
 
     async def getfd(self, name: str, fd: int) -> None:
         """Gives QEMU a duplicate of an fd, by a name that then means no other. Raises as execute()."""
-        await self._execute("getfd", {"fdname": name}, fd)
+        await self._execute("getfd", {"fdname": name}, fd, _COMMAND_SECONDS)
 
     async def wait_closed(self) -> None:
         """Returns when QEMU has closed the connection. Raises PeerGone when it ended in another way."""
@@ -205,19 +209,21 @@ class Monitor:
         """Ends the connection. Doesn't wait for QEMU."""
         await self._client.end()
 
-    async def _execute(self, command: str, arguments: Mapping[str, object], fd: int | None) -> Any:
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object], fd: int | None, seconds: float | None
+    ) -> Any:
         async with self._turn:
             self._client.passenger = fd
             self._asked = time.monotonic()
             try:
-                async with asyncio.timeout(_COMMAND_SECONDS):
+                async with asyncio.timeout(seconds):
                     return await self._client.execute(command, arguments)
             except ExecuteError as error:
                 raise CommandError(str(error), error.error_class) from error
             except ExecInterruptedError as error:
                 raise PeerGone(f"{command}: {_words(await self._client.end())}") from error
             except TimeoutError as error:
-                raise PeerGone(f"QEMU hasn't answered {command} within {_COMMAND_SECONDS:g} s") from error
+                raise PeerGone(f"QEMU hasn't answered {command} within {seconds:g} s") from error
             except Exception as error:
                 raise PeerGone(f"{command}: {_words(error)}") from error
             finally:

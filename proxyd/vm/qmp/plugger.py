@@ -72,9 +72,7 @@ class QemuPlugger:
         self._uevents = KvmEvents()
         self._loop.add(self._uevents.fileno(), self._on_uevent)
         self._watch = PathWatch(loop, lambda _path: self._appeared.set())
-        self._interface = ProxydService(
-            config.name, config.vm, "kvm", None, list(self._functions.values())
-        )
+        self._interface = ProxydService(config.name, config.vm, "kvm", None, list(self._functions.values()))
         self._interface.reason = "looking for QEMU"
         self._health = Health()
         self._interface.amiss.add(self._health.amiss)

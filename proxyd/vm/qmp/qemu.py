@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a running QEMU is and has, as its monitor tells: whether x-pci-proxy-dev works there, what is plugged.
+"""What the monitor tells of a running QEMU: whether x-pci-proxy-dev works there, and what is plugged.
 
 Paths and types are those of QEMU's object model (QOM) for the machine type ``pc``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import ProtocolError, UsageError
 from proxyd.vm.qmp.monitor import CommandError, Monitor
@@ -119,10 +119,13 @@ async def drop_note(monitor: Monitor, name: str) -> None:
         await monitor.execute("object-del", id=f"{_NOTE}{name}")
 
 
-async def run_state(monitor: Monitor) -> tuple[bool, str]:
-    """Whether the guest's CPUs run, and QEMU's word for that (RunState in qapi/run-state.json)."""
+async def run_state(execute: Callable[[str], Awaitable[Any]]) -> tuple[bool, str]:
+    """Whether the guest's CPUs run, and QEMU's word for that (RunState in qapi/run-state.json).
+
+    ``execute`` is the monitor's method for it. Raises what that raises, and ProtocolError.
+    """
     with _malformed("its state"):
-        status = await monitor.execute("query-status")
+        status = await execute("query-status")
         return bool(status["running"]), str(status["status"])
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which devices are serving a client, to be known of functions that are found plugged in QEMU.
+"""Which devices are serving a client: asked for functions that are found plugged in QEMU.
 
 remoted is asked first, at its control socket: to it, a connection to a device's socket would be a client that has
-to be refused. Whoever else serves a device is asked there.
+to be refused. A device that remoted doesn't have is asked at its own socket.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The configured functions of one slot, and their stay in a running QEMU.
+"""Keeps the configured functions of one slot plugged in a running QEMU.
 
-A slot comes and goes as a whole: ACPI ejects slots, and a guest looks at the other functions when function 0
-arrives (QEMU refuses any that comes later). So function 0 is plugged last, and one function that must be
-replaced takes the others with it.
+All functions of a slot are plugged and unplugged together: ACPI ejects whole slots, and a guest scans the other
+functions when function 0 arrives (QEMU refuses any that is added later). So function 0 is plugged last, and to
+replace one function is to replace all of its slot.
 
-What QEMU has been asked to unplug goes when the guest consents, which may take longer than this daemon lives. So
-each such request is noted in QEMU (proxyd.vm.qmp.qemu.note_request()), for the daemon's successor.
+A device_del takes effect when the guest ejects the slot, which may be after this daemon has ended. So each request
+is noted in QEMU (proxyd.vm.qmp.qemu.note_request()), for the daemon's successor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Turn:
         self._lock.release()
 
     async def end(self) -> None:
-        """Waits for who has it. Nobody gets it any more: who asks for it only waits to be cancelled."""
+        """Waits until it is released, and grants it no more: later callers wait until they are cancelled."""
         self._is_over = True
         async with self._lock:
             pass
@@ -89,8 +89,8 @@ class Slot:
         """Plugs what is missing, adopts what is there, replaces what has lost its link, until it is cancelled.
 
         ``servers`` are the processes that serve a client at the device's socket, by the ids of the functions
-        that are plugged; None where nobody is served. What loses its link at once, again and again, is replaced
-        ever more rarely. It is best cancelled
+        that are plugged; None where nobody is served. What loses its link as soon as it is plugged is replaced
+        less and less often. It is best cancelled
         after the end of ``turn``: nothing is half done then. Raises PeerGone and ProtocolError when the monitor is
         out of order; close() comes after it, however it ends.
         """
@@ -173,7 +173,7 @@ class Slot:
         return self.functions[-1].is_plugged and len(self.plugged) < len(self.functions)
 
     async def _plug(self, monitor: Monitor, turn: Turn) -> bool:
-        """Plugs all functions that aren't; False if QEMU doesn't want one. Waits for their devices."""
+        """Plugs all functions that aren't; False if QEMU refuses one. Waits for their devices."""
         missing = [function for function in self.functions if not function.is_plugged]
         await self._connect(missing)
         async with turn:

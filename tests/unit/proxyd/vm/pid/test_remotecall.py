@@ -166,7 +166,7 @@ def test_a_signal_that_comes_before_the_stop_is_delivered(monkeypatch: pytest.Mo
 
 
 def test_a_call_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tracer gives up; the call ends later, and the thread gets home by itself."""
+    """The tracer gives up; the call ends later, and the thread returns by itself."""
     monkeypatch.setattr(remotecall, "STOP_DEADLINE", 0.05)
     ends: list[socket.socket] = []
 

@@ -317,7 +317,7 @@ def ask(answers: Mapping[str, Any]) -> None:
         monitor: Any = Answers(answers)
         await qemu.check(monitor)
         await qemu.take_inventory(monitor)
-        await qemu.run_state(monitor)
+        await qemu.run_state(monitor.execute)
 
     asyncio.run(main())
 

@@ -17,7 +17,7 @@ from common.link import Client
 from common.loop import Loop
 from common.mpqemu import CONFIG, Command
 from common.pci import parse_devfn
-from proxyd.vm.qmp import handover, health, plugger, servers, slot
+from proxyd.vm.qmp import handover, health, monitor, plugger, servers, slot
 from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.plugger import QemuPlugger
 from tests.support.modelqemu import ModelQemu
@@ -241,7 +241,7 @@ def test_a_request_of_the_daemon_before_leads_to_a_new_plug(pair: Bench) -> None
     async def finds(bench: Bench) -> None:
         await bench.until_sound()
         (text,) = bench.function.amiss.texts()
-        assert text == "the guest was asked to eject it, and hasn't yet; it is plugged again then"
+        assert text == "the guest has been asked to eject it and hasn't yet; it will be plugged again after that"
         for client in clients:
             client.close()
         bench.qemu.eject("dev1", "dev0")
@@ -366,7 +366,21 @@ def test_a_monitor_that_does_not_answer_is_amiss(bench: Bench, monkeypatch: pyte
         await bench.until(lambda: amiss(bench), "its silence is told")
         (text,) = amiss(bench)
         assert "hasn't answered its monitor for 0 s" in text
-        bench.qemu.hang_up()
+
+    bench.run(talk)
+
+
+def test_a_monitor_that_is_only_slow_stays_attached(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the link's duplicate, by which its end is noticed."""
+    monkeypatch.setattr(health, "_ASK_SECONDS", 0.001)
+
+    async def talk(bench: Bench) -> None:
+        await bench.until_sound()
+        monkeypatch.setattr(monitor, "_COMMAND_SECONDS", 0.01)
+        bench.qemu.unanswered = "query-status"
+        await bench.until(lambda: bench.plugger._health._monitor.silent_for > 0.1, "it is silent")  # type: ignore[union-attr]
+        assert bench.plugger._interface.attached
+        assert bench.function.handover is not None
 
     bench.run(talk)
 

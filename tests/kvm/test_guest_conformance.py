@@ -88,6 +88,7 @@ def guests(tmp_path_factory: pytest.TempPathFactory, requires_kvm: None) -> Iter
 
 
 def test_all_functions_get_addresses_and_irqs(guests: Guests) -> None:
+    assert guests.ask(f"config write 32 {LINE} 0x1c 0x12") == ["ok"]
     assert guests.ask("setup") == [
         "* function addr=03.0 id=1234:11e8 model=edu gsi=5 memory0=0xe0000000",
         "* function addr=05.0 id=1b36:0002 model=pci-serial gsi=10 io0=0xd000",
@@ -100,6 +101,9 @@ def test_all_functions_get_addresses_and_irqs(guests: Guests) -> None:
         assert guests.ask(f"config read 8 {addr} 0x3c") == [f"ok value={irq:#x}"]
     assert guests.ask("config read 32 01.0 0x60") == ["ok value=0x9050b0a"]
     assert guests.ask(f"config read 16 {LINE} 4") == ["ok value=0x3"]
+    for addr, offset in ((LINE, 0x1C), (HUGE, 0x10), (HUGE, 0x14), (HUGE, 0x18), (HUGE, 0x1C)):
+        (line,) = guests.ask(f"config read 32 {addr} {offset}")
+        assert int(line.rpartition("=")[2], 16) & ~0xF == 0, "no address above 4 GiB, and none that fits nowhere"
 
 
 def test_a_function_without_a_driver_is_driven_by_hand(guests: Guests) -> None:

@@ -2,7 +2,7 @@
 """The guest of --vm soft: in Python what proxyd/vm/embedded/guest does in C, held to that by one test.
 
 The console protocol, the commands and the meaning of every count are those at the top of guest/main.c; latencies
-are in nanoseconds. This is what takes the commands, as guest/main.c and commands.c do.
+are in nanoseconds. This module takes the commands, as guest/main.c and commands.c do.
 """
 
 from __future__ import annotations

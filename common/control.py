@@ -31,13 +31,13 @@ from asyncvarlink.conversion import ConversionError
 from asyncvarlink.serviceinterface import InvalidParameter, VarlinkServiceInterface
 
 from common.disposal import Disposal, refuse_fds
-from common.errors import PeerGone, ProtocolError, UsageError
+from common.errors import PeerGone, ProtocolError, UntrustedError, UsageError
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.loop import Loop
 from common.peer import peer_credentials
 from common.socketpath import SocketInUse
-from common.trust import Trust
+from common.trust import TRUST, Trust
 from common.version import package_version
 
 if TYPE_CHECKING:
@@ -113,11 +113,12 @@ class ControlServer:
         """
         reply = json.dumps(error.tojson()).encode() + b"\0"
         for _ in range(_MAX_CLIENTS):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UntrustedError):
                 sock = self._listener.accept()
                 if sock is None:
                     return
                 with sock:
+                    TRUST.check_peer(sock)
                     sock.settimeout(_REFUSAL_SECONDS)
                     if sock.recv(MAX_MESSAGE):
                         sock.sendall(reply)

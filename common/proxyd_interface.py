@@ -21,6 +21,7 @@ class Function:
     pin: int | None
     gsi: int | None
     connected: bool
+    decoded: bool | None
     reconnects: int
     remote_pid: int | None = None
     remote_name: str | None = None
@@ -58,6 +59,8 @@ class Proxyd(VarlinkInterface, name="org.iohub.Proxyd"):
     Of a function:
     id: its device's id. addr: its address, SLOT.FUNCTION, as in 05.0.
     connected: whether there is a link to remoted, or in QEMU one that is good.
+    decoded: whether the guest has placed and enabled a BAR, without which no driver reaches the device; null
+    without BARs, while that is unknown, and where QEMU knows it.
     pin: its interrupt pin register, 1 to 4 for INTA to INTD, 0: no interrupt; null while it is unknown: never
     connected so far, or QEMU owns the function.
     gsi: where the irqfd is assigned to at present; null while the guest has the pin routed nowhere, while the

@@ -33,6 +33,9 @@ class FunctionState(Protocol):
     def answer_times(self) -> tuple[float, float] | None: ...
 
     @property
+    def is_decoded(self) -> bool | None: ...
+
+    @property
     def gsi(self) -> int | None: ...
 
     @property
@@ -83,6 +86,7 @@ def _function_status(proxy: FunctionState) -> Function:
         pin=proxy.pin,
         gsi=proxy.gsi,
         connected=remote is not None,
+        decoded=proxy.is_decoded,
         reconnects=proxy.reconnects,
         amiss=proxy.amiss.texts(),
     )

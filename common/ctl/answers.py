@@ -38,7 +38,7 @@ def ask(directory: Path, daemon: str, trust: Trust, method: str, **parameters: o
             raise PeerGone(f"{daemon} is not running: {error}") from error
         raise PeerGone(f"{daemon} does not answer: {error}") from error
     except UntrustedError as error:
-        raise UntrustedError(f"{daemon} is not asked: {error} (--allow-user)") from error
+        raise UntrustedError(f"{daemon} is not asked: {error}") from error
     except ProtocolError as error:
         raise ProtocolError(f"{daemon} gives no proper answer: {error}") from error
     except VarlinkErrorReply as error:

@@ -140,6 +140,8 @@ def _details(views: _Views) -> Iterator[str]:
     if proxy := views.get("proxyd"):
         up = proxy["connected"]
         yield f"link {_process(proxy['remote_name'], proxy['remote_pid'])}" if up else "link down"
+        if proxy["decoded"] is False:
+            yield "BARs not decoded"
         if proxy["answer_mean_us"] is not None:
             mean, most = (_microseconds(proxy[name]) for name in ("answer_mean_us", "answer_max_us"))
             yield f"answers within {mean} (at most {most})"

@@ -36,6 +36,7 @@ class _Function:
     """One device at remoted and its GSI."""
 
     answer_times = None
+    is_decoded = None
     """the guest asks a device nothing"""
 
     def __init__(

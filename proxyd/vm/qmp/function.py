@@ -30,7 +30,8 @@ class Function:
     pin = None
     gsi = None
     answer_times = None
-    """all three are QEMU's to know"""
+    is_decoded = None
+    """all of them are QEMU's to know"""
 
     def __init__(self, config: DeviceConfig, path: str, loop: Loop, log: Log) -> None:
         """``path`` is its device's socket."""

@@ -129,6 +129,7 @@ def test_functions_without_a_remote(bench: Bench) -> None:
             "id": name,
             "addr": addr,
             "connected": False,
+            "decoded": None,
             "reconnects": 0,
             "amiss": [],
             "pin": None,
@@ -200,6 +201,7 @@ class Unlinked:
         self.reason = reason
         self.amiss = Amiss()
         self.answer_times = None
+        self.is_decoded = None
 
 
 def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:

@@ -48,6 +48,7 @@ def proxy_function(**fields: object) -> dict[str, object]:
         "remote_pid": 43,
         "remote_name": "iohub-remoted",
         "reason": None,
+        "decoded": True,
         "answer_mean_us": None,
         "answer_max_us": None,
         "amiss": [],
@@ -119,6 +120,7 @@ def test_lines(remote: dict[str, object], line: str) -> None:
         ({"errors": 3}, {}, "3 errors"),
         ({"counters": {"dropped_output": 9}}, {}, "9 dropped_output"),
         ({}, {"connected": False}, "link down"),
+        ({}, {"decoded": False}, "BARs not decoded"),
         ({}, {"answer_mean_us": 80, "answer_max_us": 12_345}, "answers within 80 us (at most 12.3 ms)"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from common.chardev import Chardev, file
 from common.errors import UsageError
 from tests.support.chardevbench import Device
+from tests.support.fds import no_more_fds
 from tests.support.steploop import run_until
 from tests.support.threads import wait_until_blocked_in_write
 from tests.support.wait import wait_until
@@ -110,9 +111,15 @@ def test_output_that_comes_during_a_write_follows(device: Device, tmp_path: Path
     device.write(b"first")
     wait_until_blocked_in_write(device.chardev._thread)  # type: ignore[attr-defined]
     device.write(b"second")
+    os.set_blocking(reader, False)
     received = bytearray()
-    while not received.endswith(b"second"):
-        received += os.read(reader, 1 << 16)
+
+    def is_all_read() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            received.extend(os.read(reader, 1 << 16))
+        return received.endswith(b"second")
+
+    run_until(device.loop, is_all_read)
     assert received.lstrip(b"\0") == b"firstsecond"
     os.close(reader)
 
@@ -171,6 +178,39 @@ def test_closing_does_not_wait_for_a_file_that_takes_its_time(
     while os.read(reader, 1 << 16):  # until the thread has written all and closed the file
         pass
     os.close(reader)
+
+
+def test_without_a_thread_output_is_dropped(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next write tries again to start it."""
+    path = tmp_path / "log"
+    device.open(f"file:{path}")
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        device.write(b"lost")
+    assert device.chardev.dropped_output == 4
+    assert caplog.messages == [f"chardev file {path}: output is dropped: can't start new thread"]
+    assert list(device.chardev.amiss())
+    device.write(b"kept")
+    wait_until(lambda: path.read_bytes() == b"kept", "it is written")
+    wait_until(lambda: not list(device.chardev.amiss()), "all is well")
+
+
+@pytest.mark.parametrize("kind", ["pty", "file", "unix"])
+@pytest.mark.parametrize("free", range(3))
+def test_shortage_of_fds(device: Device, tmp_path: Path, kind: str, free: int) -> None:
+    """It is one clear line, or works; nothing stays open, as the fixture checks."""
+    spare = [os.dup(0) for _ in range(free)]
+    with no_more_fds():
+        for fd in spare:
+            os.close(fd)
+        with contextlib.suppress(UsageError):
+            device.open("pty" if kind == "pty" else f"{kind}:{tmp_path}/line")
 
 
 def test_fifo_without_a_reader_is_refused_not_waited_for(device: Device, tmp_path: Path) -> None:

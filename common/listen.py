@@ -52,7 +52,10 @@ class UnixListener:
         self._trust = trust
         self._is_watched = False
         self._pause: Timer | None = None
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise UsageError(f"socket {path}: {error.strerror}") from error
         try:
             if not takes_fds:
                 refuse_fds(self._sock)

@@ -10,8 +10,8 @@ operator should act on adds a source to it once::
         if self._dropped:
             yield f"{self._dropped} bytes dropped: nobody is connected to the chardev"
 
-The sources are asked at each Status call, so a text is there for as long as it is true, and nobody has to take it
-back. `iohubctl status` puts the function's address and id before each text, and exits with status 1.
+The sources are asked at each Status call: a text is reported for as long as it is true, and no module has to
+withdraw it. `iohubctl status` puts the function's address and id before each text, and exits with status 1.
 """
 
 from __future__ import annotations

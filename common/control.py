@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_MESSAGE", "ControlServer", "call"]
 
 MAX_MESSAGE = 4 << 10
-"""bytes of the longest call, without its zero byte: calls name a device at most, and parsing takes time"""
+"""bytes of the longest call, without its zero byte: a call has to name a device at most, and parsing takes time"""
 
 MAX_REPLY = 4 << 20
 """bytes of the longest reply that call() takes, without its zero byte; 256 functions, all amiss, need less"""
@@ -54,7 +54,7 @@ MAX_REPLY = 4 << 20
 _MAX_CLIENTS = 16
 
 _REFUSAL_SECONDS = 0.1
-"""how long the call of a client is waited for that is refused"""
+"""how long refuse() waits for a client's call"""
 
 _CALL_SECONDS = 5.0
 """how long call() takes at most"""
@@ -66,8 +66,8 @@ class ControlServer:
     def __init__(self, loop: Loop, path: str, interface: VarlinkInterface, log: logging.Logger) -> None:
         """``log``'s name is the product's in org.varlink.service.GetInfo.
 
-        Raises UsageError when the path can't be listened at, or is that of a daemon that runs already: whoever
-        makes this before it takes anything else disturbs that one in nothing.
+        Raises UsageError when the path can't be listened at, or is that of a daemon that runs already. A daemon
+        that creates this before all else does not disturb that one.
         """
         self.disposal = Disposal()
         self._loop = loop
@@ -108,8 +108,9 @@ class ControlServer:
         return b"" if call.oneway else json.dumps(reply.tojson()).encode() + b"\0"
 
     def refuse(self, error: VarlinkErrorReply) -> None:
-        """Answers the calls of those who connect with an error, and hangs up; for another thread to call while the
-        loop's is kept from it. Who was connected before waits.
+        """Answers the call of each client that waits to be accepted with an error, and hangs up.
+
+        For another thread to call while the loop's thread is busy. Clients that were accepted before have to wait.
         """
         reply = json.dumps(error.tojson()).encode() + b"\0"
         for _ in range(_MAX_CLIENTS):
@@ -264,8 +265,8 @@ def call(
 ) -> dict[str, Any]:
     """Calls a daemon's method, ``INTERFACE.NAME``, at its socket's path; with ``trust`` only if that is trusted.
 
-    Returns the reply's parameters, as JSON, whose types nobody has looked at. The daemon needn't be an honest
-    one: what it sends is bounded in size, and the call in time.
+    Returns the reply's parameters as JSON, with types that are not checked. The daemon is not trusted to be
+    honest: the size of its reply and the time of the whole call are bounded.
 
     Raises PeerGone when nobody answers in time, ProtocolError when the answer is no reply, UntrustedError, and
     VarlinkErrorReply for the daemon's errors.
@@ -298,8 +299,11 @@ def call(
 
 
 def _receive_reply(sock: socket.socket, expires: float) -> bytes:
-    """The first message, without its zero byte. Raises OSError, TimeoutError at a time by the monotonic clock too,
-    and ProtocolError for a message that is too long."""
+    """The first message, without its zero byte.
+
+    Raises OSError, TimeoutError when it isn't whole at ``expires`` (on the monotonic clock), and ProtocolError
+    when it is too long.
+    """
     received = bytearray()
     disposal = Disposal()
     while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What programs print, to readers that may have gone and on filesystems that may be full."""
+"""Output to stdout and stderr, whose readers may have gone and whose filesystem may be full."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class OutputError(IohubError):
     def __init__(self, cause: OSError) -> None:
         super().__init__(f"standard output: {cause.strerror or cause}")
         self.status = 128 + signal.SIGPIPE if isinstance(cause, BrokenPipeError) else 1
-        """the exit status: for a reader that has gone that of a process that SIGPIPE ends"""
+        """the exit status; if the reader has gone, the one that shells give to a process killed by SIGPIPE"""
 
 
 def emit(text: str) -> None:
-    """Prints to stdout, which has it all afterwards. Raises OutputError."""
+    """Prints to stdout and flushes it. Raises OutputError."""
     try:
         if sys.stdout is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -45,7 +45,7 @@ def complain(program: str, error: Exception) -> None:
 
 
 def _discard_output() -> None:
-    """Else the interpreter tries to write it again when it ends, and fails with a traceback and status 120."""
+    """Keeps the interpreter from writing it again when it ends, which would fail with status 120."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(devnull, sys.stdout.fileno())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the daemons of a VM answer to iohubctl, which believes nothing of it: types are checked, text is made
-printable, and numbers have 64 bits."""
+"""What the daemons of a VM answer to iohubctl, which trusts neither: it checks types, makes text printable, and
+refuses numbers of more than 64 bits.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def _check_types(interface: type[VarlinkInterface], method: str, answer: Answer)
 
 
 def _clean(value: Any) -> Any:
-    """Of JSON whose types are checked, and which therefore is not deep."""
+    """The value with all text printable. Its types are checked already. Raises ProtocolError."""
     if isinstance(value, str):
         return one_line(value)
     if isinstance(value, int) and value.bit_length() > 64:

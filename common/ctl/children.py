@@ -30,7 +30,7 @@ if os.getppid() != int(parent):  # it has ended before that
 sys.argv = [module, *arguments]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-"""a module as __main__, in a process that ends with its parent whatever ends that"""
+"""runs a module as __main__ in a process that is killed when its parent ends, in whatever way"""
 
 
 def _starting(module: str) -> list[str]:
@@ -45,8 +45,8 @@ class ChildFailed(IohubError):
 class Child:
     """One daemon, ``python -m MODULE``, that says READY=1 (sd_notify(3)) when it serves.
 
-    It is killed when the thread that has started it ends, be it by SIGKILL (PR_SET_PDEATHSIG, prctl(2)). Ctrl+C in
-    a terminal doesn't reach it: who has started it ends it.
+    It is killed when the thread that has started it ends, also if that is by SIGKILL (PR_SET_PDEATHSIG, prctl(2)).
+    Ctrl+C in a terminal does not reach it: its parent ends it.
     """
 
     def __init__(

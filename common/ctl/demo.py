@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``iohubctl demo``: both daemons, four functions, a guest that counts every interrupt, and some violence.
+"""``iohubctl demo``: both daemons, four functions, a guest that counts every interrupt, and faults on purpose.
 
 The counts come from both ends: ``raised`` and ``served`` are the guest's (it raises by writing a device's register
 and serves in its handler), ``resamples`` and ``reasserts`` are remoted's.
@@ -31,7 +31,7 @@ __all__ = ["add_arguments", "run"]
 
 _DEFAULT_ROUNDS = 2500
 _HELD_EVERY = 4
-"""each so manieth interrupt is acknowledged only the second time it arrives: the line stays high over an EOI"""
+"""one interrupt in so many is acknowledged only when it arrives again: its line stays high over an EOI"""
 _FEW_ROUNDS = 50
 _KILL_SHARE = 5
 """the run that remoted is killed in has this fraction of the rounds"""
@@ -142,7 +142,7 @@ class _Demo:
         self._remoted.end()
 
     def play(self, rounds: int) -> None:
-        """All the scenes. Raises IohubError when one can't be played to its end."""
+        """Runs all steps. Raises IohubError when one can't be run to its end."""
         self._setup()
         self._say(f"{rounds} interrupts from each of {len(self._functions)} functions")
         self._command(f"run {rounds} held {_HELD_EVERY}")
@@ -301,7 +301,7 @@ class _Demo:
 
 
 class _Progress:
-    """What goes on, on stderr: one line a scene, rewritten in place where stderr is a terminal."""
+    """The progress on stderr: one line for each step, rewritten in place if stderr is a terminal."""
 
     def __init__(self) -> None:
         self._in_place = sys.stderr.isatty()

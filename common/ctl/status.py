@@ -44,7 +44,7 @@ def ask_daemons(vm: str, directory: Path, trust: Trust) -> Report:
 
 
 def _contradict(errors: dict[str, str], daemon: str, name: str | None, pid: int | None) -> None:
-    """A daemon without a control socket isn't one that doesn't run, if the other one has a link to it."""
+    """Corrects an error that says a daemon does not run, although the other daemon has a link to it."""
     absent = f"{daemon} is not running: "
     if errors[daemon].startswith(absent):
         reason = errors[daemon].removeprefix(absent)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The functions of a VM as a table of 80 columns, of what remoted and proxyd say about it; and what is amiss.
 
-A function has a line of its interrupt's state and counters, and below that one of what it is and who is linked to
-it. Counters that usually are 0 are there only if they are not.
+A function has a line with the state and counters of its interrupt, and below that one with its model and links.
+Counters that usually are 0 are shown only if they are not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["WIDTH", "align", "find_amiss", "render"]
 
 WIDTH = 80
-"""columns, which only words that are longer exceed"""
+"""columns; only a word that is longer than this exceeds it"""
 
 _HEADINGS = ("ADDR", "LINE", "PIN", "GSI", "RAISED", "RESAMPLES", "RE-ASSERTS", "ACCESSES", "QUIET")
 _RIGHT_ALIGNED = frozenset(("GSI", "RAISED", "RESAMPLES", "RE-ASSERTS", "ACCESSES", "QUIET"))
@@ -157,7 +157,7 @@ def _details(views: _Views) -> Iterator[str]:
 
 
 def _count(number: int) -> str:
-    """Exact as long as it fits into a column."""
+    """The number; rounded to three digits if it does not fit into a column."""
     return str(number) if len(str(number)) <= _MAX_DIGITS else f"{number:.3g}".replace("e+", "e")
 
 

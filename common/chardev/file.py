@@ -44,12 +44,15 @@ class FileChardev(Chardev):
         except (OSError, ValueError) as error:
             raise UsageError(str(getattr(error, "strerror", error))) from error
         os.set_blocking(self._fd, True)
+        self._wake = -1
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            loop.add(self._wake, self._on_wake)
         except OSError as error:
             os.close(self._fd)
+            if self._wake != -1:
+                os.close(self._wake)
             raise UsageError(str(error.strerror)) from error
-        loop.add(self._wake, self._on_wake)
 
     def write(self, data: bytes | bytearray) -> int:
         with self._condition:

@@ -43,7 +43,11 @@ class PtyChardev(StreamChardev):
         log.info("char device redirected to %s", self._path)
         os.close(slave)
         os.set_blocking(master, False)
-        self._attach(master)
+        try:
+            self._attach(master)
+        except OSError as error:
+            os.close(master)
+            raise UsageError(str(error.strerror)) from error
         self._watch_opens()
 
     def close(self) -> None:

@@ -83,10 +83,10 @@ class StreamChardev(Chardev):
         raise NotImplementedError
 
     def _attach(self, fd: int) -> None:
-        """Watches a non-blocking fd."""
-        self._fd = fd
-        self._hup.register(fd, 0)
+        """Watches a non-blocking fd. Raises OSError, and then the fd is still the caller's."""
         self._loop.add(fd, self._on_event, EPOLLIN | EPOLLET)
+        self._hup.register(fd, 0)
+        self._fd = fd
 
     def _detach(self) -> None:
         """Stops to watch the fd, and closes it."""

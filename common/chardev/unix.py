@@ -48,10 +48,11 @@ class UnixChardev(StreamChardev):
         return self._listener.path
 
     def _on_client(self, sock: socket.socket) -> None:
-        self._listener.hold()
-        self._log.info("%s: connected", self._listener.path, peer=str(peer_credentials(sock)))
-        self._client = sock
+        peer = str(peer_credentials(sock))
         self._attach(sock.fileno())
+        self._client = sock
+        self._listener.hold()
+        self._log.info("%s: connected", self._listener.path, peer=peer)
         self._set_connected(True)
 
     def _hang_up(self) -> None:

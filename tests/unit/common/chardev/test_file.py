@@ -15,7 +15,6 @@ import pytest
 from common.chardev import Chardev, file
 from common.errors import UsageError
 from tests.support.chardevbench import Device
-from tests.support.fds import no_more_fds
 from tests.support.steploop import run_until
 from tests.support.threads import wait_until_blocked_in_write
 from tests.support.wait import wait_until
@@ -199,18 +198,6 @@ def test_without_a_thread_output_is_dropped(
     device.write(b"kept")
     wait_until(lambda: path.read_bytes() == b"kept", "it is written")
     wait_until(lambda: not list(device.chardev.amiss()), "all is well")
-
-
-@pytest.mark.parametrize("kind", ["pty", "file", "unix"])
-@pytest.mark.parametrize("free", range(3))
-def test_shortage_of_fds(device: Device, tmp_path: Path, kind: str, free: int) -> None:
-    """It is one clear line, or works; nothing stays open, as the fixture checks."""
-    spare = [os.dup(0) for _ in range(free)]
-    with no_more_fds():
-        for fd in spare:
-            os.close(fd)
-        with contextlib.suppress(UsageError):
-            device.open("pty" if kind == "pty" else f"{kind}:{tmp_path}/line")
 
 
 def test_fifo_without_a_reader_is_refused_not_waited_for(device: Device, tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ class Client:
             except BaseException:
                 sock.close()
                 raise
+        except BlockingIOError as error:  # the queue is full; without a timeout, connect(2) would wait
+            raise PeerGone(f"{path}: takes no connection: others wait already") from error
         except OSError as error:
             raise PeerGone(f"{path}: {error.strerror or error}") from error
         except UntrustedError as error:

@@ -367,3 +367,27 @@ def test_connect_where_nobody_listens(tmp_path: os.PathLike[str]) -> None:
     with pytest.raises(PeerGone, match="socket: Connection refused"):
         Client.connect(path, LONG)
     assert count_fds() == before
+
+
+def test_connecting_to_a_full_queue_waits_for_no_place(tmp_path: Path) -> None:
+    """As at a remote that hangs: connect(2) would wait for as long as it does."""
+    path = str(tmp_path / "full.sock")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(path)
+        server.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+                waiting.setblocking(False)
+                waiting.connect(path)
+        errors: list[PeerGone] = []
+
+        def connect() -> None:
+            try:
+                Client.connect(path, 0.02)
+            except PeerGone as error:
+                errors.append(error)
+
+        assert returns_soon(connect)
+        assert [str(error) for error in errors] == [f"{path}: takes no connection: others wait already"]

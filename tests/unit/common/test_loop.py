@@ -431,6 +431,18 @@ def test_cancelled_timer(loop: Loop, clock: Clock, order: list[str]) -> None:
     timer.cancel()
 
 
+def test_cancelled_timer_ends_no_wait(loop: Loop) -> None:
+    """Neither one that is cancelled first nor one before another that is."""
+    timers = [loop.call_later(seconds, lambda: None) for seconds in (1, 2, 3)]
+    timers[1].cancel()
+    assert loop.until_next_timer() == 1
+    timers[0].cancel()
+    assert loop.until_next_timer() == 3
+    timers[2].cancel()
+    assert loop.until_next_timer() is None
+    assert loop.until_next_timer(5.0) == 5.0
+
+
 def test_timer_may_cancel_one_that_is_due_as_well(loop: Loop, clock: Clock, order: list[str]) -> None:
     def one() -> None:
         order.append("one")

@@ -45,18 +45,18 @@ ANCILLARY_SIZE = socket.CMSG_SPACE(_SCM_MAX_FD * 4)
 
 _SO_PASSRIGHTS = 83  # include/uapi/asm-generic/socket.h, since Linux 6.16
 _MAX_PENDING = 256
-"""enough for a client whose fds are merely unfit: the thread may have to wait some milliseconds for its turn"""
+"""fds; the thread may need some milliseconds until it runs, in which a client with unfit fds must not fill it"""
 
 
 class Disposal:
-    """What the peers of one device, or of another such place, have left to be closed.
+    """Closes the fds that the peers of one device, or of one other socket, have sent.
 
-    Each place has its own, with its own thread, so that only its peers pay for what they sent: as long as it
-    ``is_full``, no new ones are served. Any thread may use it.
+    Each device has its own, with its own thread, so that a slow close delays only the peers of that device. As
+    long as it ``is_full``, no new ones are served. Any thread may use it.
     """
 
     def __init__(self, kept: Callable[[], Iterable[int]] = tuple) -> None:
-        """``kept()`` gives fds of the peers' memory that are in use: other fds of it are closed at once."""
+        """``kept()`` returns fds of memory that is in use. Other fds of that memory are closed at once."""
         self._kept = kept
         self._pending: deque[int] = deque()
         self._is_running = False
@@ -84,7 +84,7 @@ class Disposal:
         return is_slow
 
     def receive(self, sock: socket.socket, size: int) -> bytes:
-        """Reads from a UNIX socket that should carry no fds, as sock.recv() does; closes those that come.
+        """Reads like sock.recv(), from a UNIX socket on which no fds are expected; fds that arrive are closed.
 
         Raises OSError.
         """
@@ -137,7 +137,7 @@ class Disposal:
 
 
 def is_memory(fd: int) -> bool:
-    """Whether it is a file on tmpfs or hugetlbfs, such as a memfd. Asks nothing of any other filesystem.
+    """Whether it is a file on tmpfs or hugetlbfs, such as a memfd. Doesn't call into any other filesystem.
 
     Only these have seals (memfd_fcntl() in mm/memfd.c).
     """
@@ -161,15 +161,16 @@ def refuse_fds(sock: socket.socket) -> None:
 
 
 def receive_urgent_inline(sock: socket.socket) -> None:
-    """Lets what is sent with MSG_OOB arrive as any other byte of a UNIX stream.
+    """Makes a byte that is sent with MSG_OOB arrive as any other byte of a UNIX stream.
 
-    Otherwise the next read drops it, with its fds, in our thread (manage_oob() in net/unix/af_unix.c).
+    Without it the next read drops the byte, and closes its fds in the reading thread (manage_oob() in
+    net/unix/af_unix.c).
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
 
 
 def received_fds(ancillary: Iterable[tuple[int, int, bytes]]) -> array.array[int]:
-    """The fds among what recvmsg() returned besides the data; the caller's to close."""
+    """The fds in the ancillary data of recvmsg(); the caller closes them."""
     fds = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

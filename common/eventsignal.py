@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Signalling an eventfd whose other end is hostile, without ever blocking.
 
-A write(2) to an eventfd waits while its counter is full, unless O_NONBLOCK is set. That flag belongs to the open
-file, so who shares the eventfd may clear it, and fill the counter between a poll and the write. The kernel itself
-signals by eventfd_signal(), which never waits: a full counter stays at its maximum. An asynchronous I/O request
-with IOCB_FLAG_RESFD makes it do so when the request completes (aio_complete() in fs/aio.c; io_submit(2)). KVM
-takes such a signal as it takes a write. The request writes no bytes to /dev/null, so it completes within
-io_submit().
+A write(2) to an eventfd blocks while its counter is full, unless O_NONBLOCK is set. That flag belongs to the open
+file description, so a peer that shares the eventfd may clear it, and fill the counter between a poll and the
+write. The kernel's own eventfd_signal() never blocks: a full counter stays at its maximum. It is called when an
+asynchronous I/O request with IOCB_FLAG_RESFD completes (aio_complete() in fs/aio.c; io_submit(2)), and KVM
+handles it like a write. The request writes zero bytes to /dev/null, so it completes within io_submit().
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _IOCB_CMD_PWRITE = 1
 _IOCB_FLAG_RESFD = 1
 _NO_FD = 0xFFFF_FFFF
 
-# PyDLL keeps the interpreter's lock: the calls take a microsecond, and never wait.
+# PyDLL keeps the interpreter's lock: the calls take about a microsecond and never block.
 _syscall = ctypes.PyDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
 
@@ -66,14 +65,14 @@ class _Context:
         self.reap = partial(
             _syscall, ctypes.c_long(_IO_GETEVENTS), self.number, zero, room, events, ctypes.c_void_p(None)
         )
-        """makes room for the results of more requests"""
+        """removes the results of earlier requests, which makes room for new ones"""
 
 
 _context = cache(_Context)
 
 
 def prepare() -> None:
-    """Gets what EventSignal needs once in a process, so that no later one can fail. Raises UsageError."""
+    """Creates the AIO context of the process, so that no EventSignal can fail later. Raises UsageError."""
     try:
         _context()
     except OSError as error:
@@ -82,12 +81,12 @@ def prepare() -> None:
 
 
 class EventSignal:
-    """Signals one eventfd, which stays its owner's."""
+    """Signals an eventfd that somebody else owns."""
 
     __slots__ = ("_reap", "_request", "_requests", "_submit")
 
     def __init__(self, eventfd: int) -> None:
-        """Raises OSError as prepare() does UsageError, if that wasn't called before."""
+        """Raises OSError if the process has no AIO context and can't create one; see prepare()."""
         context = _context()
         self._request = _Iocb(
             aio_lio_opcode=_IOCB_CMD_PWRITE,
@@ -114,5 +113,5 @@ class EventSignal:
         raise OSError(code, os.strerror(code), "io_submit")
 
     def disarm(self) -> None:
-        """Forgets the eventfd: its number may be another file's soon."""
+        """Stops signalling. To be called before the eventfd is closed: its number may be reused."""
         self._request.aio_resfd = _NO_FD

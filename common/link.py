@@ -152,7 +152,7 @@ class Link:
         if have < length:
             return command, length - have
         if self.fds and not rule.max_fds and have == length:
-            # Nothing of the next frame is here that could be theirs.
+            # No bytes of the next frame are here, so the fds belong to this one.
             self.discard(self.take_fds())
         self._frame = length
         return command, 0
@@ -275,7 +275,7 @@ class Client:
         self._disposal.hang_up(self._sock)
 
     def close_own_copy(self) -> None:
-        """Closes the socket; who has another copy may go on with it. A second call does nothing."""
+        """Closes this copy of the socket; the link goes on for other copies. A second call does nothing."""
         self._disposal.close_socket(self._sock)
 
     def _receive(self, have: int, expires: float, command: Command, payload: bytes) -> int:
@@ -289,7 +289,7 @@ class Client:
         return max(count, 0)
 
     def check_quiet(self) -> None:
-        """Makes sure that nothing lies unread: without message ids it would be taken for the next answer.
+        """Checks that nothing is unread: without message ids it would be taken for the next answer.
 
         Raises PeerGone when the link has ended, and ProtocolError when the peer sent what nobody asked for.
         """

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The event loop of both daemons: one thread, one epoll, timers, signals.
 
-A handler must take a spurious call: within one pass another handler may close its fd, and the number may be
-reused before its turn.
+A handler must tolerate spurious calls: within one pass another handler may close its fd, and the number may be
+reused before its handler is called.
 
-One pass asks epoll once and calls the handler of each fd that is ready, so that no edge-triggered event is lost.
-There are two exceptions, both for level-triggered fds, which epoll reports again:
+A pass calls epoll_wait(2) once and handles every event that it reports, so that no edge-triggered event is lost.
+There are two exceptions, both for level-triggered fds, whose events are reported again:
 
-- The fds that are served ``in_turn`` (links and whatever else takes requests) get one call each, those first that
-  have waited longest, and the pass ends when some ten microseconds are over. One call takes one request. So
-  clients that send without pause delay interrupts by little more than one request.
+- The fds that are served ``in_turn`` (links, listening sockets, control connections) get one call each, the
+  least recently served first, until 50 microseconds are over. One call handles one request. So clients that send
+  without pause delay interrupts by little more than one request.
 - An fd that is ordered after a link (the resamplefd of its function) waits until that link has nothing left to
-  read, or has been called often enough to have read all that was queued when the wait began. A message that was
-  received before a resample must be handled before the resample is judged: it may have lowered the line, which
-  would be asserted again. So what is queued on one link delays only what is ordered after it.
+  read, or until everything that was queued there when the wait began has been read. A message that was received
+  before a resample must be handled before the resample: it may lower the line, which would otherwise be asserted
+  again. What is queued on one link delays only the fds that are ordered after it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = ["EventLoop", "Loop", "Timer"]
 Handler = Callable[[int], None]
 
 _COMPACT_TIMERS = 64
-"""the number of timers from which on cancelled ones are weeded out"""
+"""With so many timers the cancelled ones are removed."""
 _TURNS_SECONDS = 50e-6
-"""how long one pass gives turns: enough for some register accesses, or for one request that takes longer"""
+"""the time that one pass has for fds that are served in turn: a few register accesses, or one longer request"""
 
 
 class EventLoop(Protocol):
@@ -84,18 +84,18 @@ class Loop:
     """One epoll with its handlers. All methods but call_soon_threadsafe belong to the thread that runs it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """``clock`` tells the seconds that timers go by."""
+        """``clock`` returns the time of the timers, in seconds."""
         self._clock = clock
         self._epoll = select.epoll()
         self._poll = self._epoll.poll
         self._handlers: dict[int, Handler] = {}
         self._turn = 0
         self._turns: dict[int, int] = {}
-        """of each fd that is served in turn, the number of its last one"""
+        """the fds that are served in turn, each with the number of its last turn"""
         self._after: dict[int, int] = {}
-        """the fd after which another is ordered"""
+        """the fds that were ordered after another, each with that fd"""
         self._owed: dict[int, int] = {}
-        """how many calls of that fd one that waits now has yet to wait for"""
+        """the fds that wait at present, each with the number of calls of the other's handler that are left"""
         self._timers: list[Timer] = []
         self._compact_at = _COMPACT_TIMERS
         self._stopped = False
@@ -107,7 +107,7 @@ class Loop:
     def add(self, fd: int, callback: Handler, events: int = EPOLLIN, *, in_turn: bool = False) -> None:
         """Calls ``callback(events)`` whenever the fd is ready; EPOLLHUP and EPOLLERR are always reported.
 
-        One that is served ``in_turn`` is level-triggered, and its callback takes one request of a client at most.
+        An fd that is served ``in_turn`` is level-triggered, and its callback handles at most one request.
         Raises OSError (EPERM for an fd that can't be polled, EEXIST for one that is registered).
         """
         self._epoll.register(fd, events)
@@ -116,9 +116,10 @@ class Loop:
             self._turns[fd] = 0
 
     def order(self, fd: int, after: int) -> None:
-        """Lets a level-triggered fd wait for what lies unread in ``after`` when it becomes ready.
+        """When ``fd`` becomes ready, its handler is called after everything unread in ``after`` has been read.
 
-        ``after`` is a UNIX stream socket that is served in turn, and whose callback reads at least one byte.
+        ``fd`` is level-triggered. ``after`` is a UNIX stream socket that is served in turn; its callback reads at
+        least one byte. The order ends when either fd is removed.
         """
         self._after[fd] = after
 
@@ -127,7 +128,7 @@ class Loop:
         self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forgets the fd, which must happen before its close: a dup would keep the epoll entry alive."""
+        """Stops watching the fd. To be called before its close: a duplicate would keep the epoll entry alive."""
         del self._handlers[fd]
         self._after.pop(fd, None)
         self._owed.pop(fd, None)
@@ -136,7 +137,7 @@ class Loop:
         self._epoll.unregister(fd)
 
     def time(self) -> float:
-        """The seconds that timers go by."""
+        """The time of the timers, in seconds."""
         return self._clock()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
@@ -230,7 +231,7 @@ class Loop:
         for fd, mask in events:
             after = self._after.get(fd, -1)
             if after in ready:
-                # One call reads a byte at least, and one more may find the end of the stream.
+                # Each call reads at least one byte; the last one may find the end of the stream.
                 calls = owed[fd] if fd in owed else count_unread(after) + 1
                 if calls:
                     self._owed[fd] = calls

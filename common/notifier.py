@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """EventNotifier: owns one eventfd, as QEMU's type of that name does, and never blocks on it.
 
-The other end of an eventfd is a peer that may clear O_NONBLOCK (QEMU does so to every fd it receives, and the
-flag belongs to the shared open file), read it first, or fill its counter. So O_NONBLOCK is never trusted: a
-read goes through preadv2 with RWF_NOWAIT, which eventfds don't have for a write; for that see eventsignal.py.
+The peer that shares an eventfd may clear O_NONBLOCK (QEMU does so to every fd that it receives; the flag belongs
+to the open file description), read the counter first, or fill it. So O_NONBLOCK is not relied on: reads use
+preadv2(2) with RWF_NOWAIT. Eventfds refuse that flag for writes; common.eventsignal has another way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class EventNotifier:
         """Takes ownership of an eventfd. Raises OSError, upon which it stays the caller's; see EventSignal."""
         self._signal = EventSignal(fd)
         self.identity = identity
-        """what tells a peer's eventfd from all others that are open, whichever fds refer to it"""
+        """the eventfd's number in the kernel, the same for all its fds; None if the eventfd isn't a peer's"""
         self._fd = fd
         self._buffers = [bytearray(8)]
         self._send = self._signal.send
@@ -51,7 +51,7 @@ class EventNotifier:
         return self._fd
 
     def set(self) -> None:
-        """Adds one event; a counter at its maximum stays there. Raises OSError after close()."""
+        """Adds one event; a full counter stays at its maximum. Raises OSError after close()."""
         self._send()
 
     def test_and_clear(self) -> bool:
@@ -105,7 +105,7 @@ def _identify(fd: int) -> str:
         kind = _kind(fd)
         if kind != _EVENTFD:
             raise ProtocolError(f"expected an eventfd, got {kind!r}")
-        # The file is asked for its fdinfo only now: a stranger's filesystem might not answer.
+        # Not before the kind is known: the filesystem of another file might not answer.
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
             fields = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
     except OSError as error:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The IOHub: levels, irqfds and resamplefds of 256 pirqs; what QEMU's hw/remote/iohub.c does, kept exact.
+"""The IOHub: levels, irqfds and resamplefds of 256 pirqs, as in QEMU's hw/remote/iohub.c.
 
-A pirq is a function's devfn. Writing its irqfd asserts the INTx line in the guest; there is no lowering from
-here: KVM lowers the line when the guest acknowledges it (EOI) and says so by the resamplefd, upon which a
-line that is still high is asserted again. So the irqfd is written
+A pirq is a function's devfn. Signalling its irqfd asserts the INTx line in the guest. The line can't be lowered
+from here: KVM lowers it at the guest's EOI and signals the resamplefd. A line that is still high is asserted again
+then. So the irqfd is signalled
 
 - when the level rises,
 - on a resample while the level is high,
-- when an irqfd arrives while the level is high: the rise went to the one before, or to none.
+- when an irqfd arrives while the level is high: the rise went to the irqfd before, or to none.
 
 A resample while the level is low does nothing: it may come from another function on the same GSI, or from an
 EOI for a line that nobody asserted.
@@ -41,7 +41,7 @@ class Pirq:
     )
 
     def __init__(self, loop: Loop, owners: dict[str, Pirq]) -> None:
-        """``owners`` is shared by all pirqs: who uses an eventfd, by its identity."""
+        """``owners`` is shared by all pirqs: the pirq that uses an eventfd, by the eventfd's identity."""
         self._loop = loop
         self._owners = owners
         self._irqfd: EventNotifier | None = None
@@ -53,7 +53,7 @@ class Pirq:
         self.resamples = 0
         """EOIs that KVM reported"""
         self.reasserts = 0
-        """times that the irqfd was written for a level that was high already"""
+        """how often the irqfd was signalled for a level that was high already"""
         self.owes_assert: bytearray | memoryview = bytearray(1)
         """not 0 from before an EOI is read until the irqfd is written again; kept where state is kept"""
 
@@ -71,14 +71,14 @@ class Pirq:
         return self._owners.get(identity, self) is not self
 
     def set_irq(self, asserted: bool) -> None:
-        """One source asserts the line, or stops to."""
+        """One source asserts the line, or no longer asserts it."""
         if asserted:
             self.level += 1
             if self.level == 1:
                 self.raised += 1
                 if self._irqfd is not None and self._resamplefd is not None:
-                    # An EOI from before the rise has nothing to say about it, and must not assert it twice: the
-                    # second assertion could arrive after the guest has served the first.
+                    # An EOI from before the rise is consumed here. Otherwise it would assert the line a second
+                    # time, perhaps after the guest has served the first assertion.
                     self.resamples += self._resamplefd.test_and_clear()
                     self._irqfd.set()
         elif self.level:
@@ -92,7 +92,7 @@ class Pirq:
         self.drop_irqfd()
         self._install(irqfd, resamplefd)
         if self.level:
-            # The peer may have kicked already, to have the level looked at: that is done here, once.
+            # The peer may have signalled the resamplefd already, to have the line asserted: this does it once.
             self.resamples += resamplefd.test_and_clear()
             self._reassert()
 
@@ -120,7 +120,7 @@ class Pirq:
                 self._owners[notifier.identity] = self
 
     def drop_irqfd(self) -> None:
-        """Closes the eventfds at once: the last close is what takes a careless VMM's irqfd out of KVM."""
+        """Closes the eventfds at once: if the VMM has closed its irqfd, this close takes it out of KVM."""
         if self._irqfd is not None and self._resamplefd is not None:
             self._loop.remove(self._resamplefd.fd)
             for notifier in (self._irqfd, self._resamplefd):

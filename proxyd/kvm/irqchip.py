@@ -120,8 +120,7 @@ class KvmIrqchip:
         vm.set_gsi_routing(intx_routing())
 
     def assign(self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
-        """See Irqchip. Refused here because KVM itself takes any GSI, and swallows the events of one that is
-        not routed."""
+        """See Irqchip. KVM itself accepts any GSI, and drops the events of one without a route."""
         if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
             raise GsiRefused(f"GSI {gsi} has no route")
         if gsi < NUM_IRQS and not is_level_capable(gsi):
@@ -175,7 +174,7 @@ class KvmIrqchip:
                 raise RuntimeError(f"reset with irqfds assigned to GSIs {sorted(self._gsis.values())}")
             while self._lines:
                 self._vm.irq_line(self._lines.pop(), False)
-            # The slave first: writing a chip makes KVM pass on a request of the slave that is still there.
+            # The slave first: after a chip is written, KVM forwards a request of the slave to the master.
             for chip_id in (KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_PIC_MASTER):
                 chip = kvm_irqchip(chip_id)
                 chip.chip.pic.elcr_mask = ELCR_MASK[chip_id]

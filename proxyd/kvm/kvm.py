@@ -56,7 +56,7 @@ REQUIRED_CAPABILITIES = (
     Capability.IMMEDIATE_EXIT,
 )
 
-# Intel's VMX without unrestricted guest wants four pages of guest-physical space of its own. fcntl.ioctl()
+# Intel's VMX without unrestricted guest needs four pages of guest-physical space of its own. fcntl.ioctl()
 # takes no integer argument of 2 GiB or more, so they are the last ones below that; RAM and BARs must stay
 # clear of them.
 _TSS_ADDRESS = (1 << 31) - 3 * mmap.PAGESIZE
@@ -105,13 +105,13 @@ class Kvm:
             raise
 
     def create_vm(self) -> Vm:
-        """A VM with KVM's PICs and IOAPIC, and no vCPU yet: the order that KVM insists on.
+        """A VM with KVM's PICs and IOAPIC, and no vCPU yet: KVM requires this order.
 
         Raises UsageError with the names of the capabilities that are missing, OSError if KVM refuses.
         """
         vm = Vm(_ioctl(self.fd, Request.KVM_CREATE_VM), self.vcpu_mmap_size)
         try:
-            # Asked of the VM: IRQFD_RESAMPLE depends on the kind of VM, /dev/kvm answers for the best case.
+            # Checked on the VM: IRQFD_RESAMPLE depends on the kind of VM, and /dev/kvm answers for the best one.
             missing = missing_capabilities({wanted: vm.check_extension(wanted) for wanted in Capability})
             if missing:
                 raise UsageError(f"KVM lacks {', '.join(missing)}; {_SOFT}")
@@ -159,11 +159,11 @@ class Vm:
             raise
 
     def check_extension(self, capability: Capability) -> int:
-        """KVM_CHECK_EXTENSION: 0 if the VM lacks the capability, else 1 or what is special to it."""
+        """KVM_CHECK_EXTENSION: 0 if the VM lacks the capability, else 1 or a value with a meaning of its own."""
         return self.ioctl(Request.KVM_CHECK_EXTENSION, capability)
 
     def create_irqchip(self) -> None:
-        """KVM_CREATE_IRQCHIP, once, before any vCPU; and the pages that VMX wants."""
+        """KVM_CREATE_IRQCHIP, once, before any vCPU; and the pages that VMX needs."""
         self.ioctl(Request.KVM_SET_IDENTITY_MAP_ADDR, kvm_identity_map_addr(_IDENTITY_MAP_ADDRESS))
         self.ioctl(Request.KVM_SET_TSS_ADDR, _TSS_ADDRESS)
         self.ioctl(Request.KVM_CREATE_IRQCHIP)
@@ -171,14 +171,14 @@ class Vm:
     def create_pit(self) -> None:
         """KVM_CREATE_PIT2: an i8254 at ports 0x40 to 0x43 and 0x61, wired to IRQ 0.
 
-        Ticks that the guest misses aren't made up for: KVM would do so only after the EOI of the one before,
-        and a tick that KVM_SET_IRQCHIP wiped out is never acknowledged, so the timer would stop for good.
+        Missed ticks aren't reinjected: KVM would do so only after the EOI of the tick before, and a tick that
+        KVM_SET_IRQCHIP has cleared is never acknowledged, so the timer would stop for good.
         """
         self.ioctl(Request.KVM_CREATE_PIT2, kvm_pit_config())
         self.ioctl(Request.KVM_REINJECT_CONTROL, kvm_reinject_control(pit_reinject=0))
 
     def map_ram(self, slot: int, guest_address: int, ram: mmap.mmap) -> None:
-        """Maps the whole of ``ram``, anonymous or of a memfd, at a guest-physical byte address.
+        """Maps all of ``ram``, anonymous or of a memfd, at a guest-physical byte address.
 
         Address and length are multiples of the page size. The VM keeps the mapping alive; it must not be
         closed before the VM.
@@ -197,8 +197,8 @@ class Vm:
     def assign_irqfd(self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
         """KVM_IRQFD with RESAMPLE: ``irqfd`` asserts the GSI, EOI lowers it and signals ``resamplefd``.
 
-        KVM doesn't look at the GSI: one without a route is accepted and every event swallowed. Raises
-        OSError, with EBUSY when the eventfd is an irqfd already, on any GSI.
+        KVM doesn't check the GSI: it accepts one without a route and drops every event. Raises OSError, with
+        EBUSY when the eventfd is an irqfd already, on any GSI.
         """
         self.ioctl(Request.KVM_IRQFD, kvm_irqfd(irqfd.fd, gsi, IrqfdFlag.RESAMPLE, resamplefd.fd))
 

@@ -309,7 +309,7 @@ class Request(IntEnum):
     KVM_CREATE_IRQCHIP = _IO(0x60)
     KVM_IRQ_LINE = _IOW(0x61, kvm_irq_level)
     KVM_GET_IRQCHIP = _ioc(_IOC_READ | _IOC_WRITE, 0x62, sizeof(kvm_irqchip))
-    KVM_SET_IRQCHIP = _IOR(0x63, kvm_irqchip)  # the header has the direction wrong, for good
+    KVM_SET_IRQCHIP = _IOR(0x63, kvm_irqchip)  # _IOR in the header, although userspace writes
     KVM_SET_GSI_ROUTING = _IOW(0x6A, kvm_irq_routing)
     KVM_REINJECT_CONTROL = _IO(0x71)
     KVM_IRQFD = _IOW(0x76, kvm_irqfd)

@@ -11,7 +11,7 @@ import pytest
 
 from common.loop import Loop
 from common.notifier import EventNotifier, adopt_pair
-from remoted.iohub import NB_PIRQS, IoHub
+from remoted.iohub import NB_PIRQS, IoHub, Pirq
 from tests.support.fds import count_fds
 from tests.support.unsendable import returns_soon
 
@@ -289,3 +289,33 @@ def test_counters(bench: Bench, pair: Fds) -> None:
         os.eventfd_write(resamplefd, 1)
         bench.loop.step()
     assert (pirq.raised, pirq.resamples, pirq.reasserts, pirq.level) == (3, 6, 3, 0)
+
+
+class Noting(EventNotifier):
+    """An eventfd that notes, at each access, whether the pirq owes an assertion."""
+
+    pirq: Pirq
+    seen: list[tuple[str, int]]
+
+    def set(self) -> None:
+        self.seen.append(("set", self.pirq.owes_assert[0]))
+        super().set()
+
+    def test_and_clear(self) -> bool:
+        self.seen.append(("test_and_clear", self.pirq.owes_assert[0]))
+        return super().test_and_clear()
+
+
+def test_an_assertion_is_owed_from_before_the_eoi_is_read_until_it_is_made(bench: Bench) -> None:
+    """Wherever between the process is killed, the next one asserts the line."""
+    pair = Noting.create(), Noting.create()
+    seen: list[tuple[str, int]] = []
+    for notifier in pair:
+        notifier.pirq, notifier.seen = bench.pirq, seen
+    bench.pirq.set_irq(True)
+    bench.pirq.set_irqfd(*pair)
+    seen.clear()
+    os.eventfd_write(pair[1].fd, 1)
+    bench.loop.step()
+    assert seen == [("test_and_clear", 1), ("set", 1)]
+    assert bench.pirq.owes_assert[0] == 0

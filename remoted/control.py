@@ -4,10 +4,11 @@
 # No `from __future__ import annotations`: asyncvarlink reads the methods' types.
 import os
 from collections.abc import Sequence
+from itertools import islice
 
 from asyncvarlink import varlinkmethod
 
-from common.amiss import Amiss
+from common.amiss import Amiss, one_line
 from common.config import DeviceConfig
 from common.errors import UsageError
 from common.pci import format_devfn, parse_devfn
@@ -17,6 +18,10 @@ from remoted.guard import DEVICE_ERRORS
 from remoted.server import DeviceServer
 
 __all__ = ["RemotedService"]
+
+_MAX_COUNTERS = 32
+_MAX_COUNT = (1 << 63) - 1
+"""of a model's own counters: Varlink's integers have 64 bits"""
 
 
 class RemotedService(Remoted):
@@ -99,7 +104,10 @@ def _function_status(config: DeviceConfig, server: DeviceServer) -> Function:
 def _counters(function: PciFunction) -> dict[str, int]:
     """What the model counts; nothing if its own code fails in it."""
     try:
-        return {str(name): int(value) for name, value in function.counters.items()}
+        return {
+            one_line(str(name)): max(-_MAX_COUNT, min(_MAX_COUNT, int(value)))
+            for name, value in islice(function.counters.items(), _MAX_COUNTERS)
+        }
     except DEVICE_ERRORS:
         return {}
 

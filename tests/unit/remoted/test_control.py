@@ -271,6 +271,16 @@ def test_errors_of_the_devices_code_are_counted(bench: Bench, monkeypatch: pytes
     assert "ZeroDivisionError" in status["amiss"][0]
 
 
+def test_a_models_counters_are_bounded_and_printable(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    wild = {"a\nb": 1 << 200, **{f"c{number}": number for number in range(1000)}}
+    monkeypatch.setattr(LineDevice, "counters", wild)
+    counters = bench.status()["counters"]
+    assert counters["a\\nb"] == (1 << 63) - 1
+    assert len(counters) <= 100
+    monkeypatch.setattr(LineDevice, "counters", property(lambda _self: {"a": 1 // 0}))
+    assert bench.status()["counters"] == {}
+
+
 def test_refused_clients_are_counted(bench: Bench) -> None:
     with bench.connect("dev0"), bench.connect("dev0") as second, bench.connect("dev0") as third:
         assert second.has_ended

@@ -63,13 +63,18 @@ class _Alarm:
 
 
 class Console:
-    """COM1. Register accesses come from the vCPU's thread, characters from the loop's."""
+    """COM1. Register accesses come from the vCPU's thread, characters from the loop's.
+
+    What the guest prints while nobody is connected is kept for the next client. After a client that has sent
+    something it is not: that may be the answer, which is no other client's.
+    """
 
     def __init__(self, loop: Loop, path: str, set_irq: Callable[[bool], None], log: Log) -> None:
         """Listens at the path. Raises UsageError."""
         self._loop = loop
         self._lock = threading.RLock()
         self._output = bytearray()
+        self._is_answering = False  # the guest got input of a client since the last one connected
         self._is_flush_queued = False
         self._is_resume_queued = False
         self._uart = Uart16550(set_irq, self._transmit, _Alarm(loop, self._lock).set, self._input_ready)
@@ -102,6 +107,7 @@ class Console:
     def receive(self, data: bytes) -> None:
         """See Frontend."""
         with self._lock:
+            self._is_answering = True
             self._uart.receive(data)
 
     def transmit_ready(self) -> None:
@@ -109,7 +115,8 @@ class Console:
         self._flush()
 
     def _transmit(self, byte: int) -> bool:
-        if len(self._output) < _MAX_PENDING:
+        is_wanted = self._chardev.connected or not self._is_answering
+        if is_wanted and len(self._output) < _MAX_PENDING:
             self._output.append(byte)
             if not self._is_flush_queued:
                 self._is_flush_queued = True
@@ -135,6 +142,7 @@ class Console:
     def _on_connected(self, connected: bool) -> None:
         with self._lock:
             if connected:
+                self._is_answering = False
                 self._flush()
             else:
                 self._output.clear()

@@ -292,6 +292,25 @@ def test_what_a_client_left_behind_is_heard_before_the_next_one(bench: Bench) ->
     assert received(last) == b"ok\n"
 
 
+@pytest.mark.parametrize("heard", ["before", "after"])
+def test_the_answer_to_a_client_that_has_gone_is_not_said_to_the_next(bench: Bench, heard: str) -> None:
+    client = bench.connect()
+    client.sendall(b"lspci\n")
+    run_ready(bench.loop)
+    if heard == "before":
+        assert bench.hear() == b"lspci\n"
+    bench.say(b"* pci addr=00.0\n")
+    client.close()
+    run_ready(bench.loop)
+    if heard == "after":
+        assert bench.hear() == b"lspci\n"
+    bench.say(b"ok count=1\n")
+    second = bench.connect()
+    assert received(second) == b""
+    bench.say(b"and on")
+    assert received(second) == b"and on"
+
+
 def test_close_hangs_up_and_removes_the_socket(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     client = bench.connect()

@@ -3,8 +3,8 @@
 
 Python looks for modules in the directories of PYTHONPATH, and with -m in the present one, before it looks where
 iohub is installed. A folder of a device's author that is named common, proxyd or remoted would be taken for the
-package of that name here. This module, whose name nobody else has, loads the three from beside itself before
-anything imports them. sys.path stays as it is.
+package of iohub that has this name. This module, whose name is unlikely to be used elsewhere, loads the three
+packages from its own folder before anything imports them. sys.path stays as it is.
 """
 
 from __future__ import annotations

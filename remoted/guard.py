@@ -194,7 +194,7 @@ class _Running:
 
 def as_int(value: Any) -> int:
     """What a device returned as an int. Raises TypeError for what is no integer."""
-    return int.__int__(value if isinstance(value, int) else operator.index(value))
+    return operator.index(value)
 
 
 def describe_error(error: BaseException | None) -> tuple[str, str, str]:

@@ -46,6 +46,10 @@ class _Watched:
         self._is_edge_triggered = False
         """whether it was made so here"""
 
+    def on_modified(self, events: int) -> None:
+        self.events = events
+        self._is_edge_triggered = False
+
     def on_ready(self, ready: int) -> None:
         self._calls += 1
         if self._idle_calls or self._calls >= _PROBE_EVERY:
@@ -105,7 +109,7 @@ class GuardedLoop:
         """As Loop.modify(). Raises KeyError for an fd that isn't registered."""
         watched = self._watched[fd]
         self.inner.modify(fd, events)
-        watched.events = events
+        watched.on_modified(events)
 
     def remove(self, fd: int) -> None:
         """As Loop.remove(). Raises KeyError for an fd that isn't registered."""

@@ -33,8 +33,8 @@ def describe_models(as_json: bool) -> str:
     lines += ["", "every model:"]
     lines += [f"  {name:<18} {text}" for name, text in DEVICE_OPTIONS.items()]
     for other in hidden:
-        text = "is not this one, which is built in; it can be had as"
-        lines.append(printable(f"{other['name']} of {other['origin']} {text} {other['target']}"))
+        name = f"{other['name']} of {other['origin']}"
+        lines.append(printable(f"{name} is hidden by the built-in model: give it as {other['target']}"))
     return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ def known_models() -> list[Model]:
 
 
 def hidden_models() -> list[Model]:
-    """The models of installed distributions that can't be had by name, which is that of a built-in one."""
+    """The models of installed distributions that have the name of a built-in one, which it finds."""
     return [each for each in _installed() if each.name in BUILT_IN and each.target != BUILT_IN[each.name]]
 
 

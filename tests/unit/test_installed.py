@@ -185,7 +185,7 @@ def test_installed_devices(environment: Environment) -> None:
     listed = environment.run("iohub-remoted", "--models").stdout
     assert "ring  (acme-cards 2.1)\n  Rings.\n  tone=N             in Hz (default: 440)\n" in listed
     assert "edu  (built-in)\n" in listed
-    assert "edu of acme-cards 2.1 is not this one" in listed
+    assert "edu of acme-cards 2.1 is hidden by the built-in model: give it as acme.card:RingCard" in listed
     assert "  addr=SLOT.FN  " in listed
     answer = json.loads(environment.run("iohub-remoted", "--models", "--json").stdout)
     models = {(model["name"], model["origin"]): model for model in answer["models"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import gc
 import itertools
 import weakref
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from common.loop import Loop
-from remoted.device import DmaError, Host, PciFunction
+from remoted.device import DmaError, Host, PciFunction, RateLimited
 from remoted.memory import GuestMemory
 from tests.support.remotebench import IO_BASE, MEM_BASE, Clock, LineDevice, Recorder
 
@@ -244,6 +245,34 @@ def test_failing_device_cant_fill_the_log(bench: Bench) -> None:
     assert len(bench.log.records) == 10, "as many as the rate limit lets pass at once"
     assert bench.function.errors == 4096
     assert bench.function.error.__traceback__ is None
+
+
+def test_errors_that_the_rate_limit_suppressed_are_logged_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until there have been 64 different ones; then that is said, and no more are logged."""
+    clock = Clock()
+    monkeypatch.setattr("remoted.guard.RateLimited", functools.partial(RateLimited, clock=lambda: clock.now))
+    bench = Bench()
+    bench.function.error = KeyError()
+    for _ in range(20):
+        clock.now += 10
+        for offset in range(70):
+            bench.function.bus_read(True, MEM_BASE + offset, 1)
+    assert bench.function.errors == 1400
+    errors = [record for record in bench.log.records if record.exc_info]
+    assert len(errors) == 64
+    assert bench.log.messages[-1].startswith("64 different errors: no more are logged, only counted")
+    assert len(bench.log.records) == 65
+    bench.loop.close()
+
+
+def test_what_is_called_within_another_call_leaves_that_watched(bench: Bench) -> None:
+    guard = bench.function.host.guard
+    with guard.running("the outer"):
+        bench.function.drive_intx(True)
+        doing = guard.watchdog.doing
+    assert doing is not None
+    assert doing[1] == "the outer"
+    assert guard.watchdog.doing is None
 
 
 def test_error_whose_text_fails_or_has_no_end(bench: Bench) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a device's author gets wrong: it costs the request, is logged once, and disturbs nobody else.
+"""What a device's author gets wrong: it costs the request, is logged once, and disturbs no other device.
 
-The devices are strangers to the daemon: packages in a directory that PYTHONPATH names.
+The devices are in a package that PYTHONPATH leads to.
 """
 
 from __future__ import annotations

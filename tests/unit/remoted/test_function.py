@@ -191,7 +191,7 @@ def test_bar_is_decoded_at_its_address_and_nowhere_else(
     ],
 )
 def test_io_access_that_is_only_in_part_its_own(board: Board, start: int, size: int, read: int) -> None:
-    """The rest is nobody's."""
+    """The rest is read as all ones, and not written."""
     function = board.function
     board.enable()
     for n in range(16):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A device's callbacks that fail: logged, and nobody else's concern."""
+"""The loop that a device gets: its callbacks may fail, and hold up or end no other device."""
 
 from __future__ import annotations
 
@@ -190,11 +190,42 @@ def test_a_pipe_that_is_opened_again_is_read_again(bench: Bench, tmp_path: Path)
         os.write(writer, text)
         run(bench)
         assert b"".join(calls) == text, "one byte a call"
+        assert list(bench.guard.amiss()) == []
         os.close(writer)
         run(bench)
         assert len(calls) < PASSES / 4
     bench.guarded.remove(fd)
     os.close(fd)
+
+
+def test_ends_between_which_something_comes_do_not_add_up(bench: Bench, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    calls: list[bytes] = []
+    bench.guarded.add(fd, lambda _: calls.append(os.read(fd, 10)))
+    for _ in range(PASSES // 10):
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, b"x")
+        bench.loop.step()
+        os.close(writer)
+        for _ in range(9):
+            bench.loop.step()
+    assert calls.count(b"x") == PASSES // 10
+    assert bench.log.records == []
+    bench.guarded.remove(fd)
+    os.close(fd)
+
+
+def test_handler_that_modifies_its_fd_at_the_end_is_noticed_as_well(bench: Bench, stream: Stream) -> None:
+    fd = stream.ours.fileno()
+    bench.guarded.add(fd, stream.ignore)
+    stream.theirs.close()
+    run(bench)
+    bench.guarded.modify(fd, EPOLLIN)
+    stream.calls.clear()
+    run(bench)
+    assert len(stream.calls) < PASSES / 4
 
 
 def test_correct_handlers_are_called_as_often_as_they_are_due(bench: Bench, stream: Stream) -> None:

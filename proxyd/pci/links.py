@@ -172,10 +172,21 @@ class LinkKeeper:
             return
         link.is_told = False
         link.since = self._loop.time()
+        self._watch_end(link)
+
+    def _watch_end(self, link: _Link) -> None:
+        """Watches a link for its end; one that can't be watched for a moment is in use nevertheless."""
         fd = link.end.fileno()
-        if fd != -1:  # else another thread has lost it already, and lost() has been called
+        # Without an fd another thread has lost it already, and lost() has been called.
+        if fd == -1 or link.fd != -1 or self._closing:
+            return
+        try:
             # Not EPOLLIN: every reply to the vCPU's thread would wake this one.
             self._loop.add(fd, lambda _events: link.end.check_link(), EPOLLRDHUP)
+        except OSError as error:
+            link.end.log.warning("the link's end can't be noticed for now: %s", error.strerror)
+            self._loop.call_later(_LAST_RETRY_SECONDS, lambda: self._watch_end(link))
+        else:
             link.fd = fd
 
     def _reconnect(self, end: Linked) -> None:

@@ -310,6 +310,24 @@ def test_client_that_comes_again_and_again_doesnt_fill_the_log(bench: RemoteBenc
     assert len(bench.log.records) < 100
 
 
+# The log
+
+
+@pytest.mark.parametrize("act", [*REJECTED.values(), *ENDING.values()], ids=[*REJECTED, *ENDING])
+def test_each_line_about_a_client_names_it(bench: RemoteBench, act: Callable[[RemoteBench, Peer], None]) -> None:
+    """From its connection to its end, and also who is refused meanwhile."""
+    bench.log.records.clear()
+    with bench.connect("dev0") as peer, bench.connect("dev0"):
+        act(bench, peer)
+        bench.settle()
+    bench.settle()
+    bench.clock.now += 60
+    bench.loop.step()
+    assert len(bench.log.records) >= 3
+    for record in bench.log.records:
+        assert record.__dict__.get("peer", "").endswith(f"[{os.getpid()}]"), record.getMessage()
+
+
 # File descriptors in the long run
 
 

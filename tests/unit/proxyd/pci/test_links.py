@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -329,3 +330,20 @@ def test_a_link_that_has_lasted_is_made_again_at_once(bench: Bench) -> None:
         run_until(bench.loop, lambda: bench.is_linked("a"))
     hang_up(bench)
     assert retry_after(bench, fails=False) == 0.02, "it begins anew"
+
+
+def test_without_an_epoll_watch_a_link_is_used_and_its_end_noticed_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    bench.serve("a").start()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.loop, "add", full)
+        bench.start("a")
+    assert bench.is_linked("a")
+    assert "the link's end can't be noticed for now: No space left on device" in caplog.messages
+    bench.clock.now += 1.0
+    bench.loop.step()
+    hang_up(bench)

@@ -186,6 +186,7 @@ def test_clients_of_users_that_are_not_trusted_are_hung_up(
         client = connect(open_path)
     with client, connect(open_path):
         run_ready(bench.loop)
+        client.setblocking(False)
         assert client.recv(1) == b""
         assert len(bench.clients) == 1
     (line,) = caplog.messages
@@ -238,6 +239,7 @@ def test_a_client_that_cant_be_taken_is_hung_up_and_others_wait(
     listener = UnixListener(bench.loop, path, full, log, Disposal())
     with connect(path) as one, connect(path) as two:
         assert run_ready(bench.loop) == 1
+        one.setblocking(False)
         assert one.recv(1) == b""
         assert caplog.messages == [f"{path}: can't take a client: No space left on device"]
         two.setblocking(False)

@@ -203,9 +203,7 @@ def _remove_stale(path: str) -> None:
             peer = peer_credentials(probe)
             if not is_dying(peer.pid):
                 raise SocketInUse(path, str(peer))
-        elif result != errno.ECONNREFUSED and not is_dying(
-            _read_pid(_pid_path(path))
-        ):  # its queue may be full
-            raise SocketInUse(path, "a live daemon")
+        elif result != errno.ECONNREFUSED and not is_dying(_read_pid(_pid_path(path))):
+            raise SocketInUse(path, "a live daemon")  # its queue is full
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from common.config import check_name, default_runtime_dir
+from common.config import check_name
 from common.errors import UsageError
 
 __all__ = ["find_runtime_dir", "find_vms", "runtime_roots"]
@@ -25,10 +25,8 @@ def runtime_roots(uid: int, environ: Mapping[str, str]) -> list[Path]:
 def find_runtime_dir(name: str, uid: int, environ: Mapping[str, str]) -> Path:
     """The first runtime directory of a VM of this name; where it would be if there is none. Raises UsageError."""
     check_name(name)
-    for root in runtime_roots(uid, environ):
-        if os.path.isdir(root / name):
-            return root / name
-    return default_runtime_dir(name, uid, environ)
+    directories = [root / name for root in runtime_roots(uid, environ)]
+    return next(filter(os.path.isdir, directories), directories[0])
 
 
 def find_vms(root: Path) -> Iterator[Path]:

@@ -110,5 +110,6 @@ def test_the_users_own_directory_comes_first_and_then_the_systems(
     assert find_runtime_dir("vm1", 1000, environ) == own / "vm1"
     assert find_runtime_dir("vm1", 0, environ) == system / "vm1"
     assert find_runtime_dir("vm2", 1000, environ) == own / "vm2"
+    assert find_runtime_dir("vm2", 1000, {}) == system / "vm2"
     with pytest.raises(UsageError):
         find_runtime_dir("../vm1", 1000, environ)

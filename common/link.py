@@ -26,10 +26,10 @@ from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, received_fds, refuse_fds
 from common.errors import PeerGone, ProtocolError, ShortageError, UntrustedError
 from common.mpqemu import HEADER, Command
-from common.peer import PeerCredentials, peer_credentials
+from common.peer import peer_credentials
 from common.trust import TRUST
 
-__all__ = ["Client", "Link", "PeerCredentials", "peer_credentials"]
+__all__ = ["Client", "Link"]
 
 _Ancillary = list[tuple[int, int, bytes]]
 

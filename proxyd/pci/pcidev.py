@@ -24,8 +24,9 @@ from common import mpqemu, pci
 from common.amiss import Amiss
 from common.errors import PeerGone, ProtocolError
 from common.journal import RateLimited
-from common.link import Client, PeerCredentials
+from common.link import Client
 from common.mpqemu import Command
+from common.peer import PeerCredentials
 from proxyd.kvm.irqchip import Irqchip
 from proxyd.pci.bars import Window, decoded_windows
 from proxyd.pci.intxpair import IntxPair

@@ -22,11 +22,12 @@ import pytest
 from common.config import parse_proxyd
 from common.control import call
 from common.ctl.children import Child
-from common.link import Client, PeerCredentials, peer_credentials
+from common.link import Client
 from common.loop import Loop
 from common.mpqemu import Command
 from common.notifier import EventNotifier
 from common.pci import parse_devfn
+from common.peer import PeerCredentials, peer_credentials
 from proxyd.vm.pid.attached import Attached
 from remoted.devices.irq_line import IrqLine
 from tests.support.countguest import CountGuest

@@ -17,9 +17,10 @@ from common.config import DeviceConfig, VmConfig
 from common.control import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log
-from common.link import Client, PeerCredentials
+from common.link import Client
 from common.loop import Loop
 from common.mpqemu import Command
+from common.peer import PeerCredentials
 from common.service import notify
 from proxyd.control import ProxydService
 from proxyd.kvm.kvm_h import KVM_IOAPIC_NUM_PINS

@@ -10,8 +10,8 @@ from select import EPOLLIN, EPOLLRDHUP
 from common.amiss import Amiss
 from common.config import DeviceConfig
 from common.journal import Log, RateLimited
-from common.link import PeerCredentials
 from common.loop import Loop
+from common.peer import PeerCredentials
 from proxyd.vm.qmp.handover import Handover
 
 __all__ = ["NOT_ATTACHED", "Function"]

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from common import mpqemu, pci
 from common.errors import PeerGone, ProtocolError
-from common.link import Client, PeerCredentials
+from common.link import Client
 from common.mpqemu import Command
 from common.pci import PCI_NUM_BARS
+from common.peer import PeerCredentials
 
 __all__ = ["Handover", "connect", "examine", "find_server"]
 

@@ -16,8 +16,9 @@ import pytest
 
 from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError, ShortageError
-from common.link import Link, peer_credentials
+from common.link import Link
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
+from common.peer import peer_credentials
 from tests.support.fds import count_fds, identity, no_more_fds, send_fds
 from tests.support.lives import check_lives
 from tests.support.unsendable import returns_soon, unsendable_socket

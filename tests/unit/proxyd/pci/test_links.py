@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import PeerGone
-from common.link import Client, peer_credentials
+from common.link import Client
 from common.loop import Loop
 from common.mpqemu import Command
 from common.pci import parse_devfn
+from common.peer import peer_credentials
 from proxyd.pci.links import LinkKeeper
 from proxyd.pci.pcidev import PciProxy
 from proxyd.vm.soft.softirqchip import SoftIrqchip

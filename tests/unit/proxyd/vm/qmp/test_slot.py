@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from common.config import DeviceConfig
-from common.link import PeerCredentials
 from common.loop import Loop
 from common.pci import parse_devfn
+from common.peer import PeerCredentials
 from proxyd.vm.qmp import handover, slot
 from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.monitor import Monitor

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UsageError
+from common.errors import IohubError, UsageError
+from common.notifier import is_eventfd
 from proxyd.vm.pid import ptrace
 from proxyd.vm.pid.inject import Target
+from proxyd.vm.pid.ptrace import pidfd_getfd
 from tests.support.checkout import ROOT
 from tests.support.fds import count_fds
 from tests.support.target import TargetProcess, build, needs_gcc
@@ -24,7 +27,10 @@ from tests.support.wait import wait_until
 
 ATTACH = """
 import sys
-from common.errors import UsageError
+from common.errors import IohubError, UsageError
+from common.notifier import is_eventfd
+from proxyd.vm.pid import ptrace
+from proxyd.vm.pid.ptrace import pidfd_getfd
 from proxyd.vm.pid.inject import Target
 try:
     target = Target.open(int(sys.argv[1]))
@@ -84,6 +90,30 @@ def test_a_process_with_one_vm(kind: str) -> None:
         line.irqfd.set()
         assert not line.irqfd.test_and_clear(), "KVM takes what is written to it"
         target.detach(line)
+        target.close()
+
+
+@pytest.mark.usefixtures("requires_kvm")
+def test_eventfds_of_another_line_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread of the process may put them where the new ones are."""
+    with vm_holder("one") as pid:
+        target = Target.open(pid)
+        first, second = target.attach(5), target.attach(6)
+        swapped = itertools.cycle([first.resamplefd, second.irqfd])
+
+        def getfd(pidfd: int, fd: int) -> int:
+            copy = pidfd_getfd(pidfd, fd)
+            if is_eventfd(copy):
+                os.dup2(next(swapped).fd, copy, inheritable=False)
+            return copy
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ptrace, "pidfd_getfd", getfd)
+            with pytest.raises(IohubError, match="an eventfd that another device uses"):
+                target.attach(7)
+        target.detach(first)
+        target.detach(second)
+        target.detach(target.attach(7))
         target.close()
 
 

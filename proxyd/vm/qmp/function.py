@@ -96,9 +96,7 @@ class Function:
         except ProcessLookupError:
             self._on_end(0)
         except OSError as error:  # among others: it is in another PID namespace, and has the pid 0 here
-            self.log.warning(
-                "%s can't be watched (%s): should it end, start this daemon again", server, error.strerror
-            )
+            self._warn_unwatched(error)
         else:
             self._watch(fd, EPOLLIN)
 
@@ -153,8 +151,20 @@ class Function:
             yield from self.handover.defects
 
     def _watch(self, fd: int, events: int) -> None:
-        self._loop.add(fd, self._on_end, events)
-        self._watched = fd
+        """Watches the link, or the process that serves it, whose pidfd is closed if it can't be watched."""
+        try:
+            self._loop.add(fd, self._on_end, events)
+        except OSError as error:
+            self._warn_unwatched(error)
+            if self.handover is None:
+                os.close(fd)
+        else:
+            self._watched = fd
+
+    def _warn_unwatched(self, error: OSError) -> None:
+        self.log.warning(
+            "%s can't be watched (%s): should it end, start this daemon again", self.remote, error.strerror
+        )
 
     def _on_end(self, _events: int) -> None:
         self.warn(

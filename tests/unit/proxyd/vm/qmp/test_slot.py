@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.monitor import Monitor
 from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory
 from proxyd.vm.qmp.slot import Slot, Turn
+from tests.support.fds import no_fd_is_left
 from tests.support.remote import RemoteThread
 from tests.support.remotebench import LineDevice
 
@@ -316,8 +318,14 @@ def test_each_reason_for_being_out_is_kept(bench: Bench, monkeypatch: pytest.Mon
     ]
 
 
-def test_adopts_a_remote_that_can_not_be_watched(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    """SO_PEERCRED knows a process of another PID namespace as 0; and there may be no fd left to watch one."""
+def test_adopts_a_remote_that_can_not_be_watched(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SO_PEERCRED knows a process of another PID namespace as 0; no fd or epoll watch may be left for one."""
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     nobody = PeerCredentials(0, 0, 0)
     bench.function.adopt(nobody)
     assert (bench.function.is_sound, bench.function.remote) == (True, nobody)
@@ -330,9 +338,16 @@ def test_adopts_a_remote_that_can_not_be_watched(bench: Bench, caplog: pytest.Lo
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert bench.function.is_sound
+    bench.function.release()
+
+    with monkeypatch.context() as patch, no_fd_is_left():
+        patch.setattr(bench.function._loop, "add", full)
+        bench.function.adopt(PeerCredentials(os.getpid(), 0, 0))
+    assert bench.function.is_sound
     assert [line.partition(" can't be watched ")[2] for line in caplog.messages] == [
         "(Invalid argument): should it end, start this daemon again",
         "(Too many open files): should it end, start this daemon again",
+        "(No space left on device): should it end, start this daemon again",
     ]
 
 

@@ -271,3 +271,30 @@ def test_a_reset_of_the_machine_waits_for_all_functions_at_once(
     for remote in remotes:
         remote.close()
     loop.close()
+
+
+ROUTER = ENABLE | parse_devfn("01.0") << 8 | 0x60
+ELCR2 = 0x4D1
+
+
+def test_a_reset_of_the_machine_is_one_of_the_irqchip_too() -> None:
+    loop = Loop()
+    irqchip = SoftIrqchip(loop)
+    host = PciHost(irqchip, [])
+    host.pio_write(CONFIG_ADDRESS, 4, ROUTER)
+    host.pio_write(CONFIG_DATA, 1, 10)
+    assert irqchip.pic.port_in(ELCR2, 1) == 1 << 10 - 8
+    host.reset()
+    assert irqchip.pic.port_in(ELCR2, 1) == 0
+    assert host.pio_read(CONFIG_ADDRESS, 4) == 0
+    loop.close()
+
+
+def test_an_irq_that_stands_in_a_disabled_register_of_the_router_is_routed_nowhere() -> None:
+    loop = Loop()
+    irqchip = SoftIrqchip(loop)
+    host = PciHost(irqchip, [])
+    host.pio_write(CONFIG_ADDRESS, 4, ROUTER)
+    host.pio_write(CONFIG_DATA, 1, 0x80 | 10)
+    assert irqchip.pic.port_in(ELCR2, 1) == 0
+    loop.close()

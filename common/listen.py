@@ -11,6 +11,7 @@ from common.disposal import Disposal, receive_urgent_inline, refuse_fds
 from common.errors import UntrustedError, UsageError
 from common.journal import RateLimited
 from common.loop import EventLoop, Timer
+from common.peer import peer_credentials
 from common.socketpath import listen_at, remove
 from common.trust import TRUST, Trust
 
@@ -107,11 +108,18 @@ class UnixListener:
         self._sock.close()
 
     def accept(self) -> socket.socket | None:
-        """A client that waits, or None; for another thread while the loop's is busy. Raises OSError."""
+        """A trusted user's client, or None; for another thread while the loop's is busy. Raises OSError."""
         try:
-            return self._sock.accept()[0]
+            sock = self._sock.accept()[0]
         except (BlockingIOError, ConnectionAbortedError):
             return None
+        try:
+            self._trust.check_peer(sock)
+        except UntrustedError as error:
+            self._log.warning("%s: refused: %s", self.path, error, peer=str(peer_credentials(sock)))
+            self._disposal.hang_up(sock)
+            return None
+        return sock
 
     def _on_ready(self, _events: int) -> None:
         if self._disposal.is_full:
@@ -127,11 +135,7 @@ class UnixListener:
         sock.setblocking(False)
         receive_urgent_inline(sock)
         try:
-            self._trust.check_peer(sock)
             self._on_client(sock)
-        except UntrustedError as error:
-            self._log.warning("%s: refused: %s", self.path, error)
-            self._disposal.hang_up(sock)
         except OSError as error:
             self._disposal.hang_up(sock)
             self._keep_waiting(error.strerror)

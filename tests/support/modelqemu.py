@@ -34,6 +34,8 @@ class ModelQemu:
         """a command that gets no answer"""
         self.state = {"running": True, "status": "running"}
         """the result of query-status"""
+        self.ejects_on = ""
+        """the command on which the guest ejects everything, once"""
         self.clients = 0
         self._writer: asyncio.StreamWriter | None = None
         self._serving: set[asyncio.Task[None] | None] = set()
@@ -56,7 +58,7 @@ class ModelQemu:
 
     def eject(self, *names: str) -> None:
         """The guest lets devices go."""
-        for name in names:
+        for name in list(names):
             del self.devfns[name]
             self.send({"event": "DEVICE_DELETED", "data": {"device": name}, "timestamp": {}})
 
@@ -84,6 +86,9 @@ class ModelQemu:
             self.commands.append((command, str(arguments.get("fdname") or arguments.get("id") or "")))
             if command == self.unanswered:
                 continue
+            if command == self.ejects_on:
+                self.ejects_on = ""
+                self.eject(*self.devfns)
             tag = {"id": message["id"]} if "id" in message else {}
             if command in self.errors:
                 kind, text = self.errors[command]

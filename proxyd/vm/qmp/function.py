@@ -52,6 +52,8 @@ class Function:
         """whether QEMU was told to unplug it, by this daemon or by the one before it"""
         self.is_noted = False
         """whether QEMU has a note of that"""
+        self.is_gone = False
+        """whether QEMU has unplugged it since the inventory was taken, which may still have it"""
         self.is_out = False
         """whether somebody else has unplugged it"""
         self.handover: Handover | None = None
@@ -118,7 +120,7 @@ class Function:
     def detach(self) -> None:
         """The monitor of this QEMU is lost."""
         self.was_plugged = self.is_plugged
-        self.is_plugged = False
+        self.is_plugged = self.is_gone = False
         self.release()
         self.reason = NOT_ATTACHED
 

@@ -233,6 +233,8 @@ class QemuPlugger:
         """What is plugged in QEMU. Raises UsageError when QEMU or what it has doesn't suit."""
         try:
             await qemu.check(monitor)
+            for function in self._functions.values():
+                function.is_gone = False
             inventory = await qemu.take_inventory(monitor)
             for function in self._functions.values():
                 _check_place(function, inventory, self._functions.values())

@@ -128,6 +128,7 @@ class Slot:
 
     def on_deleted(self, function: Function) -> None:
         """QEMU has unplugged one of the functions."""
+        function.is_gone = True
         if function.is_plugged:
             function.unplugged()
             self._changed.set()
@@ -150,7 +151,7 @@ class Slot:
         for function in self.functions:
             function.is_noted = function.name in inventory.asked
             function.is_asked |= function.is_noted
-            if function.name not in inventory.drivers:
+            if function.name not in inventory.drivers or function.is_gone:
                 if function.is_out or (function.was_plugged and not function.is_asked):
                     function.leave_out()
                 else:

@@ -255,6 +255,22 @@ def test_a_request_of_the_daemon_before_leads_to_a_new_plug(pair: Bench) -> None
     pair.run(finds)
 
 
+def test_what_is_ejected_before_it_is_adopted_is_plugged(bench: Bench) -> None:
+    """The inventory has it, and its server had a client when it was asked."""
+    bench.qemu.devfns |= bench.devfns
+    bench.qemu.ejects_on = "query-status"
+    client = bench.hold("dev0")
+
+    async def talk(bench: Bench) -> None:
+        await bench.until(lambda: bench.function.reason != "not known: no QEMU is attached", "it is looked at")
+        assert not bench.function.is_plugged
+        client.close()
+        await bench.until_sound()
+        assert (bench.qemu.count("device_add"), bench.qemu.count("device_del")) == (1, 0)
+
+    bench.run(talk)
+
+
 def test_a_qemu_that_takes_no_note_is_served_all_the_same(bench: Bench) -> None:
     bench.qemu.errors["object-add"] = "GenericError", "invalid object type: secret"
 

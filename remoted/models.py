@@ -150,7 +150,8 @@ def _hidden(module: str | None) -> str:
     ours = os.path.realpath(os.path.dirname(__file__) + "/..")
     for entry in sys.path:
         spec = PathFinder.find_spec(name, [entry or os.getcwd()])
-        if spec is not None:
+        is_iohub = os.path.exists(os.path.join(entry, "qemu_iohub.py"))  # another installation, or a checkout
+        if spec is not None and not is_iohub:
             for place in [spec.origin] if spec.origin else spec.submodule_search_locations or ():
                 if not os.path.realpath(place).startswith(f"{ours}/"):
                     return f": {name!r} is a package of iohub, which hides {printable(place)}: rename that one"

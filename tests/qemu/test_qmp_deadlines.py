@@ -89,7 +89,10 @@ def busy(vms: Callable[[str], Vm]) -> Iterator[list[Vm]]:
     benches = [vms(name).bench for name in ("busy", "busy")]
     with ExitStack() as others:
         found = [Vm(bench, others.enter_context(MonitorClient(bench.monitor_path))) for bench in benches]
-        at_once([bench.start_proxyd for bench in benches])
+        # A daemon ends with the thread that has started it.
+        pool = others.enter_context(ThreadPoolExecutor(len(benches)))
+        for start in [pool.submit(bench.start_proxyd) for bench in benches]:
+            start.result()
         yield found
 
 

@@ -5,7 +5,7 @@ A handler must tolerate spurious calls: within one pass another handler may clos
 reused before its handler is called.
 
 A pass calls epoll_wait(2) once and handles every event that it reports, so that no edge-triggered event is lost.
-There are two exceptions, both for level-triggered fds, whose events are reported again:
+There are two exceptions, for fds whose events are reported again:
 
 - The fds that are served ``in_turn`` (links, listening sockets, control connections) get one call each, the
   least recently served first, until 50 microseconds are over. One call handles one request. So clients that send
@@ -26,7 +26,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from select import EPOLLIN
+from select import EPOLLET, EPOLLIN, EPOLLONESHOT
 from typing import Protocol
 
 from common.disposal import count_unread
@@ -96,6 +96,10 @@ class Loop:
         """the fds that were ordered after another, each with that fd"""
         self._owed: dict[int, int] = {}
         """the fds that wait at present, each with the number of calls of the other's handler that are left"""
+        self._edges: dict[int, int] = {}
+        """the fds that are served in turn and edge-triggered at present, each with its events"""
+        self._held: dict[int, Handler] = {}
+        """the fds that are held, each with its handler"""
         self._timers: list[Timer] = []
         self._compact_at = _COMPACT_TIMERS
         self._stopped = False
@@ -107,7 +111,7 @@ class Loop:
     def add(self, fd: int, callback: Handler, events: int = EPOLLIN, *, in_turn: bool = False) -> None:
         """Calls ``callback(events)`` whenever the fd is ready; EPOLLHUP and EPOLLERR are always reported.
 
-        An fd that is served ``in_turn`` is level-triggered, and its callback handles at most one request.
+        The callback of an fd that is served ``in_turn`` handles at most one request.
         Raises OSError (EPERM for an fd that can't be polled, EEXIST for one that is registered).
         """
         self._epoll.register(fd, events)
@@ -119,19 +123,44 @@ class Loop:
         """When ``fd`` becomes ready, its handler is called after everything unread in ``after`` has been read.
 
         ``fd`` is level-triggered. ``after`` is a UNIX stream socket that is served in turn; its callback reads at
-        least one byte. The order ends when either fd is removed.
+        least one byte, or makes the fd edge-triggered until it does. The order ends when either fd is removed.
         """
         self._after[fd] = after
 
+    def hold(self, fd: int) -> None:
+        """Handles neither an fd that is served in turn nor those ordered after it until release().
+
+        They are level-triggered and wait for EPOLLIN.
+        """
+        for each in (fd, *self._ordered_after(fd)):
+            self._held[each] = self._handlers[each]
+            self._handlers[each] = _ignore
+            self._epoll.modify(each, EPOLLONESHOT)  # disabled, but for one report of EPOLLHUP or EPOLLERR
+
+    def release(self, fd: int) -> None:
+        """Handles a held fd again, and those ordered after it."""
+        for each in (fd, *self._ordered_after(fd)):
+            handler = self._held.pop(each, None)
+            if handler is not None:
+                self._handlers[each] = handler
+                self._epoll.modify(each, EPOLLIN)
+
     def modify(self, fd: int, events: int) -> None:
-        """Waits for other events on a registered fd."""
+        """Waits for other events on a registered fd, which isn't held."""
         self._epoll.modify(fd, events)
+        if fd in self._turns:
+            self._edges.pop(fd, None)
+            if events & EPOLLET:
+                self._edges[fd] = events
 
     def remove(self, fd: int) -> None:
         """Stops watching the fd. To be called before its close: a duplicate would keep the epoll entry alive."""
         del self._handlers[fd]
         self._after.pop(fd, None)
         self._owed.pop(fd, None)
+        self._edges.pop(fd, None)
+        if self._held.pop(fd, None) is not None:
+            self.release(fd)
         if self._turns.pop(fd, None) is not None:
             self._after = {other: after for other, after in self._after.items() if after != fd}
         self._epoll.unregister(fd)
@@ -246,7 +275,8 @@ class Loop:
 
     def _give_turns(self, ready: dict[int, int]) -> None:
         end = self._clock() + _TURNS_SECONDS
-        for fd in sorted(ready, key=lambda fd: self._turns.get(fd, 0)):
+        waiting_for_turn = sorted(ready, key=lambda fd: self._turns.get(fd, 0))
+        for index, fd in enumerate(waiting_for_turn):
             if fd in self._turns:
                 self._turn += 1
                 self._turns[fd] = self._turn
@@ -255,7 +285,13 @@ class Loop:
                         self._owed[waiting] = calls - 1
                 self._handlers[fd](ready[fd])
                 if self._clock() >= end:
+                    for other in waiting_for_turn[index + 1 :] if self._edges else ():
+                        if other in self._edges:
+                            self._epoll.modify(other, self._edges[other])  # reports its edge again
                     break
+
+    def _ordered_after(self, fd: int) -> list[int]:
+        return [other for other, after in self._after.items() if after == fd]
 
     def _run_timers(self) -> None:
         now = self._clock()
@@ -272,3 +308,7 @@ class Loop:
             os.read(self._wake_r, 4096)
         for _ in range(len(self._soon)):
             self._soon.popleft()()
+
+
+def _ignore(_events: int) -> None:
+    """The handler of an fd that is held."""

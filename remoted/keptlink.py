@@ -19,20 +19,18 @@ from __future__ import annotations
 
 import os
 import socket
-import termios
-from array import array
 from collections.abc import Sequence
-from fcntl import ioctl
 
 from common import mpqemu
-from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, received_fds
-from common.errors import IohubError, PeerGone, ProtocolError
+from common.disposal import ANCILLARY_SIZE, Disposal, count_unread, receive_urgent_inline, received_fds
+from common.errors import IohubError, PeerGone, ProtocolError, ShortageError
 from remoted.state import FunctionState
 
 __all__ = ["KeptLink"]
 
 _FLAGS = socket.MSG_CMSG_CLOEXEC
 _PEEK = _FLAGS | socket.MSG_PEEK
+_SO_PEEK_OFF = 42  # include/uapi/asm-generic/socket.h; Python has no name for it
 _SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
 _REPLY_SIZE = mpqemu.HEADER.size + mpqemu.RET.size
 
@@ -74,16 +72,16 @@ class KeptLink:
     def receive(self) -> int:
         """The command of the next whole frame, or -1 when it isn't here yet. Never blocks.
 
-        The frame stays in the socket until its reply() or the next receive(). Raises ProtocolError (after which
-        the stream is out of step) and PeerGone.
+        The frame stays in the socket until its reply() or the next receive(). Raises ProtocolError and
+        ShortageError (after which the stream is out of step) and PeerGone.
         """
         if self._frame:
             self._consume()
-        command, length, count, fds = self._peek(len(self._buffer))
+        command, length, count, fds = self._look(len(self._buffer))
         if fds and count > length:
             # Some may be those of a frame behind it.
             self.discard(fds)
-            command, length, count, fds = self._peek(length)
+            command, length, count, fds = self._look(length)
         self.is_partial = count < length
         if self.is_partial:
             self.discard(fds)
@@ -142,34 +140,26 @@ class KeptLink:
         """Ends what the process before this one was killed in, from step 3 on."""
         state = self._state
         if state.consumed != state.serial:
-            if _unread(self._sock.fileno()):
-                self._frame = self._peek(mpqemu.HEADER.size)[1]
+            if count_unread(self._sock.fileno()):
+                _, self._frame, _, fds = self._look(mpqemu.HEADER.size)
+                self._disposal.close_fds(fds)
                 self._consume()
             state.consumed = state.serial
         if state.sent != state.serial:
-            if _unread(self._pipe[0]):
+            if count_unread(self._pipe[0]):
                 state.sent = state.serial
             else:
                 self._fill_pipe()
-        if _unread(self._pipe[0]):
+        if count_unread(self._pipe[0]):
             self._empty_pipe()
 
-    def _peek(self, size: int) -> tuple[int, int, int, list[int]]:
+    def _look(self, size: int) -> tuple[int, int, int, list[int]]:
         """Looks at the next ``size`` bytes: command (-1 without a header), the frame's length, bytes, fds."""
+        fds: list[int] = []
         try:
-            count, ancillary, flags, _ = self._sock.recvmsg_into([self._view[:size]], ANCILLARY_SIZE, _PEEK)
-        except BlockingIOError:
-            return -1, 0, 0, []
-        except OSError as error:
-            raise PeerGone(f"reading the link: {error.strerror}") from error
-        fds = list(received_fds(ancillary))
-        try:
-            if flags & socket.MSG_CTRUNC:
-                raise ProtocolError("a message's file descriptors are lost: too many files are open here")
-            if not count:
-                raise PeerGone("the peer closed the link" + (" within a frame" if self.is_partial else ""))
+            count = self._peek(size, fds)
             if count < mpqemu.HEADER.size:
-                return -1, mpqemu.HEADER.size, count, fds
+                return -1, mpqemu.HEADER.size if count else 0, count, fds
             command, payload = mpqemu.HEADER.unpack_from(self._buffer)
             mpqemu.check_request(command, payload)
         except IohubError:
@@ -177,15 +167,48 @@ class KeptLink:
             raise
         return command, mpqemu.HEADER.size + payload, count, fds
 
+    def _peek(self, size: int, fds: list[int]) -> int:
+        """Copies up to ``size`` bytes, and all their fds, and leaves them in the socket. Returns how many bytes.
+
+        One read ends with the bytes that fds came with; the next one begins behind them by SO_PEEK_OFF.
+        """
+        count = 0
+        try:
+            while count < size:
+                more, ancillary, flags, _ = self._sock.recvmsg_into(
+                    [self._view[count:size]], ANCILLARY_SIZE, _PEEK
+                )
+                fds += received_fds(ancillary)
+                if flags & socket.MSG_CTRUNC:
+                    raise ShortageError("a message's file descriptors are lost: too many files are open here")
+                if not more and not count:
+                    raise PeerGone("the peer closed the link")
+                count += more
+                if not ancillary:
+                    break
+                self._sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, count)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise PeerGone(f"reading the link: {error.strerror}") from error
+        finally:
+            if fds:
+                self._sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
+        return count
+
     def _consume(self) -> None:
         """Takes the frame out of the socket. Its fds are here already, by other numbers."""
         length, self._frame = self._frame, 0
-        try:
-            _, ancillary, _, _ = self._sock.recvmsg_into([self._view[:length]], ANCILLARY_SIZE, _FLAGS)
-        except OSError as error:
-            raise PeerGone(f"reading the link: {error.strerror}") from error
-        if ancillary:
-            self.discard(received_fds(ancillary))
+        while length:
+            try:
+                count, ancillary, _, _ = self._sock.recvmsg_into([self._view[:length]], ANCILLARY_SIZE, _FLAGS)
+            except OSError as error:
+                raise PeerGone(f"reading the link: {error.strerror}") from error
+            if ancillary:
+                self.discard(received_fds(ancillary))
+            if not count:
+                raise PeerGone("the peer closed the link within a frame")
+            length -= count
 
     def _fill_pipe(self) -> None:
         os.write(self._pipe[1], mpqemu.reply_frame(self._state.reply))
@@ -198,10 +221,3 @@ class KeptLink:
             raise ProtocolError("the peer doesn't read its replies") from None
         except OSError as error:
             raise PeerGone(f"writing the link: {error.strerror}") from error
-
-
-def _unread(fd: int) -> int:
-    """How many bytes wait in a pipe or socket."""
-    count = array("i", [0])
-    ioctl(fd, termios.FIONREAD, count)
-    return count[0]

@@ -72,6 +72,7 @@ class DeviceServer:
         self._listener = UnixListener(
             self._loop, path, self._on_client, self._log, self._disposal, takes_fds=True
         )
+        self._order_clients()
         self.function.host.log.info("listening on %s", path)
 
     def serve(self, sock: socket.socket) -> None:
@@ -79,9 +80,7 @@ class DeviceServer:
         self.session = Session(
             self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal, self._keeper
         )
-        if self._listener is not None:
-            # The next client may come together with the end of this one.
-            self._loop.order(self._listener.fileno(), after=self.session.fileno())
+        self._order_clients()
         self._is_refusal_told = False
         self._log.info("connected", peer=self.session.client)
 
@@ -117,6 +116,11 @@ class DeviceServer:
         self.function.shut_down()
         if self._keeper is not None:
             self._keeper.close()
+
+    def _order_clients(self) -> None:
+        """The next client may come together with the end of the one before it."""
+        if self._listener is not None and self.session is not None:
+            self._loop.order(self._listener.fileno(), after=self.session.fileno())
 
     def _amiss(self) -> Iterator[str]:
         if self.session is not None and self.session.ram_refusal:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from select import EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP
 
 from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError, ShortageError
@@ -81,13 +82,14 @@ class Session:
             Command.SET_IRQFD: self._set_irqfd,
             Command.DEVICE_RESET: self._device_reset,
         }
-        self._is_held = False
-        """whether the link waits for the fd store"""
+        self._is_edge_triggered = False
+        """whether the link is: half a message lies in its socket, where a kept link leaves it"""
         try:
-            self._watch()
-        except ShortageError:
+            loop.add(self._link.fileno(), self._on_readable, in_turn=True)
+        except OSError as error:
             self._link.close()
-            raise
+            raise ShortageError(f"the link can't be watched: {error.strerror}") from error
+        self._order_resample()
 
     def fileno(self) -> int:
         """The link's fd."""
@@ -114,18 +116,10 @@ class Session:
         self._disposal.close_fds(self._function.host.memory.clear())
         self._on_end(self)
 
-    def _watch(self) -> None:
-        try:
-            self._loop.add(self._link.fileno(), self._on_readable, in_turn=True)
-        except OSError as error:
-            raise ShortageError(f"the link can't be watched: {error.strerror}") from error
-        self._order_resample()
-
     def _unwatch(self) -> None:
         if self._partial is not None:
             self._partial.cancel()
-        if not self._is_held:
-            self._loop.remove(self._link.fileno())
+        self._loop.remove(self._link.fileno())
 
     def _order_resample(self) -> None:
         """A message that is here already is handled before an EOI is judged: it may lower the line."""
@@ -134,21 +128,17 @@ class Session:
             self._loop.order(resamplefd, after=self._link.fileno())
 
     def _hold(self) -> None:
-        """Handles no further message until the fd store has the files of this one."""
-        self._loop.remove(self._link.fileno())
-        self._is_held = True
+        """Handles no further message, and no EOI, until the fd store has the files of this one."""
+        if self._is_edge_triggered:
+            self._wait_for_rest(False)
+        self._loop.hold(self._link.fileno())
 
     def _stored(self) -> None:
-        if self._link.closed:
-            return
-        try:
-            self._watch()
-            self._is_held = False
-        except ShortageError as error:
-            self._log.warning("the session ends, the client can connect again: %s", error, peer=self.client)
-            self.close()
+        """The fd store has the files of the last message: the next one is handled."""
+        if not self._link.closed:
+            self._loop.release(self._link.fileno())
 
-    def _on_readable(self, _events: int) -> None:
+    def _on_readable(self, events: int) -> None:
         link = self._link
         try:
             command = self._receive()
@@ -159,8 +149,14 @@ class Session:
                     if self._partial is not None:
                         self._partial.cancel()
                         self._partial = None
+                        if self._is_edge_triggered:
+                            self._wait_for_rest(False)
                     return
                 command = self._receive()  # more than that frame has been read already
+            if self._keeper is not None and link.is_partial is not self._is_edge_triggered:
+                self._wait_for_rest(link.is_partial)
+            elif self._is_edge_triggered and events & (EPOLLHUP | EPOLLRDHUP):
+                raise PeerGone("the peer closed the link within a frame")
         except PeerGone as error:
             self._log.info("%s", error, peer=self.client)
             self.close()
@@ -173,6 +169,12 @@ class Session:
         else:
             if link.is_partial and self._partial is None:
                 self._partial = self._loop.call_later(_HALF_FRAME_SECONDS, self._half_frame_expired)
+
+    def _wait_for_rest(self, is_partial: bool) -> None:
+        """While half a message lies in the socket, waits for further bytes or the end of the stream."""
+        self._is_edge_triggered = is_partial
+        events = EPOLLIN | EPOLLRDHUP | EPOLLET if is_partial else EPOLLIN
+        self._loop.modify(self._link.fileno(), events)
 
     def _half_frame_expired(self) -> None:
         self._reject(ProtocolError(f"half a message and then silence for {_HALF_FRAME_SECONDS:g} s"))

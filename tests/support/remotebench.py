@@ -34,12 +34,14 @@ MAX_PASSES = 10_000
 
 
 class Clock:
-    """The loop's time, which only the test moves."""
+    """The loop's time, which only the test moves: at once, or by a step at each look at it."""
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.step = 0.0
 
     def __call__(self) -> float:
+        self.now += self.step
         return self.now
 
 
@@ -258,17 +260,23 @@ class RemoteBench:
     def path(self, name: str) -> str:
         return str(self._directory / f"{name}.sock")
 
-    def connect(self, name: str) -> Peer:
-        """A new client; whether it is served is settled, too."""
+    def connect(self, name: str, *, settled: bool = True) -> Peer:
+        """A new client; unless told otherwise, whether it is served is settled, too."""
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(self.path(name))
-        self.settle()
+        if settled:
+            self.settle()
         return Peer(self, sock)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the loop would not wait."""
+        return bool(self._poll.poll(0))
 
     def settle(self) -> None:
         """Lets the loop run until it would wait."""
         for _ in range(MAX_PASSES):
-            if not self._poll.poll(0):
+            if not self.is_ready:
                 return
             self.loop.step()
         raise AssertionError("the loop doesn't come to rest")

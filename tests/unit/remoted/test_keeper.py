@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,14 +15,14 @@ import pytest
 from common import pci
 from common.fdstore import FdStore
 from common.fields import register
-from common.mpqemu import SYSMEM, Command
+from common.mpqemu import BAR, SYSMEM, Command, request_frame
 from remoted.device import Bar, BarKind, PciFunction
 from remoted.host import Host
 from remoted.memory import GuestMemory
 from remoted.ramfiles import RamFiles
 from remoted.server import DeviceServer
 from tests.support.fds import no_fd_is_left
-from tests.support.remotebench import IO_BASE, Peer, RemoteBench
+from tests.support.remotebench import IO_BASE, Pair, Peer, RemoteBench
 from tests.support.storemanager import StoreManager
 
 DEVFNS = {"dev0": 0x28, "dev1": 0x30}
@@ -88,6 +89,10 @@ class KeptBench(RemoteBench):
         super().settle()
         while self.manager.serve():
             super().settle()
+
+    def settle_without_manager(self) -> None:
+        """Lets the loop run until it would wait, while the manager does nothing."""
+        super().settle()
 
     def function(self, name: str) -> Kept:
         function = self.servers[name].function
@@ -304,3 +309,123 @@ def test_what_a_timer_did_is_kept(bench: KeptBench) -> None:
     bench.loop.step()
     bench.restart()
     assert bench.function("dev0").value == 9
+
+
+def wakes(bench: KeptBench, passes: int = 50) -> int:
+    """In how many of so many passes the loop finds something to do."""
+    count = 0
+    for _ in range(passes):
+        if bench.is_ready:
+            count += 1
+            bench.loop.step()
+    return count
+
+
+FRAMES = {
+    "read": (Command.BAR_READ, BAR.pack(IO_BASE, 0, 4, False)),
+    "irqfd": (Command.SET_IRQFD, b""),
+    "ram": (Command.SYNC_SYSMEM, SYSMEM.pack(*[0] * 24)),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_half_a_message_is_waited_for_without_a_spin(bench: KeptBench, peer: Peer, name: str) -> None:
+    """The half stays in the socket. Each further byte wakes the loop, and the link is as before after the last."""
+    frame = request_frame(*FRAMES[name])
+    pair = Pair()
+    for start in range(len(frame)):
+        peer.send_bytes(frame[start : start + 1], pair.fds if start == 0 and name == "irqfd" else ())
+        assert 0 < wakes(bench) < 5
+        assert not bench.is_ready
+    bench.settle()
+    assert name != "read" or peer.receive() == 7
+    assert peer.bar_read(False, IO_BASE, 4) == 7
+    if name == "irqfd":
+        write(peer, LINE, 1)
+        assert pair.written() == 1
+    pair.close()
+
+
+@pytest.mark.parametrize("cut", [1, 15, 16, 20])
+def test_the_end_within_a_message_ends_the_session(bench: KeptBench, peer: Peer, cut: int) -> None:
+    for how in (socket.SHUT_WR, socket.SHUT_RDWR):
+        with bench.connect("dev1") as other:
+            other.send_bytes(request_frame(*FRAMES["read"])[:cut])
+            bench.settle()
+            other.sock.shutdown(how)
+            bench.settle()
+            assert bench.servers["dev1"].session is None
+
+
+def test_an_eoi_with_half_a_message_is_served(bench: KeptBench, peer: Peer) -> None:
+    pair = peer.set_irqfd()
+    write(peer, LINE, 1)
+    assert pair.written() == 1
+    peer.send_bytes(request_frame(*FRAMES["read"])[:20])
+    pair.resamplefd.set()
+    bench.settle()
+    assert pair.written() == 1
+
+
+def test_half_a_message_beside_a_busy_client(bench: KeptBench, peer: Peer) -> None:
+    """The rest arrives in a pass that has no time left for it."""
+    with bench.connect("dev1") as other:
+        other.config_write(pci.PCI_BASE_ADDRESS_0, 4, IO_BASE)
+        frame = request_frame(*FRAMES["read"])
+        other.send_bytes(frame[:20])
+        bench.settle()
+        bench.clock.step = 1.0
+        peer.send_bytes(frame)
+        other.send_bytes(frame[20:])
+        bench.settle()
+        bench.clock.step = 0.0
+        assert (peer.receive(), other.receive()) == (7, (1 << 64) - 1)
+
+
+@pytest.mark.parametrize("name", ["irqfd", "ram"])
+def test_an_eoi_waits_for_messages_behind_one_that_is_being_stored(
+    bench: KeptBench, peer: Peer, name: str
+) -> None:
+    """The message lowers the line. The EOI would assert it once more before."""
+    pair = peer.set_irqfd()
+    write(peer, LINE, 1)
+    assert pair.written() == 1
+    peer.send(*FRAMES[name], pair.fds if name == "irqfd" else ())
+    peer.send(Command.BAR_WRITE, BAR.pack(IO_BASE + LINE, 0, 4, False))
+    bench.settle_without_manager()
+    assert pair.written() == (name == "irqfd")
+    pair.resamplefd.set()
+    bench.settle_without_manager()
+    bench.settle()
+    assert peer.receive() == 0
+    assert pair.written() == 0
+    write(peer, LINE, 1)
+    assert pair.written() == 1
+    bench.resample(pair)
+    assert pair.written() == 1
+
+
+def test_the_next_client_waits_for_the_end_of_one_whose_message_is_being_stored(
+    bench: KeptBench, ram: int
+) -> None:
+    """Also where the session goes on from the process before this one."""
+    with bench.connect("dev1") as first:
+        bench.restart()
+        sync(first, bench, ram, 0)
+        first.send(*FRAMES["ram"])
+        bench.settle_without_manager()
+        first.sock.close()
+        with bench.connect("dev1", settled=False) as second:
+            bench.settle_without_manager()
+            bench.settle()
+            assert second.config_read(pci.PCI_VENDOR_ID, 2) == 0x1234
+    assert bench.servers["dev1"].refused == 0
+
+
+def test_a_client_that_leaves_while_its_message_is_stored(bench: KeptBench) -> None:
+    with bench.connect("dev1") as peer:
+        peer.send(*FRAMES["ram"])
+        bench.settle_without_manager()
+        bench.servers["dev1"].session.close()  # type: ignore[union-attr]
+    with bench.connect("dev1") as peer:
+        assert peer.config_read(pci.PCI_VENDOR_ID, 2) == 0x1234

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# Everything happens in the checkout, in .venv; the only things installed elsewhere are the Debian packages that
+# All but install happens in the checkout, in .venv; the only things installed elsewhere are the Debian packages that
 # are missing, and those only by root. PYTHON=... takes another Python, ARGS=... goes to what a target runs.
 
 PYTHON ?= python3
 VENV := .venv
 APT_INSTALL := apt-get install --no-install-recommends
+# Where install puts things; all but PREFIX and DESTDIR follow from the machine.
+PREFIX ?= /usr/local
+DESTDIR ?=
+# The Python that installed programs run on. Not one from PATH: units can't see a Python in a home directory.
+RUN_PYTHON ?= $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
+PIP_OPTIONS ?=
 TEST_GUESTS := $(patsubst %.S,%.bin,$(wildcard tests/guests/*.S))
 
 MAKEFLAGS += --no-builtin-rules
@@ -13,11 +19,11 @@ SHELL := /bin/sh
 .ONESHELL:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench mutants guest clean
+.PHONY: help demo test lint bench mutants guest clean install uninstall
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while read -r target text; do
-		printf '  make %-7s  %s\n' "$$target" "$$text"
+		printf '  make %-9s  %s\n' "$$target" "$$text"
 	done
 
 demo: $(VENV)/demo.stamp guest  ## interrupts from remoted into a KVM guest and back, counted (ARGS="--rounds 100")
@@ -41,6 +47,13 @@ mutants: $(VENV)/test.stamp guest  ## faults put into the code, and which the te
 guest: $(TEST_GUESTS)  ## the guests of the embedded VM and of the tests
 	@$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest
 
+install: $(VENV)/install.stamp guest  ## programs, units, man pages below PREFIX=/usr/local (DESTDIR=stage PREFIX=/usr)
+	@exec env VENV='$(VENV)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' RUN_PYTHON='$(RUN_PYTHON)' \
+		PIP_OPTIONS='$(PIP_OPTIONS)' systemd/install
+
+uninstall:  ## removes what install with the same DESTDIR and PREFIX has put there
+	@exec env PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' systemd/uninstall
+
 clean:  ## back to what git has: removes .venv, the guests and all caches
 	@rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(TEST_GUESTS)
 	find common proxyd remoted tests -name __pycache__ -prune -exec rm -rf {} +
@@ -51,7 +64,7 @@ tests/guests/%.bin: tests/guests/%.S
 	@gcc -m32 -nostdlib -static -no-pie -Wl,--build-id=none,-Ttext=0x1000,--oformat=binary -o $@ $<
 
 # Debian's package names stand for what is looked for: whether it works, wherever it came from.
-$(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml
+$(VENV)/demo.stamp $(VENV)/install.stamp $(VENV)/test.stamp: pyproject.toml
 	@stop() {
 		printf 'make: %s\n' "$$*" >&2
 		exit 1
@@ -62,7 +75,7 @@ $(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml
 		test -e /usr/include/stdio.h || echo libc6-dev
 	}
 	wanted() {
-		test $(@F) = demo.stamp || command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
+		test $(@F) != test.stamp || command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
 	}
 	install() {
 		echo "Installing $$*"
@@ -88,5 +101,5 @@ $(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml
 	echo "Installing the Python packages into $(VENV)"
 	$(VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --no-input --no-cache-dir --disable-pip-version-check --use-pep517 \
-		--editable .$(if $(filter test.stamp,$(@F)),[test])
-	touch $@
+		--editable .$(patsubst %,[%],$(filter-out demo,$(basename $(@F))))
+	touch $@ $(if $(filter test.stamp,$(@F)),$(VENV)/install.stamp)

@@ -33,6 +33,7 @@ from common.options import (
     PROXYD,
     REMOTED,
     Keys,
+    Parser,
     Role,
     Value,
     check_text,
@@ -44,7 +45,16 @@ from common.output import emit
 from common.pci import PCI_DEVFN_MAX, format_devfn, parse_devfn
 from common.trust import MAX_SOCKET_PATH, TRUST, find_user
 
-__all__ = ["DeviceConfig", "VmConfig", "check_name", "default_runtime_dir", "parse_proxyd", "parse_remoted"]
+__all__ = [
+    "DeviceConfig",
+    "VmConfig",
+    "check_name",
+    "default_runtime_dir",
+    "parse_proxyd",
+    "parse_remoted",
+    "proxyd_parser",
+    "remoted_parser",
+]
 
 _FIRST_FREE_DEVFN = 0x02 << 3
 """00 is the host bridge and 01 the ISA bridge on the boards that QEMU and proxyd make"""
@@ -130,15 +140,11 @@ def parse_remoted(
 
     ``describe_models(as_json)`` is what --models prints, after which it raises SystemExit.
     """
-    parser = make_parser(REMOTED)
-    if describe_models is not None:
-        parser.add_argument("--models", action="store_true", help="list the models with their options and exit")
-        parser.add_argument("--json", action="store_true", help="with --models: as one JSON object")
-    options = parser.parse_args(argv)
+    options = remoted_parser(has_models=describe_models is not None).parse_args(argv)
     if describe_models is not None:
         if options.models:
             emit(f"{describe_models(options.json)}\n")
-            parser.exit()
+            raise SystemExit(0)
         if options.json:
             raise UsageError("--json: only with --models")
     return _load(REMOTED, options)
@@ -149,6 +155,24 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
 
     Raises UsageError.
     """
+    options = proxyd_parser().parse_args(argv)
+    config = replace(_load(PROXYD, options), unplug_on_exit=options.unplug_on_exit)
+    if config.unplug_on_exit and not config.vm.startswith("qmp:"):
+        raise UsageError(f"--unplug-on-exit: only for --vm qmp:SOCKET, this is {config.vm}")
+    return config
+
+
+def remoted_parser(*, has_models: bool = True) -> Parser:
+    """The options of iohub-remoted, with --models if ``has_models``."""
+    parser = make_parser(REMOTED)
+    if has_models:
+        parser.add_argument("--models", action="store_true", help="list the models with their options and exit")
+        parser.add_argument("--json", action="store_true", help="with --models: as one JSON object")
+    return parser
+
+
+def proxyd_parser() -> Parser:
+    """The options of iohub-proxyd."""
     parser = make_parser(PROXYD)
     parser.add_argument(
         "--vm",
@@ -162,11 +186,7 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
         action="store_true",
         help="with qmp:SOCKET only: take the devices out of QEMU at the end; otherwise they stay",
     )
-    options = parser.parse_args(argv)
-    config = replace(_load(PROXYD, options), unplug_on_exit=options.unplug_on_exit)
-    if config.unplug_on_exit and not config.vm.startswith("qmp:"):
-        raise UsageError(f"--unplug-on-exit: only for --vm qmp:SOCKET, this is {config.vm}")
-    return config
+    return parser
 
 
 def check_name(name: str) -> str:

@@ -33,6 +33,11 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 """runs a module as __main__ in a process that is killed when its parent ends, in whatever way"""
 
 
+def _launcher() -> str:
+    """With this process's sys.path: an installed program puts iohub's folder there by itself."""
+    return f"import sys\nsys.path[:] = {sys.path!r}\n{_LAUNCHER}"
+
+
 def _starting(module: str) -> list[str]:
     """The module to run and its arguments: a package that PYTHONPATH leads to must not be taken for a daemon."""
     return ["qemu_iohub", module] if module in ("proxyd", "remoted") else [module]
@@ -67,7 +72,7 @@ class Child:
         ):
             notify.bind(str(address))
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _LAUNCHER, str(os.getpid()), *_starting(module), *arguments],
+                [sys.executable, "-c", _launcher(), str(os.getpid()), *_starting(module), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -16,7 +16,7 @@ from common.options import Parser, add_version
 from common.output import OutputError, complain
 from common.trust import Trust, find_user
 
-__all__ = ["main"]
+__all__ = ["main", "make_ctl_parser"]
 
 PROGRAM = "iohubctl"
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Raises UsageError."""
-    parser = _parser(argv)
+    parser = make_ctl_parser(argv)
     options, rest = parser.parse_known_args(argv)
     if rest and not rest[0].startswith("-") and getattr(options, "addr", "") is None:
         # argparse settles an optional argument with the first of them: in "VM --json ADDR" ADDR is left over.
@@ -139,7 +139,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parser(argv: Sequence[str]) -> Parser:
+def make_ctl_parser(argv: Sequence[str]) -> Parser:
+    """The options of iohubctl; those of its demo only where ``argv`` begins with ``demo``, as they take long."""
     parser = Parser(
         prog=PROGRAM,
         description="Looks at the PCI functions that iohub-remoted and iohub-proxyd give to a VM, "

@@ -41,12 +41,12 @@ _CONSOLE = "run/qemu/vm1/console"
 class HostBench:
     """One host with one VM, which start() starts."""
 
-    def __init__(self, programs: Path) -> None:
-        """``programs`` is the folder that iohub-remoted and the others are in."""
+    def __init__(self, installed: Path) -> None:
+        """``installed`` is a directory with what ``make install PREFIX=/usr`` has put there."""
         self._console: GuestConsole | None = None
         self.system = BootedSystem()
         try:
-            self._install(programs)
+            self._install(installed)
         except BaseException:
             self.close()
             raise
@@ -104,17 +104,14 @@ class HostBench:
             self._console.close()
         self.system.close()
 
-    def _install(self, programs: Path) -> None:
-        units = self.root / "etc/systemd/system"
-        for unit in (ROOT / "systemd").glob("*.service"):
-            text = unit.read_text().replace("/usr/bin/iohub-", f"{programs}/iohub-")
-            (units / unit.name).write_text(text)
-        shutil.copy(ROOT / "systemd/examples/qemu@.service", units)
+    def _install(self, installed: Path) -> None:
+        shutil.copytree(installed, self.root, symlinks=True, dirs_exist_ok=True)
+        self.system.run("systemd-sysusers", "iohub.conf")
+        self.system.run("systemd-tmpfiles", "--create", "iohub.conf")
+        shutil.copy(ROOT / "systemd/examples/qemu@.service", self.root / "etc/systemd/system")
         self.system.run("groupadd", "--force", "--system", "kvm")
         self.system.run("chgrp", "kvm", "/dev/kvm")
-        for name in ("iohub", "qemu"):
-            self.system.run("useradd", "--system", "--user-group", "--no-create-home", name)
-        (self.root / "etc/iohub").mkdir()
+        self.system.run("useradd", "--system", "--user-group", "--no-create-home", "qemu")
         (self.root / "etc/iohub/vm1.toml").write_text(_CONFIG)
         (self.root / "etc/qemu").mkdir(exist_ok=True)
         for source, name in ((guest_image(), "guest.bin"), (Path(boot(guest_image())[1]), "firmware.bin")):

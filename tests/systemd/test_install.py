@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``make install`` and ``make uninstall``: what they write, and that it works without the checkout."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.bootedsystem import BootedSystem
+from tests.support.checkout import ROOT
+from tests.support.installation import install, make
+
+PROGRAMS = ("iohub-proxyd", "iohub-remoted", "iohubctl")
+
+
+@pytest.fixture(scope="module")
+def system(installed: Path, requires_systemd: None) -> Iterator[BootedSystem]:
+    """A host where iohub is installed."""
+    booted = BootedSystem()
+    try:
+        shutil.copytree(installed, booted.root, symlinks=True, dirs_exist_ok=True)
+        yield booted
+    finally:
+        booted.close()
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_uninstall_leaves_what_was_there_before(installed: Path, tmp_path: Path) -> None:
+    """Directories that were empty before, and the operator's files; not what Python has compiled since."""
+    destination = tmp_path / "root"
+    for directory in ("usr/share/man", "usr/lib/systemd/system", "etc/iohub"):
+        (destination / directory).mkdir(parents=True)
+    (destination / "etc/iohub/vm1.toml").touch()
+    (destination / "usr/share/man").chmod(0o2775)
+    before = listing(destination)
+    install(destination)
+    assert set(listing(installed)) <= set(listing(destination))
+    assert (destination / "usr/share/man").stat().st_mode & 0o7777 == 0o2775
+    (destination / "usr/lib/iohub/common/__pycache__/loop.cpython-399.pyc").touch()
+    make("uninstall", f"DESTDIR={destination}", "PREFIX=/usr")
+    assert listing(destination) == before
+
+
+def test_an_installation_over_an_older_one_leaves_none_of_its_files(installed: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "root"
+    shutil.copytree(installed, destination)
+    module = destination / "usr/lib/iohub/common/gone.py"
+    module.touch()
+    manifest = destination / "usr/lib/iohub/manifest"
+    manifest.write_text(f"{manifest.read_text()}/usr/lib/iohub/common/gone.py\n")
+    install(destination)
+    assert listing(destination) == listing(installed)
+    assert sorted(manifest.read_text().split()) == sorted(
+        (installed / "usr/lib/iohub/manifest").read_text().split()
+    )
+    make("uninstall", f"DESTDIR={destination}", "PREFIX=/usr")
+    assert listing(destination) == []
+
+
+def test_another_prefix(tmp_path: Path) -> None:
+    install(tmp_path, "/opt/iohub")
+    assert [path.name for path in tmp_path.iterdir()] == ["opt"]
+    for name in ("remoted", "proxyd"):
+        unit = (tmp_path / f"opt/iohub/lib/systemd/system/iohub-{name}@.service").read_text()
+        assert f"ExecStart=/opt/iohub/bin/iohub-{name} " in unit
+        assert "/usr/bin/iohub" not in unit
+    assert '"/opt/iohub/lib/iohub"' in (tmp_path / "opt/iohub/bin/iohubctl").read_text()
+
+
+def test_no_file_names_the_directory_that_it_was_built_in(installed: Path) -> None:
+    names = [str(installed).encode(), str(ROOT).encode(), b"/tmp/tmp."]
+    for path in installed.rglob("*"):
+        if path.is_file():
+            contents = path.read_bytes()
+            assert not [name for name in names if name in contents], path
+
+
+def test_uninstall_of_nothing_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "systemd/uninstall"],
+        env={"DESTDIR": str(tmp_path), "PREFIX": "/usr"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"uninstall: there is no {tmp_path}/usr/lib/iohub/manifest, nothing of iohub is installed there\n"
+    )
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_version(system: BootedSystem, program: str) -> None:
+    (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert system.run(program, "--version").stdout == f"{program} {version}\n"
+
+
+def test_both_daemons_run_on_what_is_installed(system: BootedSystem) -> None:
+    assert " 0 lost, 0 stuck" in system.run("iohubctl", "demo", "--vm=soft", "--rounds=4").stdout
+
+
+def test_programs_write_nothing_where_they_are_installed(system: BootedSystem) -> None:
+    before = listing(system.root / "usr/lib/iohub")
+    for program in PROGRAMS:
+        system.run(program, "--help")
+    system.run("iohub-remoted", "--models")
+    assert listing(system.root / "usr/lib/iohub") == before
+
+
+def test_systemd_takes_the_files(system: BootedSystem) -> None:
+    for command in (
+        ("systemd-sysusers", "iohub.conf"),
+        ("systemd-tmpfiles", "--create", "iohub.conf"),
+        ("systemctl", "daemon-reload"),
+    ):
+        done = system.run(*command)
+        assert command[0] == "systemd-sysusers" or done.stderr == ""
+    assert system.run("id", "--name", "--user", "iohub").stdout == "iohub\n"
+    assert system.run("stat", "-c", "%A %U %G", "/etc/iohub", "/run/iohub").stdout.splitlines() == [
+        "drwxr-x--- root iohub",
+        "drwxr-xr-x root root",
+    ]
+    for unit in ("iohub-remoted@.service", "iohub-proxyd@.service"):
+        assert system.run("systemctl", "is-enabled", unit, check=False).stdout == "disabled\n"
+        assert system.run("systemctl", "preset", unit).stderr == ""
+        assert system.run("systemctl", "is-enabled", unit, check=False).stdout == "disabled\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_completion_is_a_script_of_the_shell(installed: Path, shell: str, program: str) -> None:
+    names = {
+        "bash": [f"usr/share/bash-completion/completions/{program}"],
+        "zsh": [f"usr/share/zsh/{name}/_{program}" for name in ("vendor-completions", "site-functions")],
+    }
+    (script,) = (installed / name for name in names[shell] if (installed / name).exists())
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    done = subprocess.run([shell, "-n", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bash_completes(installed: Path) -> None:
+    def complete(*words: str) -> list[str]:
+        program, *_ = words
+        script = installed / f"usr/share/bash-completion/completions/{program}"
+        text = (
+            f'source "{script}"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
+            f"handler=$(complete -p {program}); handler=${{handler##*-F }}; "
+            '"${handler%% *}"; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(
+            ["bash", "-c", text, "bash", *words], capture_output=True, text=True, check=False
+        )
+        return done.stdout.split()
+
+    assert complete("iohub-remoted", "--m") == ["--models"]
+    assert complete("iohub-proxyd", "--unp") == ["--unplug-on-exit"]
+    assert {"status", "list", "raise", "lower", "demo"} <= set(complete("iohubctl", ""))
+    assert complete("iohubctl", "demo", "--rou") == ["--rounds"]
+    assert complete("iohub-proxyd", "--config", str(ROOT / "pypro")) == [str(ROOT / "pyproject.toml")]

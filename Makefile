@@ -11,6 +11,7 @@ DESTDIR ?=
 # The Python that installed programs run on. Not one from PATH: units can't see a Python in a home directory.
 RUN_PYTHON ?= $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 PIP_OPTIONS ?=
+BENCH_PROGRAMS := build/bench/client build/bench/floor
 TEST_GUESTS := $(patsubst %.S,%.bin,$(wildcard tests/guests/*.S))
 
 MAKEFLAGS += --no-builtin-rules
@@ -38,7 +39,7 @@ lint: $(VENV)/test.stamp  ## ruff and mypy
 	$(VENV)/bin/mypy || status=1
 	exit $$status
 
-bench: $(VENV)/test.stamp  ## remoted's round trips beside those of QEMU's remote process (ARGS="--json")
+bench: $(VENV)/test.stamp guest $(BENCH_PROGRAMS)  ## remoted beside QEMU's remote process (ARGS="--rounds 1 exchanges")
 	@exec $(VENV)/bin/python -m tests.bench.bench $(ARGS)
 
 mutants: $(VENV)/test.stamp guest  ## faults put into the code, and which the tests don't notice (ARGS="-k iohub")
@@ -58,6 +59,10 @@ clean:  ## back to what git has: removes .venv, the guests and all caches
 	@rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(TEST_GUESTS)
 	find common proxyd remoted tests -name __pycache__ -prune -exec rm -rf {} +
 	$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest clean
+
+build/bench/%: tests/bench/%.c
+	@mkdir -p $(@D)
+	gcc -O2 -Wall -Wextra -o $@ $<
 
 # A flat binary for 0x1000, entered at its first byte.
 tests/guests/%.bin: tests/guests/%.S

@@ -6,6 +6,7 @@ The file, read by both daemons:
     name = "vm1"
     vm = "embedded"                 # proxyd's way to the VM
     allow-users = ["libvirt-qemu"]  # trusted besides root and the daemon's own user
+    poll-max-us = 50                # remoted's, as --poll-max-us
     [[device]]
     id = "com1"
     model = "pci-serial"            # remoted's
@@ -60,6 +61,9 @@ _FIRST_FREE_DEVFN = 0x02 << 3
 """00 is the host bridge and 01 the ISA bridge on the boards that QEMU and proxyd make"""
 _FUNCTIONS_OF_A_SLOT = 8
 _MAX_FD = (1 << 31) - 1
+_POLL_MAX_US = 50
+"""by measurement (tests/bench/README.md)"""
+_LONGEST_POLL_US = 1000
 _MAX_GSI = 4095
 """the last of KVM_MAX_IRQ_ROUTES (linux/kvm_host.h)"""
 
@@ -107,6 +111,8 @@ class VmConfig:
     """uids that are trusted besides root and the daemon's own user (common.trust)"""
     unplug_on_exit: bool = False
     """for proxyd with ``qmp:``: whether the devices leave QEMU together with it"""
+    poll_max_us: int = _POLL_MAX_US
+    """for remoted: for how many microseconds the loop polls at most before it sleeps (common.polling); 0: never"""
     verbose: bool = False
     """whether messages for debugging are logged as well"""
 
@@ -165,6 +171,12 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
 def remoted_parser(*, has_models: bool = True) -> Parser:
     """The options of iohub-remoted, with --models if ``has_models``."""
     parser = make_parser(REMOTED)
+    parser.add_argument(
+        "--poll-max-us",
+        metavar="N",
+        help="look for the next message for at most so many microseconds before sleeping; the time adapts to "
+        f"what comes; 0 to {_LONGEST_POLL_US}, 0 is never (default: {_POLL_MAX_US})",
+    )
     if has_models:
         parser.add_argument("--models", action="store_true", help="list the models with their options and exit")
         parser.add_argument("--json", action="store_true", help="with --models: as one JSON object")
@@ -211,7 +223,7 @@ def default_runtime_dir(name: str, uid: int, environ: Mapping[str, str]) -> Path
 def _load(role: Role, options: argparse.Namespace) -> VmConfig:
     file = ConfigFile({}, [], {}) if options.config is None else read_file(options.config)
     top, devices = file.top, file.devices
-    for key in ("name", "runtime-dir", "vm"):
+    for key in ("name", "runtime-dir", "vm", "poll-max-us"):
         text = getattr(options, key.replace("-", "_"), None)
         if text is not None:
             top[key] = Value(check_text(text, f"--{key}"), f"--{key}")
@@ -224,6 +236,7 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
         vm,
         _build(role, devices),
         allow_users=tuple(_user(user) for user in users),
+        poll_max_us=_number(top["poll-max-us"], "", _LONGEST_POLL_US) if "poll-max-us" in top else _POLL_MAX_US,
         verbose=options.verbose,
     )
     _check_sockets(role, config, devices)
@@ -310,8 +323,8 @@ def _build(role: Role, devices: Mapping[str, Keys]) -> tuple[DeviceConfig, ...]:
                 model=keys["model"].text if "model" in keys else None,
                 devfn=addresses[device_id],
                 socket=_path(keys["socket"], "socket: ") if "socket" in keys else None,
-                fd=_number(keys["fd"], "fd", _MAX_FD) if "fd" in keys else None,
-                gsi=_number(keys["gsi"], "gsi", _MAX_GSI) if "gsi" in keys else None,
+                fd=_number(keys["fd"], "fd: ", _MAX_FD) if "fd" in keys else None,
+                gsi=_number(keys["gsi"], "gsi: ", _MAX_GSI) if "gsi" in keys else None,
                 properties={key: value.text for key, value in keys.items() if key not in COMMON_KEYS},
             )
         )
@@ -349,7 +362,7 @@ def _addresses(devices: Mapping[str, Keys]) -> dict[str, int]:
 
 def _number(value: Value, key: str, maximum: int) -> int:
     if not _NUMBER.fullmatch(value.text) or int(value.text) > maximum:
-        raise UsageError(f"{value.where}: {key}: {value.text!r} is not an integer from 0 to {maximum}")
+        raise UsageError(f"{value.where}: {key}{value.text!r} is not an integer from 0 to {maximum}")
     return int(value.text)
 
 

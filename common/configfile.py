@@ -14,14 +14,15 @@ from common.options import INTEGER_KEYS, KEY, STRING_KEYS, Keys, Value, check_id
 __all__ = ["ConfigFile", "read_file"]
 
 _MAX_FILE = 1 << 20
-_TOP_KEYS = frozenset(("name", "runtime-dir", "vm", "allow-users", "device"))
+_TOP_KEYS = frozenset(("name", "runtime-dir", "vm", "allow-users", "poll-max-us", "device"))
+_TOP_INTEGERS = frozenset(("poll-max-us",))
 
 
 class ConfigFile(NamedTuple):
     """What a file says."""
 
     top: Keys
-    """its strings outside of tables"""
+    """its strings and integers outside of tables"""
     allow_users: list[Value]
     devices: dict[str, Keys]
     """each device's keys, by its id"""
@@ -54,7 +55,10 @@ def read_file(name: str) -> ConfigFile:
     if not isinstance(users, list):
         raise UsageError(f"{where}: allow-users: must be a list of strings")
     allow_users = [Value(_text(user, "allow-users", where, str), f"{where}: allow-users") for user in users]
-    top = {key: Value(_text(value, key, where, str), f"{where}: {key}") for key, value in tables.items()}
+    top = {
+        key: Value(_text(value, key, where, int if key in _TOP_INTEGERS else str), f"{where}: {key}")
+        for key, value in tables.items()
+    }
     devices: dict[str, Keys] = {}
     for number, entry in enumerate(entries, 1):
         keys = _table_keys(entry, f"{where}: device {entry.get('id', number)!r}")

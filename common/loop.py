@@ -30,6 +30,7 @@ from select import EPOLLET, EPOLLIN, EPOLLONESHOT
 from typing import Protocol
 
 from common.disposal import count_unread
+from common.polling import Polling
 
 __all__ = ["EventLoop", "Loop", "Timer"]
 
@@ -83,11 +84,16 @@ class Timer:
 class Loop:
     """One epoll with its handlers. All methods but call_soon_threadsafe belong to the thread that runs it."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """``clock`` returns the time of the timers, in seconds."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic, poll_limit: float = 0.0) -> None:
+        """``clock`` returns the time of the timers, in seconds.
+
+        For at most ``poll_limit`` seconds a pass looks for events before it sleeps (common.polling); 0: never.
+        """
         self._clock = clock
         self._epoll = select.epoll()
         self._poll = self._epoll.poll
+        self.polling = Polling(self._poll, clock, poll_limit)
+        self._wait = self.polling.wait if poll_limit else self._poll
         self._handlers: dict[int, Handler] = {}
         self._turn = 0
         self._turns: dict[int, int] = {}
@@ -225,7 +231,7 @@ class Loop:
         """One pass: waits at most ``timeout`` seconds (None: until something happens), then handles it."""
         if self._timers:
             timeout = self.until_next_timer(timeout)
-        events = self._poll(timeout)
+        events = self._wait(timeout)
         if len(events) == 1 and not self._owed:
             fd, mask = events[0]
             self._handlers[fd](mask)

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from asyncvarlink import TypedVarlinkErrorReply, VarlinkInterface, varlinkmethod
 
-__all__ = ["Function", "Link", "NoSuchDevice", "NotDrivable", "Remoted", "Stalled", "StatusReply"]
+__all__ = ["Function", "Link", "NoSuchDevice", "NotDrivable", "Polling", "Remoted", "Stalled", "StatusReply"]
 
 
 class Link(enum.Enum):
@@ -48,11 +48,22 @@ class Function:
     counters: dict[str, int]
 
 
+@dataclass(slots=True, kw_only=True)
+class Polling:
+    """How the loop waits for events; see Remoted."""
+
+    window_us: int
+    found: int
+    missed: int
+    spent_ms: int
+
+
 class StatusReply(TypedDict):
     """What Status returns; see Remoted."""
 
     vm: str
     pid: int
+    polling: Polling
     amiss: list[str]
     functions: list[Function]
 
@@ -92,6 +103,9 @@ class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     Of the VM:
     vm: its name. pid: the daemon's process.
     amiss: what an operator should act on that concerns no single device, in words; empty if nothing.
+    polling: how the loop waits for messages. window_us: for how many microseconds it polls at present before it
+    sleeps, which adapts to what comes. found: waits that polling ended. missed: waits that it did not end.
+    spent_ms: milliseconds of CPU time that polling has taken.
 
     Of a function:
     id: its device's id. model: what the device is. addr: its address, SLOT.FUNCTION, as in 05.0.

@@ -12,7 +12,16 @@ from common.amiss import Amiss, one_line
 from common.config import DeviceConfig
 from common.errors import UsageError
 from common.pci import format_devfn, parse_devfn
-from common.remoted_interface import Function, Link, NoSuchDevice, NotDrivable, Remoted, StatusReply
+from common.polling import Polling as LoopPolling
+from common.remoted_interface import (
+    Function,
+    Link,
+    NoSuchDevice,
+    NotDrivable,
+    Polling,
+    Remoted,
+    StatusReply,
+)
 from remoted.function import PciFunction
 from remoted.guard import DEVICE_ERRORS
 from remoted.server import DeviceServer
@@ -27,12 +36,15 @@ _MAX_COUNT = (1 << 63) - 1
 class RemotedService(Remoted):
     """The interface's methods."""
 
-    def __init__(self, vm: str, devices: Sequence[tuple[DeviceConfig, DeviceServer]]) -> None:
-        """``devices`` is read at each call."""
+    def __init__(
+        self, vm: str, devices: Sequence[tuple[DeviceConfig, DeviceServer]], polling: LoopPolling
+    ) -> None:
+        """``devices`` and ``polling``, the loop's, are read at each call."""
         self.amiss = Amiss()
         """what concerns no single device"""
         self._vm = vm
         self._devices = devices
+        self._polling = polling
 
     @varlinkmethod
     def Status(self) -> StatusReply:
@@ -40,6 +52,12 @@ class RemotedService(Remoted):
         return {
             "vm": self._vm,
             "pid": os.getpid(),
+            "polling": Polling(
+                window_us=round(self._polling.window * 1e6),
+                found=self._polling.found,
+                missed=self._polling.missed,
+                spent_ms=round(self._polling.seconds * 1e3),
+            ),
             "amiss": self.amiss.texts(),
             "functions": [_function_status(config, server) for config, server in self._devices],
         }

@@ -50,7 +50,7 @@ class Remoted:
 
     def __init__(self, config: VmConfig) -> None:
         """Creates every device and starts to listen. Raises UsageError."""
-        self._loop = Loop()
+        self._loop = Loop(poll_limit=config.poll_max_us / 1e6)
         self._hub = IoHub(self._loop)
         self._servers: list[DeviceServer] = []
         self._control: ControlServer | None = None
@@ -66,7 +66,7 @@ class Remoted:
             self._watchdog.start()
             devices: list[tuple[DeviceConfig, DeviceServer]] = []
             path = str(config.runtime_dir / "remoted.varlink")
-            interface = RemotedService(config.name, devices)
+            interface = RemotedService(config.name, devices, self._loop.polling)
             self._control = ControlServer(self._loop, path, interface, self._log)
             self._watchdog.while_stalled = self._refuse_calls
             self._store = FdStore.open(self._loop, os.environ)

@@ -99,6 +99,8 @@ def _daemon_lines(answers: Mapping[str, Any], errors: Mapping[str, str]) -> Iter
         else:
             answer = answers[daemon]
             line = f"{daemon} runs as pid {answer['pid']}"
+            if daemon == "remoted" and answer["polling"]["spent_ms"]:
+                line += f", has polled for {answer['polling']['spent_ms']} ms"
             if daemon == "proxyd":
                 line += f", VM {answer['kind']}"
                 line += ", not attached" if answer["reason"] else f", irqchip {answer['irqchip']}"

@@ -95,6 +95,25 @@ def test_proxyd_takes_a_device_without_a_model() -> None:
     assert (device.model, device.devfn, device.gsi, device.socket) == (None, 40, 4095, "/tmp/com1")
 
 
+@pytest.mark.parametrize("given", ["0", "1000"])
+def test_the_limit_of_polling_is_the_files_or_the_command_lines(tmp_path: Path, given: str) -> None:
+    path = tmp_path / "vm1.toml"
+    path.write_text(f'name = "vm1"\npoll-max-us = {given}\n')
+    assert parse_remoted(["--config", str(path)]).poll_max_us == int(given)
+    assert parse_remoted(["--config", str(path), "--poll-max-us", "70"]).poll_max_us == 70
+    assert parse_proxyd(["--config", str(path)]).vm == "embedded"
+
+
+@pytest.mark.parametrize("given", ["-1", "1001", "5us", "", "1e2"])
+def test_bad_limit_of_polling(tmp_path: Path, given: str) -> None:
+    with pytest.raises(UsageError, match=rf"^--poll-max-us: '{given}' is not an integer from 0 to 1000$"):
+        parse_remoted(["--name", "vm1", f"--poll-max-us={given}"])
+    path = tmp_path / "vm1.toml"
+    path.write_text(f'name = "vm1"\npoll-max-us = "{given}"\n')
+    with pytest.raises(UsageError, match=r"vm1.toml: poll-max-us: must be an integer$"):
+        parse_remoted(["--config", str(path)])
+
+
 @pytest.mark.parametrize("kind", ["embedded", "soft", "qmp:/run/a b.sock", "pid:1"])
 def test_ways_to_the_vm(kind: str) -> None:
     assert parse_proxyd(["--name", "vm1", "--vm", kind]).vm == kind

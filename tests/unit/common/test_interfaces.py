@@ -17,13 +17,14 @@ from common.remoted_interface import Remoted
 @pytest.mark.parametrize(
     ("interface", "types"),
     [
-        (Remoted, (remoted_interface.Function, remoted_interface.StatusReply)),
+        (Remoted, (remoted_interface.Function, remoted_interface.Polling, remoted_interface.StatusReply)),
         (Proxyd, (proxyd_interface.Function, proxyd_interface.StatusReply)),
     ],
 )
-def test_every_field_is_explained(interface: type[VarlinkInterface], types: tuple[type, type]) -> None:
-    function, reply = types
-    fields = {field.name for field in dataclasses.fields(function)} | set(reply.__annotations__)
+def test_every_field_is_explained(interface: type[VarlinkInterface], types: tuple[type, ...]) -> None:
+    *records, reply = types
+    fields = {field.name for record in records for field in dataclasses.fields(record)}
+    fields |= set(reply.__annotations__)
     comments = [
         line for line in interface.render_interface_description().splitlines() if line.startswith("#")
     ]

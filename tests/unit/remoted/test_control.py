@@ -52,7 +52,7 @@ class Bench(RemoteBench):
         for name, (model, addr, cls) in DEVICES.items():
             self.add(cls, name, parse_devfn(addr))
             devices.append((config_of(name, model, addr), self.servers[name]))
-        self.interface = RemotedService("vm1", devices)
+        self.interface = RemotedService("vm1", devices, self.loop.polling)
 
     def reply(self) -> dict[str, Any]:
         """Status as it goes over the socket."""
@@ -107,6 +107,13 @@ def test_the_client_is_told_by_pid_and_name_while_it_is_connected(bench: Bench) 
     bench.settle()
     assert bench.status("dev0")["link"] == "waiting"
     assert bench.status("dev0")["client_pid"] is None
+
+
+def test_the_cost_of_polling_is_told(bench: Bench) -> None:
+    assert bench.reply()["polling"] == {"window_us": 0, "found": 0, "missed": 0, "spent_ms": 0}
+    polling = bench.loop.polling
+    polling.window, polling.found, polling.missed, polling.seconds = 40e-6, 3, 2, 0.0126
+    assert bench.reply()["polling"] == {"window_us": 40, "found": 3, "missed": 2, "spent_ms": 13}
 
 
 @pytest.mark.parametrize(("counters", "told"), [({"pages": 3}, {"pages": 3}), ({"pages": None}, {})])

@@ -23,6 +23,7 @@ FORGED = "\n05.0  low   INTA   10\u202e\u2028\rVM vm1"
 
 HOSTILE = {"escapes": ESCAPES, "lines": FORGED, "surrogate": "\ud800", "long": "x" * 100_000}
 
+POLLING = {"window_us": 0, "found": 0, "missed": 0, "spent_ms": 0}
 FUNCTION: dict[str, Any] = {
     "id": "line0",
     "addr": "05.0",
@@ -48,7 +49,7 @@ FUNCTION: dict[str, Any] = {
 
 
 def status(**function: Any) -> dict[str, Any]:
-    return {"vm": "vm1", "pid": 1, "amiss": [], "functions": [FUNCTION | function]}
+    return {"vm": "vm1", "pid": 1, "polling": POLLING, "amiss": [], "functions": [FUNCTION | function]}
 
 
 def reply(parameters: Any, **others: Any) -> bytes:

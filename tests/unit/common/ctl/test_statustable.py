@@ -61,7 +61,13 @@ def answers_of(
 ) -> dict[str, Any]:
     """What the daemons would answer, each with one function or none."""
     return {
-        "remoted": {"vm": "vm1", "pid": 1, "amiss": [], "functions": [remote] if remote else []},
+        "remoted": {
+            "vm": "vm1",
+            "pid": 1,
+            "polling": {"window_us": 0, "found": 0, "missed": 0, "spent_ms": 0},
+            "amiss": [],
+            "functions": [remote] if remote else [],
+        },
         "proxyd": {
             "vm": "vm1",
             "pid": 2,
@@ -100,6 +106,13 @@ def test_a_healthy_function_has_no_remarks() -> None:
     ]
     assert "  proxyd runs as pid 2, VM qmp:x, irqchip kvm, attached to qemu[42]\n" in table
     assert table.endswith("5 refused\n")
+
+
+def test_polling_is_told_with_its_cost() -> None:
+    answers = answers_of(remote_function(), proxy_function())
+    assert "  remoted runs as pid 1\n" in render("vm1", answers, {}, [])
+    answers["remoted"]["polling"] = {"window_us": 50, "found": 9, "missed": 1, "spent_ms": 1200}
+    assert "  remoted runs as pid 1, has polled for 1200 ms\n" in render("vm1", answers, {}, [])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Adaptive polling: looking for the next event for a while before the loop sleeps.
+
+To wake a sleeping process costs more than most requests do. So the loop calls epoll_wait(2) without a timeout
+again and again, for a window that follows what came of it, as the halt polling of KVM does
+(Documentation/virt/kvm/halt-polling.rst in Linux). The rule:
+
+- An event that polling finds doubles the window, up to the limit. So does one that ends a sleep within twice the
+  limit of the wait's beginning: a longer window would have found it, once no wake-up delays the peer.
+- An event that takes longer halves the window. One that takes longer than a millisecond closes it: an idle
+  process doesn't poll.
+- A poll of the whole limit that found nothing, although the event came soon after it, closes the window for a
+  pause. So does a gap between two looks, in which another task had the CPU: whoever needs it may be the peer. Each
+  pause is twice as long as the one before it, from 1 ms to 1 s, until polling finds something.
+- An event that is there at the first look says nothing.
+
+All fds are looked at, as by a sleep. A timer ends the poll when it is due.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+__all__ = ["Polling"]
+
+_OPENING = 4
+"""the first window is this fraction of the limit"""
+_SILENCE_SECONDS = 1e-3
+_GAP_SECONDS = 20e-6
+"""between two looks that usually are a microsecond apart"""
+_FIRST_PAUSE_SECONDS = 1e-3
+_LAST_PAUSE_SECONDS = 1.0
+
+Events = list[tuple[int, int]]
+
+
+class Polling:
+    """The window of one loop, and what it has cost."""
+
+    __slots__ = ("_clock", "_closed_until", "_limit", "_pause", "_poll", "found", "missed", "seconds", "window")
+
+    def __init__(
+        self, poll: Callable[[float | None], Events], clock: Callable[[], float], limit: float
+    ) -> None:
+        """``poll(seconds)`` waits for events, without a limit if None; ``limit`` is the window's, in seconds."""
+        self._poll = poll
+        self._clock = clock
+        self._limit = limit
+        self._pause = _FIRST_PAUSE_SECONDS
+        self._closed_until = 0.0
+        self.window = 0.0
+        """for how many seconds the next wait polls"""
+        self.seconds = 0.0
+        """spent polling, whether it found something or not"""
+        self.found = 0
+        """waits that polling ended"""
+        self.missed = 0
+        """waits that polling did not end"""
+
+    def wait(self, timeout: float | None) -> Events:
+        """The events that are ready within ``timeout`` seconds, or None: however long it takes."""
+        poll, clock = self._poll, self._clock
+        begin = clock()
+        window = self.window
+        if window:
+            events = poll(0)
+            if events:
+                return events
+            if timeout is not None and timeout < window:
+                window = timeout
+            # A peer that shares the CPU answers now, not at the end of the window.
+            os.sched_yield()
+            looked, end = begin, begin + window
+            while not events and looked < end:
+                events = poll(0)
+                now = clock()
+                if now - looked > _GAP_SECONDS:
+                    self._close(now)
+                    break
+                looked = now
+            self.seconds += clock() - begin
+            if events:
+                self.found += 1
+                if self.window:
+                    self._pause = _FIRST_PAUSE_SECONDS
+                    self.window = min(2 * self.window, self._limit)
+                return events
+            self.missed += 1
+            if timeout is not None:
+                timeout = max(0.0, timeout - (clock() - begin))
+        events = poll(timeout)
+        self._slept(begin, bool(events), window)
+        return events
+
+    def _slept(self, begin: float, has_events: bool, polled: float) -> None:
+        """Adapts the window after a sleep that followed ``polled`` seconds of polling."""
+        now = self._clock()
+        waited = now - begin
+        if waited > _SILENCE_SECONDS:
+            self.window = 0.0
+        elif not has_events or waited > 2 * self._limit:
+            self.window = self.window / 2 if self.window > self._limit / _OPENING else 0.0
+        elif polled >= self._limit:
+            self._close(now)
+        elif now >= self._closed_until:
+            self.window = min(2 * self.window or self._limit / _OPENING, self._limit)
+
+    def _close(self, now: float) -> None:
+        self.window = 0.0
+        self._closed_until = now + self._pause
+        self._pause = min(2 * self._pause, _LAST_PAUSE_SECONDS)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The remote processes that are compared, each with a pci-serial and one connected link."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from common import mpqemu, pci
+from common.disposal import Disposal
+from common.link import Client
+from common.mpqemu import Command
+from tests.support.checkout import ROOT
+
+__all__ = [
+    "ADAPTIVE",
+    "BINARIES",
+    "CANDIDATES",
+    "FLOOR",
+    "IO_BASE",
+    "OFF",
+    "PEER",
+    "QEMU",
+    "Candidate",
+    "Remote",
+    "cpu_seconds",
+]
+
+QEMU = "qemu-system-x86_64"
+IO_BASE = 0xC000
+PEER = "x-remote"
+FLOOR = "floor polling"
+ADAPTIVE = "remoted adaptive"
+OFF = "remoted off"
+BINARIES = ROOT / "build" / "bench"
+"""where make puts the C programs"""
+POLL_MICROSECONDS = 50
+"""for how long the floor looks for the next event"""
+
+_QEMU_RESET_SECONDS = 0.3
+"""QEMU's remote answers before its initial machine reset is over, which forgets BARs"""
+_DEADLINE = 20.0
+_CPUCLOCK_SCHED = 2  # include/linux/posix-timers.h: of all threads of a process, in nanoseconds
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to serve a link."""
+
+    name: str
+    command: Callable[[int, Path], list[str]]
+    """of the inherited link and a directory of its own"""
+    settle: float = 0.0
+    """seconds from the first answer until it can be used"""
+
+
+class Remote:
+    """A running candidate with a client that has given it an irqfd and placed its BAR."""
+
+    def __init__(self, candidate: Candidate, directory: Path) -> None:
+        self.candidate = candidate
+        ours, theirs = socket.socketpair()
+        begin = time.perf_counter()
+        with theirs:
+            self.process = subprocess.Popen(
+                candidate.command(theirs.fileno(), directory),
+                pass_fds=[theirs.fileno()],
+                cwd=ROOT,
+                stderr=subprocess.DEVNULL,
+            )
+        self.pid = self.process.pid
+        self.link = ours
+        client = Client(socket.socket(fileno=os.dup(ours.fileno())), _DEADLINE, Disposal())
+        client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4))
+        self.first_answer = time.perf_counter() - begin
+        """seconds from before the process is made"""
+        time.sleep(candidate.settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
+        self.irqfd, self.resamplefd = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
+        client.send(Command.SET_IRQFD, fds=(self.irqfd, self.resamplefd))
+        client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_BASE_ADDRESS_0, IO_BASE, 4))
+        client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_COMMAND, pci.PCI_COMMAND_IO, 2))
+        client.close_own_copy()
+        self.link.setblocking(True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.link.close()
+        self.process.terminate()
+        self.process.wait()
+        os.close(self.irqfd)
+        os.close(self.resamplefd)
+
+    def pin(self, cpus: set[int]) -> None:
+        """Lets all its threads run on these CPUs only."""
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            os.sched_setaffinity(int(task), cpus)
+
+    def cpu_seconds(self) -> float:
+        """The CPU time of all its threads."""
+        return time.clock_gettime(~self.pid << 3 | _CPUCLOCK_SCHED)
+
+    def switches(self) -> int:
+        """How often one of its threads has left a CPU, by its own will or not."""
+        total = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            lines = (task / "status").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+        return total
+
+    def memory(self) -> dict[str, int]:
+        """Resident and private bytes."""
+        lines = Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines()[1:]
+        sizes = {name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)}
+        return {"resident": sizes["Rss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}
+
+
+def cpu_seconds() -> float:
+    """The CPU time of this process and of its children that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _remoted(*args: str, program: str = "remoted") -> Callable[[int, Path], list[str]]:
+    def command(fd: int, directory: Path) -> list[str]:
+        return [
+            *(sys.executable, "-m", program, "--name=bench", f"--runtime-dir={directory}"),
+            *(f"--device=pci-serial,id=serial0,addr=05.0,fd={fd}", *args),
+        ]
+
+    return command
+
+
+def _floor(poll: int) -> Callable[[int, Path], list[str]]:
+    return lambda fd, _directory: [str(BINARIES / "floor"), str(fd), str(poll)]
+
+
+def _x_remote(fd: int, _directory: Path) -> list[str]:
+    return [
+        *(QEMU, "-machine", "x-remote", "-display", "none", "-monitor", "none", "-serial", "none"),
+        *("-chardev", "null,id=c", "-device", "pci-serial,id=d0,chardev=c"),
+        *("-object", f"x-remote-object,id=r0,devid=d0,fd={fd}"),
+    ]
+
+
+CANDIDATES = (
+    *([Candidate(PEER, _x_remote, _QEMU_RESET_SECONDS)] if shutil.which(QEMU) else []),
+    Candidate("floor", _floor(0)),
+    Candidate(FLOOR, _floor(POLL_MICROSECONDS)),
+    Candidate(OFF, _remoted("--poll-max-us=0")),
+    Candidate(ADAPTIVE, _remoted()),
+)
+"""in the order of the columns"""

@@ -130,14 +130,18 @@ class BootedSystem:
         return self.systemctl("show", "--value", "-p", name, unit).strip()
 
     def main_pid(self, unit: str) -> int:
-        """The pid of a unit's main process, as seen from here; 0 without one."""
-        inner = self.show(unit, "MainPID")
-        for status in self._statuses():
-            fields = dict(line.split(":", 1) for line in status if ":" in line)
-            pids = fields.get("NSpid", "").split()
-            if len(pids) == 2 and pids[1] == inner:
-                return int(pids[0])
-        return 0
+        """The pid of the only process of a running unit, as seen from here; 0 without one."""
+        group = self.show(unit, "ControlGroup").lstrip("/")
+        pids = self.pids(group) if group else []
+        return pids[0] if len(pids) == 1 else 0
+
+    def pids(self, group: str) -> list[int]:
+        """The processes of a control group, as seen from here; none if there is no such group."""
+        try:
+            text = (self.root / "sys/fs/cgroup" / group / "cgroup.procs").read_text()
+        except OSError:
+            return []
+        return [int(pid) for pid in text.split()]
 
     def close(self) -> None:
         """Ends it, and all that runs in it."""
@@ -145,13 +149,6 @@ class BootedSystem:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         shutil.rmtree(self._top)
-
-    def _statuses(self) -> list[list[str]]:
-        lines = []
-        for path in Path("/proc").glob("[0-9]*/status"):
-            with suppress(OSError):
-                lines.append(path.read_text().splitlines())
-        return lines
 
     def _has_booted(self) -> bool:
         if self._process.poll() is not None:

@@ -21,9 +21,16 @@ __all__ = ["PROXYD", "QEMU_UNIT", "REMOTED", "HostBench"]
 
 REMOTED, PROXYD, QEMU_UNIT = "iohub-remoted@vm1.service", "iohub-proxyd@vm1.service", "qemu@vm1.service"
 
+_GROUPS = {
+    REMOTED: rf"system.slice/system-iohub\x2dremoted.slice/{REMOTED}",
+    PROXYD: rf"system.slice/system-iohub\x2dproxyd.slice/{PROXYD}",
+    QEMU_UNIT: f"system.slice/system-qemu.slice/{QEMU_UNIT}",
+}
+
 _CONFIG = """\
 name = "vm1"
 vm = "qmp:/run/qemu/vm1/iohub.qmp"
+allow-users = ["qemu"]
 
 [[device]]
 model = "edu"
@@ -88,11 +95,26 @@ class HostBench:
         functions: list[dict[str, Any]] = reply["functions"]
         return functions
 
-    def kill(self, unit: str) -> int:
-        """SIGKILL to a unit's main process; its pid."""
-        pid = self.system.main_pid(unit)
-        os.kill(pid, signal.SIGKILL)
+    def kill(self, unit: str, signum: int = signal.SIGKILL) -> int:
+        """Sends a signal to a unit's process as soon as it has one; its pid, as seen from here."""
+        pid = self.wait_for_process(unit)
+        os.kill(pid, signum)
         return pid
+
+    def wait_for_process(self, unit: str, other_than: int = 0) -> int:
+        """The pid of a unit's process, as seen from here, as soon as it has one, or another one than that."""
+        found: list[int] = []
+
+        def is_there() -> bool:
+            found[:] = [pid for pid in self.system.pids(_GROUPS[unit]) if pid != other_than]
+            return len(found) == 1
+
+        wait_until(is_there, f"{unit} has a process")
+        return found[0]
+
+    def wait_active(self, unit: str) -> None:
+        """Returns when the unit is active: it has said that it is ready."""
+        wait_until(lambda: self.system.show(unit, "ActiveState") == "active", f"{unit} is active")
 
     def journal(self, *arguments: str) -> str:
         """What journalctl prints."""
@@ -105,7 +127,8 @@ class HostBench:
         self.system.close()
 
     def _install(self, installed: Path) -> None:
-        shutil.copytree(installed, self.root, symlinks=True, dirs_exist_ok=True)
+        for directory in installed.iterdir():  # not itself: the root directory would get its mode
+            shutil.copytree(directory, self.root / directory.name, symlinks=True, dirs_exist_ok=True)
         self.system.run("systemd-sysusers", "iohub.conf")
         self.system.run("systemd-tmpfiles", "--create", "iohub.conf")
         shutil.copy(ROOT / "systemd/examples/qemu@.service", self.root / "etc/systemd/system")

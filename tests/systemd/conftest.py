@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.support.bootedsystem import missing_for_boot
+from tests.support.hostbench import HostBench
 from tests.support.installation import install, missing_for_install
 
 
@@ -37,3 +40,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             shutil.rmtree(shared / "installing", ignore_errors=True)
             install(shared / "installing").rename(shared / "installed")
     return shared / "installed"
+
+
+@pytest.fixture
+def host(
+    installed: Path, requires_systemd: None, requires_kvm: None, requires_qemu: None
+) -> Iterator[HostBench]:
+    """A host whose VM runs, with its functions plugged."""
+    with closing(HostBench(installed)) as bench:
+        bench.start()
+        yield bench

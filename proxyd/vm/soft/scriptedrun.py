@@ -13,7 +13,7 @@ from proxyd.vm.soft.scriptedparse import CommandError, parse_number
 
 __all__ = ["SERVED_WITHIN", "Run", "settle"]
 
-SERVED_WITHIN = 1.0
+SERVED_WITHIN = 3.0
 _BACK_WITHIN = 20.0
 _PROGRESS_STEPS = 20
 _LOST_IN_A_ROW = 10

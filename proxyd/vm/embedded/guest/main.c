@@ -46,7 +46,7 @@
  *					* back addr= after_ticks= config=kept|rewritten
  *					* gone addr=
  *					ok ticks=
- *		In each round, each function raises its line and waits up to a second
+ *		In each round, each function raises its line and waits up to 3 seconds
  *		for the handler.  In every EVERYth round the handler does not
  *		acknowledge at the device the first time: the line is still high at the
  *		EOI and must interrupt once more, and then the handler does.  A function

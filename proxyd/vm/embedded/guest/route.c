@@ -8,7 +8,7 @@
 #include "io.h"
 #include "irq.h"
 
-#define SERVED_WITHIN	(1 * TICKS_PER_SECOND)
+#define SERVED_WITHIN	(3 * TICKS_PER_SECOND)
 #define SETTLE		3	/* ticks after which nothing is still on its way */
 
 /* Can be level-triggered (PIIX3, ELCR2), and nothing here drives it. */

@@ -8,7 +8,7 @@
 #include "io.h"
 #include "irq.h"
 
-#define SERVED_WITHIN	(1 * TICKS_PER_SECOND)
+#define SERVED_WITHIN	(3 * TICKS_PER_SECOND)
 #define BACK_WITHIN	(20 * TICKS_PER_SECOND)
 #define LOST_IN_A_ROW	10
 #define PROGRESS_STEPS	20

@@ -35,6 +35,7 @@ from common.errors import PeerGone, ProtocolError, UntrustedError, UsageError
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.loop import Loop
+from common.messages import Event
 from common.peer import peer_credentials
 from common.socketpath import SocketInUse
 from common.trust import TRUST, Trust
@@ -126,7 +127,7 @@ class ControlServer:
 
     def rejected(self, client: _Client, error: ProtocolError) -> None:
         """A client broke the protocol."""
-        self._log.warning("control socket: %s", error, peer=client.name)
+        self._log.warning("control socket: %s", error, event=Event.CONTROL_BROKE_PROTOCOL, peer=client.name)
 
     def forget(self, client: _Client) -> None:
         """A client has gone."""

@@ -1,7 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Errors by cause: the user, the peer or its absence, a shortage. Anything else is a bug and ends the process."""
 
-__all__ = ["IohubError", "PeerGone", "ProtocolError", "ShortageError", "UntrustedError", "UsageError"]
+__all__ = [
+    "IohubError",
+    "ModelError",
+    "PeerGone",
+    "PeerTooSlow",
+    "ProtocolError",
+    "ShortageError",
+    "UntrustedError",
+    "UsageError",
+]
 
 
 class IohubError(Exception):
@@ -17,7 +26,15 @@ class ProtocolError(IohubError):
 
 
 class PeerGone(IohubError):
-    """The peer closed the link, reset it, or missed a deadline."""
+    """The peer closed the link, or reset it."""
+
+
+class PeerTooSlow(PeerGone):
+    """The peer missed a deadline."""
+
+
+class ModelError(UsageError):
+    """A device's model can't be found, imported or created."""
 
 
 class UntrustedError(UsageError):

@@ -15,9 +15,22 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
+from common.errors import ModelError
+from common.messages import Event
+from common.output import complain
+from common.pci import format_devfn
+from common.peer import parse_pid
 from common.stdio import detach_stdio
 
-__all__ = ["JournalHandler", "RateLimited", "StderrFormatter", "device_log", "printable", "setup"]
+__all__ = [
+    "JournalHandler",
+    "RateLimited",
+    "StderrFormatter",
+    "device_log",
+    "printable",
+    "report_failure",
+    "setup",
+]
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -37,9 +50,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def device_log(program: str, device: str) -> logging.LoggerAdapter[logging.Logger]:
-    """The logger of one device of the program: its lines begin with the device's id."""
-    return logging.LoggerAdapter(logging.getLogger(program), {"device": device})
+def device_log(program: str, device: str, devfn: int) -> logging.LoggerAdapter[logging.Logger]:
+    """The logger of one device of the program: its lines begin with the device's id, and have its address."""
+    return logging.LoggerAdapter(logging.getLogger(program), {"device": device, "devfn": devfn})
 
 
 def setup(program: str, vm: str, *, verbose: bool = False, journal_socket: str = JOURNAL_SOCKET) -> None:
@@ -58,6 +71,18 @@ def setup(program: str, vm: str, *, verbose: bool = False, journal_socket: str =
         handler.setFormatter(stderr)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(program).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def report_failure(program: str, error: Exception) -> None:
+    """Tells on one line why the process ends: on stderr, or in the journal if that is where stderr goes."""
+    if not stderr_is_journal(os.environ):
+        complain(program, error)
+        return
+    if not logging.getLogger().handlers:
+        setup(program, "")
+    text = getattr(error, "strerror", None) or str(error)
+    event = Event.MODEL_NOT_LOADED if isinstance(error, ModelError) else Event.START_FAILED
+    RateLimited(logging.getLogger(program)).error("%s", text, event=event)
 
 
 def stderr_is_journal(environ: Mapping[str, str]) -> bool:
@@ -93,8 +118,10 @@ class StderrFormatter(logging.Formatter):
 class JournalHandler(logging.Handler):
     """Sends records to journald in its native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL/).
 
-    Fields: MESSAGE, PRIORITY, SYSLOG_IDENTIFIER and, where known, IOHUB_VM, IOHUB_DEVICE, IOHUB_PEER.
-    What journald does not take at once is dropped, and counted in the next line that it takes.
+    Fields: MESSAGE, PRIORITY, SYSLOG_IDENTIFIER, CODE_FILE, CODE_LINE, CODE_FUNC and, where they apply, MESSAGE_ID
+    (an Event), IOHUB_VM, IOHUB_DEVICE, IOHUB_ADDR (as 05.0), IOHUB_PIRQ (a decimal number), IOHUB_PEER (as
+    qemu[12]) and IOHUB_PEER_PID.
+    What journald does not take at once is dropped; a line with the number precedes the next one that it takes.
     """
 
     def __init__(self, program: str, vm: str, path: str = JOURNAL_SOCKET) -> None:
@@ -111,38 +138,57 @@ class JournalHandler(logging.Handler):
         except Exception:  # noqa: BLE001  logging's rule: a record that can't be formatted does not end its sender
             self.handleError(record)
             return
-        try:
-            # By path each time: a restarted journald has a new socket there.
-            self._socket.sendto(datagram, self._path)
-        except OSError:
-            self._dropped += 1
-        else:
+        if self._dropped and self._send(self._loss()):
             self._dropped = 0
+        if self._dropped or not self._send(datagram):
+            self._dropped += 1
 
     def close(self) -> None:
         self._socket.close()
         super().close()
 
+    def _send(self, datagram: bytes) -> bool:
+        try:
+            # By path each time: a restarted journald has a new socket there.
+            self._socket.sendto(datagram, self._path)
+        except OSError:
+            return False
+        return True
+
     def _datagram(self, record: logging.LogRecord) -> bytes:
-        lines = _lines(record)
-        if self._dropped:
-            lines[0] += f" (journald did not take {self._dropped} before)"
         context = f"{self._vm} {_context(record)}" if self._vm else _context(record)
+        devfn: int | None = getattr(record, "devfn", None)
+        peer = _extra(record, "peer")
+        pid = parse_pid(peer)
         fields = {
-            "MESSAGE": context + "\n".join(lines),
+            "MESSAGE": context + "\n".join(_lines(record)),
+            "MESSAGE_ID": _extra(record, "event"),
             "PRIORITY": str(_priority(record.levelno)),
             "SYSLOG_IDENTIFIER": self._program,
+            "CODE_FILE": record.pathname,
+            "CODE_LINE": str(record.lineno),
+            "CODE_FUNC": record.funcName,
             "IOHUB_VM": self._vm,
             "IOHUB_DEVICE": _extra(record, "device"),
-            "IOHUB_PEER": _extra(record, "peer"),
+            "IOHUB_ADDR": "" if devfn is None else format_devfn(devfn),
+            "IOHUB_PIRQ": "" if devfn is None else str(devfn),
+            "IOHUB_PEER": peer,
+            "IOHUB_PEER_PID": str(pid) if pid else "",
         }
         return b"".join(_field(name, value) for name, value in fields.items() if value)
+
+    def _loss(self) -> bytes:
+        text = f"lines lost here, as journald did not take them: {self._dropped}"
+        record = logging.LogRecord(self._program, logging.WARNING, __file__, 0, text, (), None)
+        record.event = Event.JOURNAL_LOST
+        return self._datagram(record)
 
 
 class RateLimited:
     """Limits what a peer can make one place log: ``burst`` lines in each ``interval`` seconds.
 
-    The next line that passes says how many were suppressed. ``peer`` names whom a line is about. What a peer can
+    The next line that passes says how many were suppressed. ``event`` is the kind of event, which the message
+    catalog explains; ``peer`` names whom a line is about, as ``str()`` of PeerCredentials does. What a peer can
     cause to be made again, such as a session, must not own one, or the limit would start again: its device does.
     """
 
@@ -153,7 +199,9 @@ class RateLimited:
         interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._log = log
+        # Before Python 3.13 an adapter replaces what a call gives as ``extra``.
+        self._log = log if isinstance(log, logging.Logger) else log.logger
+        self._extra = {} if isinstance(log, logging.Logger) else log.extra or {}
         self._burst = burst
         self._interval = interval
         self._clock = clock
@@ -161,18 +209,28 @@ class RateLimited:
         self._passed = 0
         self._suppressed = 0
 
-    def info(self, message: str, *args: object, peer: str = "") -> None:
-        self._limited(logging.INFO, message, args, peer)
+    def info(self, message: str, *args: object, event: Event | None = None, peer: str = "") -> None:
+        self._limited(logging.INFO, message, args, event, peer)
 
-    def warning(self, message: str, *args: object, peer: str = "") -> None:
-        self._limited(logging.WARNING, message, args, peer)
+    def warning(self, message: str, *args: object, event: Event | None = None, peer: str = "") -> None:
+        self._limited(logging.WARNING, message, args, event, peer)
 
-    def exception(self, message: str, *args: object) -> bool:
+    def error(self, message: str, *args: object, event: Event | None = None) -> None:
+        self._limited(logging.ERROR, message, args, event, "")
+
+    def exception(self, message: str, *args: object, event: Event | None = None) -> bool:
         """An error with the traceback of the exception that is being handled; False if it was suppressed."""
-        return self._limited(logging.ERROR, message, args, "", exc_info=True)
+        return self._limited(logging.ERROR, message, args, event, "", exc_info=True)
 
     def _limited(
-        self, level: int, message: str, args: tuple[object, ...], peer: str, *, exc_info: bool = False
+        self,
+        level: int,
+        message: str,
+        args: tuple[object, ...],
+        event: Event | None,
+        peer: str,
+        *,
+        exc_info: bool = False,
     ) -> bool:
         now = self._clock()
         if now - self._start >= self._interval:
@@ -186,15 +244,14 @@ class RateLimited:
             text = message % args if args else message
             message, args = "%s (%d more suppressed before)", (text, self._suppressed)
             self._suppressed = 0
-        log = _peer_log(self._log, peer) if peer else self._log
-        log.log(level, message, *args, exc_info=exc_info)
+        extra = dict(self._extra)
+        if event is not None:
+            extra["event"] = event
+        if peer:
+            extra["peer"] = peer
+        # The caller of this method's caller is who logs.
+        self._log.log(level, message, *args, exc_info=exc_info, extra=extra, stacklevel=3)
         return True
-
-
-def _peer_log(log: Log, peer: str) -> logging.LoggerAdapter[logging.Logger]:
-    if isinstance(log, logging.LoggerAdapter):
-        return logging.LoggerAdapter(log.logger, {**(log.extra or {}), "peer": peer})
-    return logging.LoggerAdapter(log, {"peer": peer})
 
 
 def _context(record: logging.LogRecord) -> str:

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, received_fds, refuse_fds
-from common.errors import PeerGone, ProtocolError, ShortageError, UntrustedError
+from common.errors import PeerGone, PeerTooSlow, ProtocolError, ShortageError, UntrustedError
 from common.mpqemu import HEADER, Command
 from common.peer import peer_credentials
 from common.trust import TRUST
@@ -282,7 +282,7 @@ class Client:
         remaining = expires - time.monotonic()
         if remaining <= 0 or not self._poll.poll(remaining * 1000):
             request = mpqemu.describe_request(command, payload)
-            raise PeerGone(f"no answer to {request} within {self.deadline:g} s")
+            raise PeerTooSlow(f"no answer to {request} within {self.deadline:g} s")
         count = self._read(self._view[have:])
         if count == 0:
             raise self._gone(f"the peer closed the link instead of answering {command.name}")

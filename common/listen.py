@@ -11,6 +11,7 @@ from common.disposal import Disposal, receive_urgent_inline, refuse_fds
 from common.errors import UntrustedError, UsageError
 from common.journal import RateLimited
 from common.loop import EventLoop, Timer
+from common.messages import Event
 from common.peer import peer_credentials
 from common.socketpath import listen_at, remove
 from common.trust import TRUST, Trust
@@ -116,7 +117,10 @@ class UnixListener:
         try:
             self._trust.check_peer(sock)
         except UntrustedError as error:
-            self._log.warning("%s: refused: %s", self.path, error, peer=str(peer_credentials(sock)))
+            client = str(peer_credentials(sock))
+            self._log.warning(
+                "%s: refused: %s", self.path, error, event=Event.CLIENT_UNTRUSTED, peer=client
+            )
             self._disposal.hang_up(sock)
             return None
         return sock
@@ -145,6 +149,6 @@ class UnixListener:
         self._is_watched = True
 
     def _keep_waiting(self, reason: str | None) -> None:
-        self._log.warning("%s: can't take a client: %s", self.path, reason)
+        self._log.warning("%s: can't take a client: %s", self.path, reason, event=Event.SHORTAGE)
         self.hold()
         self._pause = self._loop.call_later(_PAUSE_SECONDS, self.resume)

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 from typing import NamedTuple
 
-__all__ = ["PeerCredentials", "is_dying", "peer_credentials"]
+__all__ = ["PeerCredentials", "is_dying", "parse_pid", "peer_credentials"]
 
 _PF_EXITING = 0x4  # include/linux/sched.h
 _SIGKILL_BIT = 1 << 8
 """of a signal mask in /proc/PID/status"""
+_PID = re.compile(r"\[([0-9]+)\]\Z|\Apid ([0-9]+)\Z")
 
 
 class PeerCredentials(NamedTuple):
@@ -42,6 +44,15 @@ class PeerCredentials(NamedTuple):
 def peer_credentials(sock: socket.socket) -> PeerCredentials:
     """The credentials of a connected UNIX socket's other end. Raises OSError."""
     return PeerCredentials(*struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
+
+
+def parse_pid(peer: str) -> int | None:
+    """The pid in what ``str()`` makes of PeerCredentials; None if there is none.
+
+    The process chooses its name, but the pid comes after it.
+    """
+    found = _PID.search(peer)
+    return int(found[1] or found[2]) if found else None
 
 
 def is_dying(pid: int) -> bool:

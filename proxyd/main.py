@@ -10,8 +10,9 @@ from typing import Protocol
 from common import eventsignal
 from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
-from common.journal import device_log, setup
+from common.journal import RateLimited, device_log, report_failure, setup
 from common.loop import Loop
+from common.messages import Event
 from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.privilege import renounce
@@ -65,8 +66,11 @@ def _tell_unseen(config: VmConfig) -> None:
     for device in config.devices:
         first = device.devfn & ~7
         if first not in devfns:
-            device_log(PROGRAM, device.id).warning(
-                "%s: guests don't look for it without %s", format_devfn(device.devfn), format_devfn(first)
+            RateLimited(device_log(PROGRAM, device.id, device.devfn)).warning(
+                "%s: guests don't look for it without %s",
+                format_devfn(device.devfn),
+                format_devfn(first),
+                event=Event.FUNCTION_UNSEEN,
             )
 
 
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loop.close()
         return error.status
     except (IohubError, OSError) as error:
-        complain(PROGRAM, error)
+        report_failure(PROGRAM, error)
         loop.close()
         return 2
     try:
@@ -100,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         freeze_heap()
         return vm.run()
     except UsageError as error:
-        complain(PROGRAM, error)
+        report_failure(PROGRAM, error)
         return 2
     finally:
         notify("STOPPING=1")

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from common.amiss import MAX_TEXTS, Amiss
 from common.journal import Log, RateLimited, printable
+from common.messages import Event
 from remoted.watchdog import Doing, Watchdog
 
 __all__ = [
@@ -98,7 +99,7 @@ class Guard:
         self.last_error, self.last_place = f"{kind}: {text} ({place})", doing
         key = doing, kind, place
         if key not in self._seen and len(self._seen) < _MAX_FAILURES:
-            if self._log.exception("the device's code failed: %s", doing):
+            if self._log.exception("the device's code failed: %s", doing, event=Event.DEVICE_FAILED):
                 self._seen.add(key)
             if len(self._seen) == _MAX_FAILURES:
                 self._log.warning("%d different errors: no more are logged, only counted", _MAX_FAILURES)
@@ -108,7 +109,7 @@ class Guard:
     def spins(self, fd: int, text: str) -> None:
         """Logs what is wrong with an fd's handler; amiss() tells it until ``spinning`` loses it."""
         self.spinning[fd] = text
-        self._log.warning("%s", text)
+        self._log.warning("%s", text, event=Event.DEVICE_SPINS)
 
     def forgive(self) -> None:
         """Begins anew what amiss() tells: the function is being reset."""
@@ -127,7 +128,7 @@ class Guard:
     def stalls(self, doing: Doing, seconds: float) -> None:
         """See Work."""
         self.stall = self.describe_stall(doing, seconds)
-        self._stall_log.warning("%s", self.stall)
+        self._stall_log.warning("%s", self.stall, event=Event.DEVICE_HANGS)
 
     def describe_stall(self, doing: Doing, seconds: float) -> str:
         """See Work."""
@@ -136,7 +137,7 @@ class Guard:
     def has_ended(self, doing: Doing, seconds: float) -> None:
         """See Work."""
         self.stall = f"the device's code took {seconds:.0f} s: {self.access(*doing[1:])}"
-        self._stall_log.warning("%s", self.stall)
+        self._stall_log.warning("%s", self.stall, event=Event.DEVICE_RETURNED)
 
 
 class GuardedAmiss(Amiss):
@@ -219,11 +220,17 @@ def log_stray_errors(log: Log) -> None:
     limited = RateLimited(log)
 
     def on_unraisable(stray: sys.UnraisableHookArgs) -> None:
-        limited.warning("an error that nothing could handle: %s: %s (%s)", *describe_error(stray.exc_value))
+        limited.warning(
+            "an error that nothing could handle: %s: %s (%s)",
+            *describe_error(stray.exc_value),
+            event=Event.STRAY_ERROR,
+        )
 
     def on_thread_error(stray: threading.ExceptHookArgs) -> None:
         name = printable(stray.thread.name) if stray.thread is not None else "a thread"
-        limited.warning("%s ended with %s: %s (%s)", name, *describe_error(stray.exc_value))
+        limited.warning(
+            "%s ended with %s: %s (%s)", name, *describe_error(stray.exc_value), event=Event.STRAY_ERROR
+        )
 
     sys.unraisablehook = on_unraisable
     threading.excepthook = on_thread_error

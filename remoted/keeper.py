@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from common.disposal import Disposal
 from common.errors import IohubError, ProtocolError, ShortageError
 from common.fdstore import FdStore
+from common.journal import RateLimited
+from common.messages import Event
 from common.notifier import EventNotifier, adopt_pair
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
@@ -48,7 +50,7 @@ class Keeper:
         self._function = function
         self._pirq = pirq
         self._disposal = disposal
-        self._log = function.host.log
+        self._log = RateLimited(function.host.log)
         self._names: set[str] = set()
         """what the store holds for the present link"""
         self._link: KeptLink | None = None
@@ -168,7 +170,7 @@ class Keeper:
             try:
                 return FunctionState(self._function, fd, self._on_void)
             except StateMismatch as error:
-                self._log.warning("it starts from reset: %s", error)
+                self._log.warning("it starts from reset: %s", error, event=Event.STATE_REFUSED)
                 os.close(fd)
         self._store.remove(self._prefix + "state")
         fd = os.memfd_create("iohub-state", os.MFD_CLOEXEC)
@@ -181,7 +183,9 @@ class Keeper:
         return state
 
     def _on_void(self, reason: str) -> None:
-        self._log.error("its state can't be kept, a restart starts it from reset: %s", reason)
+        self._log.error(
+            "its state can't be kept, a restart starts it from reset: %s", reason, event=Event.STATE_NOT_KEPT
+        )
         self._amiss.append(f"its state can't be kept, a restart starts it from reset: {reason}")
 
     def _resume_irqfds(self) -> None:
@@ -193,7 +197,7 @@ class Keeper:
         except IohubError as error:
             self._disposal.close_fds(fd for fd in fds if fd != -1)
             if self._state.irqfds:
-                self._log.warning("its eventfds can't be used again: %s", error)
+                self._log.warning("its eventfds can't be used again: %s", error, event=Event.RESUME_FAILED)
         else:
             self._pirq.resume(irqfd, resamplefd)
 
@@ -207,7 +211,9 @@ class Keeper:
                 raise ProtocolError("a region's file is not in the fd store")
             self._function.host.memory.sync(table, fds)
         except IohubError as error:
-            self._log.warning("the guest's RAM can't be used until it is sent again: %s", error)
+            self._log.warning(
+                "the guest's RAM can't be used until it is sent again: %s", error, event=Event.RESUME_FAILED
+            )
             self._disposal.close_fds(fd for fd in fds if fd != -1)
 
     def _take(self, name: str) -> int:

@@ -13,10 +13,11 @@ from types import FrameType
 from common import eventsignal
 from common.config import DeviceConfig, VmConfig, parse_remoted
 from common.control import ControlServer
-from common.errors import IohubError, UsageError
+from common.errors import IohubError, ModelError, UsageError
 from common.fdstore import FdStore
-from common.journal import device_log, setup
+from common.journal import RateLimited, device_log, report_failure, setup
 from common.loop import Loop
+from common.messages import Event
 from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.privilege import renounce
@@ -55,19 +56,20 @@ class Remoted:
         self._servers: list[DeviceServer] = []
         self._control: ControlServer | None = None
         self._store: FdStore | None = None
-        self._log = logging.getLogger(PROGRAM)
+        log = logging.getLogger(PROGRAM)
+        self._log = RateLimited(log)
         self._is_serving = False
         self._watchdog = Watchdog()
         try:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._loop.stop_on_signal(signum)
                 signal.signal(signum, self._on_signal)
-            log_stray_errors(self._log)
+            log_stray_errors(log)
             self._watchdog.start()
             devices: list[tuple[DeviceConfig, DeviceServer]] = []
             path = str(config.runtime_dir / "remoted.varlink")
             interface = RemotedService(config.name, devices, self._loop.polling)
-            self._control = ControlServer(self._loop, path, interface, self._log)
+            self._control = ControlServer(self._loop, path, interface, log)
             self._watchdog.while_stalled = self._refuse_calls
             self._store = FdStore.open(self._loop, os.environ)
             self._ram_files = RamFiles(self._store) if self._store is not None else None
@@ -119,7 +121,9 @@ class Remoted:
             return
         # Whatever this interrupts may be anywhere: it is not expected to be in order.
         with contextlib.suppress(Exception):
-            self._log.warning("killed: a second signal, or one outside of the loop")
+            self._log.warning(
+                "killed: a second signal, or one outside of the loop", event=Event.KILLED_WHILE_BUSY
+            )
         with contextlib.suppress(Exception):
             self._hang_up()
         with contextlib.suppress(Exception):
@@ -128,12 +132,21 @@ class Remoted:
         os.kill(os.getpid(), signum)
 
     def _create(self, config: VmConfig, device: DeviceConfig) -> DeviceServer:
-        log = device_log(PROGRAM, device.id)
+        log = device_log(PROGRAM, device.id, device.devfn)
         with Guard(log, self._watchdog).watching("loading its class"):
-            model = find_model(device.model or "", device.id)
+            try:
+                model = find_model(device.model or "", device.id)
+            except UsageError as error:
+                raise ModelError(str(error)) from error.__cause__
         for other in hidden_models():
             if other.name == device.model:
-                log.warning("%s is the built-in model, not that of %s: %s", other.name, other.origin, other.target)
+                RateLimited(log).warning(
+                    "%s is the built-in model, not that of %s: %s",
+                    other.name,
+                    other.origin,
+                    other.target,
+                    event=Event.MODEL_HIDDEN,
+                )
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
         host = Host(device.id, self._loop, log, GuestMemory(), pirq.set_irq, self._watchdog)
         function = _power_on(model, host, device)
@@ -181,9 +194,9 @@ def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> Pci
     except UsageError as error:
         raise UsageError(f"device {device.id}: {error}") from error
     except DEVICE_ERRORS as error:
-        host.log.exception("the device's code failed: __init__")
+        RateLimited(host.log).exception("the device's code failed: __init__", event=Event.DEVICE_FAILED)
         reason = "{}: {} ({})".format(*describe_error(error))
-        raise UsageError(f"device {device.id}: model {device.model} can't be created: {reason}") from error
+        raise ModelError(f"device {device.id}: model {device.model} can't be created: {reason}") from error
     return function
 
 
@@ -204,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(PROGRAM, error)
         return error.status
     except (IohubError, OSError) as error:
-        complain(PROGRAM, error)
+        report_failure(PROGRAM, error)
         return 2
     try:
         remoted.run()

@@ -13,6 +13,7 @@ from common.fdstore import FdStore
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.loop import Loop
+from common.messages import Event
 from common.peer import peer_credentials
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
@@ -82,7 +83,7 @@ class DeviceServer:
         )
         self._order_clients()
         self._is_refusal_told = False
-        self._log.info("connected", peer=self.session.client)
+        self._log.info("connected", event=Event.CLIENT_CONNECTED, peer=self.session.client)
 
     def keep(self, store: FdStore, ram_files: RamFiles, devfn: int) -> None:
         """Goes on with what the process before this one has left, and keeps state and link for the next one.
@@ -96,7 +97,14 @@ class DeviceServer:
             try:
                 self.serve(sock)
             except IohubError as error:
-                self._log.info("the link of the process before this one has ended: %s", error, peer=client)
+                self._log.info(
+                    "the link of the process before this one has ended: %s",
+                    error,
+                    event=Event.RESUME_FAILED,
+                    peer=client,
+                )
+            else:
+                self._log.info("goes on with the link of the process before", event=Event.TAKEN_UP, peer=client)
         self._keeper.go_on()
 
     def hang_up(self) -> None:
@@ -134,13 +142,15 @@ class DeviceServer:
             try:
                 self.serve(sock)
             except ShortageError as error:
-                self._log.warning("can't be served: %s", error, peer=client)
+                self._log.warning("can't be served: %s", error, event=Event.SHORTAGE, peer=client)
             return
         self.refused += 1
         if not self._is_refusal_told:  # once: who is refused may try again each second
             self._is_refusal_told = True
             client = str(peer_credentials(sock))
-            self._log.warning("refused: %s is being served", self.session.client, peer=client)
+            self._log.warning(
+                "refused: %s is being served", self.session.client, event=Event.CLIENT_BUSY, peer=client
+            )
         self._disposal.hang_up(sock)
 
     def _on_end(self, session: Session) -> None:

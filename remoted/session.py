@@ -20,6 +20,7 @@ from common.errors import PeerGone, ProtocolError, ShortageError
 from common.journal import RateLimited
 from common.link import Link
 from common.loop import Loop, Timer
+from common.messages import Event
 from common.mpqemu import BAR, CONFIG, ERROR, Command
 from common.notifier import adopt_pair
 from common.peer import peer_credentials
@@ -158,13 +159,14 @@ class Session:
             elif self._is_edge_triggered and events & (EPOLLHUP | EPOLLRDHUP):
                 raise PeerGone("the peer closed the link within a frame")
         except PeerGone as error:
-            self._log.info("%s", error, peer=self.client)
+            self._log.info("%s", error, event=Event.CLIENT_GONE, peer=self.client)
             self.close()
         except ProtocolError as error:
             self._reject(error)
             self.close()
         except ShortageError as error:
-            self._log.warning("the session ends, the client can connect again: %s", error, peer=self.client)
+            text = "the session ends, the client can connect again: %s"
+            self._log.warning(text, error, event=Event.SHORTAGE, peer=self.client)
             self.close()
         else:
             if link.is_partial and self._partial is None:
@@ -180,9 +182,9 @@ class Session:
         self._reject(ProtocolError(f"half a message and then silence for {_HALF_FRAME_SECONDS:g} s"))
         self.close()
 
-    def _reject(self, error: ProtocolError) -> None:
+    def _reject(self, error: ProtocolError, event: Event = Event.CLIENT_BROKE_PROTOCOL) -> None:
         self.rejected += 1
-        self._log.warning("%s", error, peer=self.client)
+        self._log.warning("%s", error, event=event, peer=self.client)
 
     def _config_read(self) -> None:
         addr, _, length = CONFIG.unpack_from(self._link.payload)
@@ -202,17 +204,19 @@ class Session:
 
     def _device_reset(self) -> None:
         self._link.reply(0 if self._function.full_reset() else ERROR)
+        self._log.info("reset by its client", event=Event.DEVICE_RESET, peer=self.client)
 
     def _set_irqfd(self) -> None:
         fds = self._link.take_fds()
         if len(fds) != 2:
-            self._reject(ProtocolError(f"SET_IRQFD with {len(fds)} file descriptors instead of 2"))
+            error = ProtocolError(f"SET_IRQFD with {len(fds)} file descriptors instead of 2")
+            self._reject(error, Event.IRQFD_REFUSED)
             self._link.discard(fds)
             return
         try:
             irqfd, resamplefd = adopt_pair(fds[0], fds[1], self._pirq.is_foreign)
         except ProtocolError as error:
-            self._reject(ProtocolError(f"SET_IRQFD: {error}"))
+            self._reject(ProtocolError(f"SET_IRQFD: {error}"), Event.IRQFD_REFUSED)
             self._link.discard(fds)
             return
         except ShortageError:
@@ -234,6 +238,6 @@ class Session:
                 self._keeper.keep_ram(self._link.payload, sent, self._stored)
         except ProtocolError as error:
             self.ram_refusal = str(error)
-            self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"))
+            self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"), Event.RAM_REFUSED)
         finally:
             self._link.discard(fds)

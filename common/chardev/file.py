@@ -11,6 +11,7 @@ from common.chardev.base import MAX_OUTPUT, Chardev, Frontend
 from common.errors import UsageError
 from common.journal import Log, RateLimited
 from common.loop import EventLoop
+from common.messages import Event
 
 __all__ = ["FileChardev"]
 
@@ -92,10 +93,15 @@ class FileChardev(Chardev):
                 thread.start()
             except RuntimeError as error:
                 self._problem = str(error)
-                self._log.warning("chardev file %s: output is dropped: %s", self._path, error)
+                self._warn_of_drops(str(error))
                 return False
             self._thread = thread
         return True
+
+    def _warn_of_drops(self, why: str) -> None:
+        self._log.warning(
+            "chardev file %s: output is dropped: %s", self._path, why, event=Event.CHARDEV_DROPS
+        )
 
     def _run(self) -> None:
         while output := self._next_output():
@@ -129,6 +135,6 @@ class FileChardev(Chardev):
             problem, blocked = self._problem, self._blocked
             self._blocked = False
         if problem:
-            self._log.warning("chardev file %s: output is dropped: %s", self._path, problem)
+            self._warn_of_drops(problem)
         if blocked:
             self._frontend.transmit_ready()

@@ -15,6 +15,7 @@ from common.chardev.stream import StreamChardev
 from common.errors import UsageError
 from common.journal import Log
 from common.loop import EventLoop
+from common.messages import Event
 
 __all__ = ["PtyChardev"]
 
@@ -40,7 +41,7 @@ class PtyChardev(StreamChardev):
             raise UsageError(str(error.strerror)) from error
         tty.setraw(slave)
         self._path = os.ttyname(slave)
-        log.info("char device redirected to %s", self._path)
+        self._log.info("char device redirected to %s", self._path, event=Event.CHARDEV_AT)
         os.close(slave)
         os.set_blocking(master, False)
         try:
@@ -70,6 +71,7 @@ class PtyChardev(StreamChardev):
                 "%s: a user is noticed at the first byte in either direction, not at open(): %s",
                 self._path,
                 error.strerror,
+                event=Event.CHARDEV_LIMITED,
             )
             if fd != -1:
                 os.close(fd)
@@ -93,7 +95,9 @@ class PtyChardev(StreamChardev):
             if self.connected:
                 self._drop_unread()
         except (OSError, termios.error) as error:
-            self._log.warning("%s can't be reset after its user: %s", self._path, error)
+            self._log.warning(
+                "%s can't be reset after its user: %s", self._path, error, event=Event.CHARDEV_LIMITED
+            )
         super()._hang_up()
 
     def _drop_unread(self) -> None:

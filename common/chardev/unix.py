@@ -13,6 +13,7 @@ from common.disposal import Disposal
 from common.journal import Log
 from common.listen import UnixListener
 from common.loop import EventLoop
+from common.messages import Event
 from common.peer import peer_credentials
 
 __all__ = ["UnixChardev"]
@@ -73,7 +74,10 @@ class UnixChardev(StreamChardev):
         if dropped:
             self.dropped_input += dropped
             self._log.warning(
-                "%s: %d bytes of input dropped: the guest doesn't read", self._listener.path, dropped
+                "%s: %d bytes of input dropped: the guest doesn't read",
+                self._listener.path,
+                dropped,
+                event=Event.CHARDEV_DROPS,
             )
         if self._left_behind:
             self._wake_input()

@@ -90,7 +90,7 @@ class Board:
             device.devfn,
             self._config.socket_path(device),
             self._irqchip,
-            device_log(self._program, device.id),
+            device_log(self._program, device.id, device.devfn),
             self._keeper.lost,
             deadline=ROUND_TRIP_SECONDS,
             hung=self._hung,

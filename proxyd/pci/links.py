@@ -13,9 +13,10 @@ from select import EPOLLRDHUP
 from typing import Protocol
 
 from common.backoff import FIRST_SECONDS, Backoff
-from common.errors import PeerGone, ProtocolError
+from common.errors import PeerGone, PeerTooSlow, ProtocolError
 from common.journal import RateLimited
 from common.loop import Loop, Timer
+from common.messages import Event
 from common.pathwatch import PathWatch
 
 __all__ = ["LinkKeeper", "Linked"]
@@ -165,7 +166,10 @@ class LinkKeeper:
             link.end.reason = f"no link: {failure}"
             if not link.is_told:
                 link.is_told = True
-                link.end.log.warning("%s", link.end.reason)
+                is_slow = isinstance(failure, PeerTooSlow)
+                link.end.log.warning(
+                    "%s", link.end.reason, event=Event.REMOTE_TOO_SLOW if is_slow else Event.LINK_ABSENT
+                )
             self._connect_later(link, _LAST_RETRY_SECONDS)
             if link.is_due and not link.is_held:
                 self._connect_soon(link)
@@ -184,7 +188,9 @@ class LinkKeeper:
             # Not EPOLLIN: every reply to the vCPU's thread would wake this one.
             self._loop.add(fd, lambda _events: link.end.check_link(), EPOLLRDHUP)
         except OSError as error:
-            link.end.log.warning("the link's end can't be noticed for now: %s", error.strerror)
+            link.end.log.warning(
+                "the link's end can't be noticed for now: %s", error.strerror, event=Event.LINK_UNWATCHED
+            )
             self._loop.call_later(_LAST_RETRY_SECONDS, lambda: self._watch_end(link))
         else:
             link.fd = fd

@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 from common import mpqemu, pci
 from common.amiss import Amiss
-from common.errors import PeerGone, ProtocolError
+from common.errors import PeerGone, PeerTooSlow, ProtocolError
 from common.journal import RateLimited
 from common.link import Client
+from common.messages import Event
 from common.mpqemu import Command
 from common.peer import PeerCredentials
 from proxyd.kvm.irqchip import Irqchip
@@ -213,6 +214,7 @@ class PciProxy:
             found.identity.vendor,
             found.identity.device,
             pci.format_devfn(self.devfn),
+            event=Event.LINK_UP,
             peer=self._peer,
         )
 
@@ -325,7 +327,8 @@ class PciProxy:
 
     def _lose(self, error: Exception) -> None:
         self.reason = f"link lost: {error}"
-        self.log.warning("%s", self.reason, peer=self._peer)
+        event = Event.REMOTE_TOO_SLOW if isinstance(error, PeerTooSlow) else Event.LINK_LOST
+        self.log.warning("%s", self.reason, event=event, peer=self._peer)
         self._pair.close()
         self._lost, self._client = self._client, None
         self._on_lost(self)

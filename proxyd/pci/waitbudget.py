@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from common.errors import PeerGone
+from common.errors import PeerGone, PeerTooSlow
 from common.link import Client
 from common.mpqemu import Command, describe_request
 
@@ -96,7 +96,7 @@ class WaitBudget:
             self.trust(pid)
         if self._level > _CAPACITY_SECONDS and took > _TOLERANCE_SECONDS:
             request = describe_request(command, payload)
-            raise PeerGone(f"too slow: the answer to {request} took {took:.1f} s, and others before it")
+            raise PeerTooSlow(f"too slow: the answer to {request} took {took:.1f} s, and others before it")
         return value
 
     def trust(self, pid: int) -> None:
@@ -108,7 +108,7 @@ class WaitBudget:
         self._leak(self._clock())
         missing = self._level - _CAPACITY_SECONDS / 2
         if missing > 0:
-            raise PeerGone(f"too slow before: the next link is made in {missing / _LEAK:.0f} s")
+            raise PeerTooSlow(f"too slow before: the next link is made in {missing / _LEAK:.0f} s")
 
     @property
     def times(self) -> tuple[float, float] | None:

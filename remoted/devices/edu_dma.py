@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from common.messages import Event
 from remoted.device import DmaError, Host, RateLimited, Timer, buffer, register, set_to_reset_values
 
 __all__ = ["DEFAULT_MASK", "DMA_IRQ", "DmaEngine"]
@@ -93,7 +94,7 @@ class DmaEngine:
         try:
             self._transfer()
         except DmaError as error:
-            self._log.warning("DMA failed: %s", error)
+            self._log.warning("DMA failed: %s", error, event=Event.DMA_REFUSED)
         self._command &= ~COMMAND_RUN
         if self._command & COMMAND_RAISE_IRQ:
             self._raise_irq(DMA_IRQ)

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from common.config import VmConfig
 from common.errors import UsageError
+from common.journal import RateLimited
 from common.loop import Loop
+from common.messages import Event
 from common.service import notify
 from proxyd.kvm.irqchip import KvmIrqchip
 from proxyd.kvm.kvm import Kvm, Vm
@@ -107,7 +109,7 @@ class VcpuThread:
     def __init__(
         self,
         machine: Machine,
-        log: logging.Logger | logging.LoggerAdapter[logging.Logger],
+        log: RateLimited,
         on_dead: Callable[[], None],
     ) -> None:
         """``on_dead`` is called, from the vCPU's thread, when the guest can't go on."""
@@ -145,10 +147,10 @@ class VcpuThread:
             while not self._stopping:
                 reason = self._machine.step()
                 if reason not in (ExitReason.IO, ExitReason.MMIO, ExitReason.INTR):
-                    self._log.error("the guest stopped: KVM_EXIT_%s", reason.name)
+                    self._log.error("the guest stopped: KVM_EXIT_%s", reason.name, event=Event.GUEST_STOPPED)
                     break
         except Exception:  # noqa: BLE001 - a bug: it ends the daemon, but from the main thread
-            self._log.exception("the vCPU's thread failed")
+            self._log.exception("the vCPU's thread failed", event=Event.GUEST_STOPPED)
         if not self._stopping:
             self._on_dead()
         with self._lock:
@@ -160,7 +162,7 @@ class Embedded:
 
     def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
         """Raises UsageError, which names --vm soft where KVM is missing."""
-        self._log = logging.getLogger(program)
+        self._log = RateLimited(logging.getLogger(program))
         self._loop = loop
         self._failed = False
         check_addresses(config.devices)

@@ -19,6 +19,7 @@ from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log
 from common.link import Client
 from common.loop import Loop
+from common.messages import Event
 from common.mpqemu import Command
 from common.peer import PeerCredentials
 from common.service import notify
@@ -31,6 +32,8 @@ from proxyd.vm.procstat import is_stopped
 __all__ = ["Attached"]
 
 _ROUND_TRIP_SECONDS = 2.0
+_LONG_STOP_SECONDS = 0.01
+"""what a guest may notice: a tick of its clock"""
 
 
 class _Function:
@@ -112,7 +115,7 @@ class _Function:
         except BaseException:
             self.detach()
             raise
-        self._tell("attached to", self._line.seconds, " (interrupts only)")
+        self._tell(Event.VM_ATTACHED, "attached to", self._line.seconds, " (interrupts only)")
         self._client, self._connecting = client, None
         self.reconnects += self._was_linked
         self._was_linked = True
@@ -131,7 +134,7 @@ class _Function:
                 self._client.check_quiet()
         except (PeerGone, ProtocolError) as error:
             self.reason = f"link lost: {error}"
-            self.log.warning("%s", self.reason, peer=self._peer)
+            self.log.warning("%s", self.reason, event=Event.LINK_LOST, peer=self._peer)
             self._lost, self._client = self._client, None
             self.detach()
             self._on_lost(self)
@@ -159,13 +162,18 @@ class _Function:
             try:
                 seconds = self._target.detach(line)
             except IohubError as error:
-                self.log.warning("not detached in order: %s", error, peer=self._peer)
+                self.log.warning(
+                    "not detached in order: %s", error, event=Event.DETACH_FAILED, peer=self._peer
+                )
             else:
-                self._tell("detached from", seconds)
+                self._tell(Event.VM_DETACHED, "detached from", seconds)
 
-    def _tell(self, what: str, seconds: float, remark: str = "") -> None:
+    def _tell(self, event: Event, what: str, seconds: float, remark: str = "") -> None:
         text = "%s GSI %d of pid:%d%s, which stood still for %.0f us"
-        self.log.info(text, what, self._gsi, self._target.pid, remark, seconds * 1e6, peer=self._peer)
+        pid = self._target.pid
+        self.log.info(text, what, self._gsi, pid, remark, seconds * 1e6, event=event, peer=self._peer)
+        if seconds > _LONG_STOP_SECONDS:
+            self.log.warning("pid:%d stood still for %.0f ms", pid, seconds * 1e3, event=Event.VM_STOOD_LONG)
 
 
 def _check_gsi(device: DeviceConfig) -> int:
@@ -182,7 +190,8 @@ class Attached:
 
     def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
         """Raises UsageError, one line that says what is in the way; the process is what it was then."""
-        self._log = logging.getLogger(program)
+        log = logging.getLogger(program)
+        self._log = RateLimited(log)
         self._loop = loop
         self._exited = False
         gsis = {device.id: _check_gsi(device) for device in config.devices}
@@ -190,7 +199,7 @@ class Attached:
         interface = ProxydService(config.name, config.vm, "kvm", None, self._functions)
         path = str(config.runtime_dir / "proxyd.varlink")
         # Before the process is touched: it may have a daemon already.
-        self._control = ControlServer(loop, path, interface, self._log)
+        self._control = ControlServer(loop, path, interface, log)
         # Before any thread is started: one that doesn't block it can take the signal that says that the process
         # has stopped, and it would stand still until somebody looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -207,7 +216,7 @@ class Attached:
                 gsis[device.id],
                 config.socket_path(device),
                 self._target,
-                device_log(program, device.id),
+                device_log(program, device.id, device.devfn),
                 self._keeper.lost,
             )
             for device in config.devices
@@ -235,6 +244,6 @@ class Attached:
             yield f"pid:{self._target.pid} is stopped by a signal"
 
     def _on_exit(self, _events: int) -> None:
-        self._log.info("pid:%d has exited", self._target.pid)
+        self._log.info("pid:%d has exited", self._target.pid, event=Event.VM_EXITED)
         self._exited = True
         self._loop.stop()

@@ -11,6 +11,7 @@ from common.amiss import Amiss
 from common.config import DeviceConfig
 from common.journal import Log, RateLimited
 from common.loop import Loop
+from common.messages import Event
 from common.peer import PeerCredentials
 from proxyd.vm.qmp.handover import Handover
 
@@ -75,10 +76,10 @@ class Function:
         """The name that the link has in QEMU from getfd until device_add."""
         return f"iohub-{self.name}"
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, event: Event) -> None:
         """Logs a problem, and keeps it for Status."""
         self.reason = text
-        self.log.warning("%s", text)
+        self.log.warning("%s", text, event=event)
 
     def plugged(self, handover: Handover) -> None:
         """QEMU has a proxy now, with a duplicate of this link: watches its end."""
@@ -108,14 +109,16 @@ class Function:
         self.release()
         if self.is_asked:
             self.reason = "unplugged"
-            self.log.info("unplugged")
+            self.log.info("unplugged", event=Event.UNPLUGGED)
         else:
             self.leave_out()
 
     def leave_out(self) -> None:
         """Somebody else has unplugged it."""
         self.is_out = True
-        self.warn("unplugged, not by this daemon: it stays out until that is started again")
+        self.warn(
+            "unplugged, not by this daemon: it stays out until that is started again", Event.UNPLUGGED_BY_OTHERS
+        )
 
     def detach(self) -> None:
         """The monitor of this QEMU is lost."""
@@ -165,12 +168,16 @@ class Function:
 
     def _warn_unwatched(self, error: OSError) -> None:
         self.log.warning(
-            "%s can't be watched (%s): should it end, start this daemon again", self.remote, error.strerror
+            "%s can't be watched (%s): should it end, start this daemon again",
+            self.remote,
+            error.strerror,
+            event=Event.LINK_UNWATCHED,
         )
 
     def _on_end(self, _events: int) -> None:
         self.warn(
-            f"the link to {self.remote} has ended: QEMU's proxy can't take another, the guest reads all ones"
+            f"the link to {self.remote} has ended: QEMU's proxy can't take another, the guest reads all ones",
+            Event.PLUGGED_WITHOUT_LINK,
         )
         self.release()
         self.on_change()

@@ -25,6 +25,7 @@ from common.control import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log, printable
 from common.loop import Loop
+from common.messages import Event
 from common.pathwatch import PathWatch
 from common.pci import format_devfn
 from common.peer import PeerCredentials
@@ -57,12 +58,15 @@ class QemuPlugger:
         """Raises UsageError."""
         self._socket = config.vm.partition(":")[2]
         self._unplug_on_exit = config.unplug_on_exit
-        self._log = log = logging.getLogger(program)
+        log = logging.getLogger(program)
         self._event_log = RateLimited(log)
         self._loop = loop
         self._functions = {
             device.id: Function(
-                device, config.socket_path(device), self._loop, device_log(log.name, device.id)
+                device,
+                config.socket_path(device),
+                self._loop,
+                device_log(log.name, device.id, device.devfn),
             )
             for device in config.devices
         }
@@ -110,7 +114,11 @@ class QemuPlugger:
             await asyncio.wait({*ends, stopped}, return_when=asyncio.FIRST_COMPLETED)
             done, _ = await asyncio.wait(ends, timeout=_LEAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                self._log.warning("not done with QEMU within %g s: what is plugged stays so", _LEAVE_SECONDS)
+                self._event_log.warning(
+                    "not done with QEMU within %g s: what is plugged stays so",
+                    _LEAVE_SECONDS,
+                    event=Event.LEAVE_TIMEOUT,
+                )
             for task in done:
                 task.result()
         finally:
@@ -123,10 +131,10 @@ class QemuPlugger:
             try:
                 await self._attend(monitor)
                 self._interface.reason = f"detached from {monitor.name}"
-                self._event_log.info("%s", self._interface.reason)
+                self._event_log.info("%s", self._interface.reason, event=Event.QEMU_DETACHED)
             except (PeerGone, ProtocolError) as error:
                 self._interface.reason = f"lost {monitor.name}: {error}"
-                self._event_log.warning("%s", self._interface.reason)
+                self._event_log.warning("%s", self._interface.reason, event=Event.QEMU_LOST)
             finally:
                 self._health.end()
                 for slot in self._slots:
@@ -173,11 +181,12 @@ class QemuPlugger:
             line += f"; the QEMU that was attached last, process {self._qemu[0]}, is stopped by a signal"
         if line != self._interface.reason:
             self._interface.reason = line
-            self._event_log.info("%s", line)
+            self._event_log.info("%s", line, event=Event.QEMU_AWAITED)
             notify("READY=1\nSTATUS=Waiting for QEMU")
 
     def _on_silence(self, peer: PeerCredentials) -> None:
-        if is_stopped(peer.pid):
+        event = Event.QEMU_STOPPED if is_stopped(peer.pid) else Event.MONITOR_TAKEN
+        if event is Event.QEMU_STOPPED:
             line = f"{peer} at {self._socket} doesn't answer: it is stopped by a signal"
         else:
             line = (
@@ -186,7 +195,7 @@ class QemuPlugger:
             )
         if line != self._interface.reason:
             self._interface.reason = line
-            self._event_log.warning("%s", line)
+            self._event_log.warning("%s", line, event=event)
             notify("READY=1\nSTATUS=Waiting for QEMU's monitor")
 
     async def _attend(self, monitor: Monitor) -> None:
@@ -201,7 +210,9 @@ class QemuPlugger:
             {name: function.path for name, function in self._functions.items() if name in inventory.drivers},
         )
         self._interface.attached, self._interface.reason = monitor.name, None
-        self._event_log.info("attached to %s", monitor.name)
+        self._event_log.info(
+            "attached to %s", monitor.name, event=Event.QEMU_ATTACHED, peer=str(monitor.peer)
+        )
         ends = [
             asyncio.create_task(monitor.wait_closed()),
             asyncio.create_task(self._stop.wait()),
@@ -259,6 +270,7 @@ class QemuPlugger:
                     if self._health.is_running
                     else "the guest is paused and can't eject it",
                     CONSENT_SECONDS,
+                    event=Event.NOT_EJECTED,
                 )
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
@@ -269,12 +281,18 @@ class QemuPlugger:
                         slot.on_deleted(function)
         elif name in ("STOP", "RESUME"):
             self._health.on_event(name)
-            self._event_log.info("the guest was %s", "resumed" if self._health.is_running else "paused")
+            if self._health.is_running:
+                self._event_log.info("the guest was resumed", event=Event.GUEST_RESUMED)
+            else:
+                self._event_log.info("the guest was paused", event=Event.GUEST_PAUSED)
         elif name in ("RESET", "SHUTDOWN"):
             verb = "reset" if name == "RESET" else "shut down"
             reason = data.get("reason")
             self._event_log.info(
-                "the machine was %s (%s)", verb, reason if isinstance(reason, str) else "unknown reason"
+                "the machine was %s (%s)",
+                verb,
+                reason if isinstance(reason, str) else "unknown reason",
+                event=Event.MACHINE_RESET if name == "RESET" else Event.MACHINE_SHUT_DOWN,
             )
 
     def _on_uevent(self, _events: int) -> None:

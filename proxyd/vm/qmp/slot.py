@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from common.backoff import Backoff
 from common.errors import PeerGone, ProtocolError
+from common.messages import Event
 from common.pci import format_devfn
 from common.peer import PeerCredentials
 from proxyd.vm.qmp.function import Function
@@ -164,9 +165,14 @@ class Slot:
             server = None if function.is_broken else servers.get(function.name)
             if server is None:
                 function.is_plugged = True
-                function.warn(f"found plugged without a link to {function.path}")
+                function.warn(f"found plugged without a link to {function.path}", Event.PLUGGED_WITHOUT_LINK)
             else:
-                function.log.info("found plugged at %s, served by %s", format_devfn(function.devfn), server)
+                function.log.info(
+                    "found plugged at %s, served by %s",
+                    format_devfn(function.devfn),
+                    server,
+                    event=Event.ADOPTED,
+                )
                 function.adopt(server)
 
     def _is_open(self) -> bool:
@@ -183,7 +189,7 @@ class Slot:
                     if function.handover is not None:
                         await self._add(monitor, function, function.handover)
             except CommandError as error:
-                function.warn(f"QEMU refuses it, it stays out: {error}")
+                function.warn(f"QEMU refuses it, it stays out: {error}", Event.NOT_PLUGGED)
                 return False
             except (PeerGone, asyncio.CancelledError):
                 function.break_link()
@@ -205,7 +211,7 @@ class Slot:
                 except (PeerGone, ProtocolError) as error:
                     reason = f"not plugged yet: {error}"
                     if reason != function.reason:
-                        function.warn(reason)
+                        function.warn(reason, Event.NOT_PLUGGED)
                     self.settled.set()
                     break
             else:
@@ -238,12 +244,16 @@ class Slot:
             raise CommandError(f"it took device_add, but has nothing at {format_devfn(function.devfn)}", "")
         function.plugged(handover)
         function.log.info(
-            "plugged at %s: %04x:%04x", format_devfn(function.devfn), handover.vendor, handover.device
+            "plugged at %s: %04x:%04x",
+            format_devfn(function.devfn),
+            handover.vendor,
+            handover.device,
+            event=Event.PLUGGED,
         )
         for remark in handover.remarks:
             function.log.info("behind QEMU's proxy %s", remark)
         for defect in handover.defects:
-            function.log.warning("%s", defect)
+            function.log.warning("%s", defect, event=Event.PROXY_DEFECT)
 
     async def _remove(self, monitor: Monitor) -> None:
         """Unplugs all of the slot, however long the guest takes."""
@@ -253,7 +263,8 @@ class Slot:
                 for function in waiting:
                     function.warn(
                         f"the guest hasn't ejected it in {seconds:g} s; it is replaced when the guest does, "
-                        "or is reset"
+                        "or is reset",
+                        Event.NOT_EJECTED,
                     )
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
         for function in self.functions:
@@ -272,7 +283,7 @@ class Slot:
                 if error.error_class == "DeviceNotFound":
                     self.on_deleted(function)
                 else:  # among others: the guest has been asked already
-                    function.log.info("device_del: %s", error)
+                    function.log.info("device_del: %s", error, event=Event.EJECT_REQUEST_REFUSED)
 
     async def _drop_note(self, monitor: Monitor, function: Function) -> None:
         if function.is_noted:

@@ -228,7 +228,7 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
         if text is not None:
             top[key] = Value(check_text(text, f"--{key}"), f"--{key}")
     users = [Value(name, "--allow-user") for name in options.allow_user] or file.allow_users
-    name, runtime_dir, vm = _top_level(top)
+    name, runtime_dir, vm = _top_level(top, options.config)
     _override(devices, (parse_device(role, text) for text in options.device))
     config = VmConfig(
         name,
@@ -245,9 +245,10 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
     return config
 
 
-def _top_level(top: Keys) -> tuple[str, Path, str]:
+def _top_level(top: Keys, file: str | None) -> tuple[str, Path, str]:
     if "name" not in top:
-        raise UsageError("--name: needed, as no file gives a name")
+        place = f"as name in {printable(file)}" if file else "in a file, by --config"
+        raise UsageError(f"--name: the VM needs a name: give it here, or {place}")
     try:
         name = check_name(top["name"].text)
     except UsageError as error:
@@ -314,7 +315,7 @@ def _build(role: Role, devices: Mapping[str, Keys]) -> tuple[DeviceConfig, ...]:
     built = []
     for device_id, keys in devices.items():
         if role.has_models and not keys.get("model", Value("", "")).text:
-            raise UsageError(f"{keys['id'].where}: no model")
+            raise UsageError(f"{keys['id'].where}: the model is missing")
         if "socket" in keys and "fd" in keys:
             raise UsageError(f"{keys['fd'].where}: fd and socket exclude each other")
         built.append(

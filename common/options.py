@@ -203,8 +203,10 @@ def parse_device(role: Role, text: str) -> Keys:
         if not equals and number == 0 and role.has_models and key:
             key, value = "model", key
         elif not equals:
-            is_id = number == 0 and _ID.fullmatch(key) and ",id=" not in text
-            raise UsageError(f"{where}: {key!r} is not KEY=VALUE{f' (id={key}?)' if is_id else ''}")
+            hint = ""
+            if number == 0 and _ID.fullmatch(key):
+                hint = " (the model is for iohub-remoted)" if ",id=" in text else f" (id={key}?)"
+            raise UsageError(f"{where}: {key!r} is not KEY=VALUE{hint}")
         if not KEY.fullmatch(key) or (key not in role.keys and (key in COMMON_KEYS or not role.has_models)):
             raise UsageError(f"{where}: unknown key {key!r}: {role.program} takes {role.device}")
         if key in keys:

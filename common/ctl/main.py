@@ -38,7 +38,7 @@ below each, after the device's id, the model and:
               the link, and that may have gone since
   link        of proxyd: the process and pid that it is connected to, or down
   BARs        not decoded, if the guest has none of them placed and enabled: no driver reaches the device
-  answers     for how long the guest has waited for an answer in the last minute or two: mean and maximum
+  answers     for how long the guest waited for an answer in the last minute or two: mean and maximum
 and if they are not 0: reconnects: how often a lost link was replaced; rejected: messages that broke the protocol;
 refused: clients turned away because another one was served; errors: exceptions in the device's code; and what
 the model counts

@@ -146,7 +146,7 @@ def _details(views: _Views) -> Iterator[str]:
             yield "BARs not decoded"
         if proxy["answer_mean_us"] is not None:
             mean, most = (_microseconds(proxy[name]) for name in ("answer_mean_us", "answer_max_us"))
-            yield f"answers within {mean} (at most {most})"
+            yield f"answers in {mean} on average (max {most})"
         if proxy["reconnects"]:
             yield f"{proxy['reconnects']} reconnects"
     if remote := views.get("remoted"):
@@ -198,7 +198,7 @@ def _notes(
     elif not proxy["connected"]:
         yield proxy.get("reason") or "proxyd is not connected to its socket"
     elif proxy.get("pin") and proxy.get("gsi") is None:
-        yield "the guest has its pin routed nowhere: interrupts don't arrive"
+        yield "the guest has not routed its pin to an IRQ: interrupts don't arrive"
 
 
 def align(rows: Sequence[Sequence[str]], right_aligned: frozenset[str]) -> Iterator[str]:

@@ -50,7 +50,7 @@ def commands() -> str:
 
 
 def qemu_options() -> list[str]:
-    return shlex.split(found(r"^It goes into any QEMU.*?\n\n((?:    -.*?\n)+)\n"))
+    return shlex.split(found(r"^The device goes into any QEMU.*?\n\n((?:    -.*?\n)+)\n"))
 
 
 class Shell:
@@ -261,6 +261,15 @@ def test_device_can_be_tried_without_a_qemu(tmp_path: Path, shell: Shell) -> Non
                     expected.append(said.pop(0))
                 # An interrupt takes its time, an access that rings doesn't wait for it.
                 wait_until(lambda: answer(command) == expected, f"{command}: {expected}")  # noqa: B023
+        command = found(r"^    \$ (iohubctl status [^\n]* vm0)$")
+        shown = found(r"^    \$ iohubctl status [^\n]* vm0\n(.*?)\n\n(?! )")
+        assert without_numbers(shell.run(command)) == without_numbers(shown)
+
+
+def without_numbers(text: str) -> str:
+    """What is the same in each run: numbers, units of time, line breaks, and whether remoted polled, are not."""
+    text = re.sub(r", has polled for [0-9]+ ms", "", text)
+    return " ".join(re.sub(r"[0-9.]+( us| ms|s\b)?", "N", text).split())
 
 
 def test_device_has_twenty_lines_at_most() -> None:

@@ -186,7 +186,7 @@ class Embedded:
 
         Raises UsageError if it can't be started.
         """
-        self._log.info("running the embedded guest on /dev/kvm; --vm qmp:SOCKET or pid:PID is for yours")
+        self._log.info("running the embedded guest on /dev/kvm; for another VM: --vm qmp:SOCKET or pid:PID")
         self._loop.on_signal(KICK_SIGNAL, lambda: None)
         self._board.start("kvm", self._machine.tsc_khz())  # the vCPU can't be asked once it runs
         self._vcpu.start()

@@ -30,7 +30,7 @@ class Soft:
 
     def run(self) -> int:
         """Runs the guest until the loop is stopped. Returns the exit status."""
-        self._log.info("running the scripted guest, without KVM; --vm qmp:SOCKET or pid:PID is for yours")
+        self._log.info("running the scripted guest, without KVM; for another VM: --vm qmp:SOCKET or pid:PID")
         self._board.start("soft", TSC_KHZ)
         notify("READY=1")
         self._guest.run()

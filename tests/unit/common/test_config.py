@@ -141,7 +141,7 @@ def test_proxyd_needs_no_model_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "vm.toml"
     path.write_text('name = "vm1"\n[[device]]\nid = "a"\n')
     assert parse_proxyd(["--config", str(path)]).devices[0].model is None
-    with pytest.raises(UsageError, match=r"vm.toml: device 'a': no model"):
+    with pytest.raises(UsageError, match=r"vm.toml: device 'a': the model is missing"):
         parse_remoted(["--config", str(path)])
 
 
@@ -292,8 +292,8 @@ def test_allow_users_of_the_file_and_of_the_command_line_which_wins(tmp_path: Pa
         (["edu,id=ä"], ["id: 'ä'"]),
         (["edu,id=" + "a" * 33], ["id: 'aaa"]),
         (["edu,id=a\n"], ["'edu,id=a\\n' has a control character"]),
-        (["id=a"], ["no model"]),
-        (["model=,id=a"], ["no model"]),
+        (["id=a"], ["the model is missing"]),
+        (["model=,id=a"], ["the model is missing"]),
         ([""], ["--device ''", "KEY=VALUE"]),
         (["edu,,id=a"], ["'edu,id'"]),
         (["edu,id=a,"], ["KEY=VALUE"]),
@@ -332,7 +332,7 @@ def test_bad_device_of_remoted(devices: list[str], names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("device", "names"),
     [
-        ("edu,id=a", ["'edu'", "is not KEY=VALUE"]),
+        ("edu,id=a", ["'edu' is not KEY=VALUE (the model is for iohub-remoted)"]),
         ("bell,addr=05.0", ["'bell' is not KEY=VALUE (id=bell?)"]),
         ("id=a,fd=3", ["unknown key 'fd'"]),
         ("id=a,model=edu", ["unknown key 'model'"]),
@@ -347,7 +347,7 @@ def test_bad_device_of_proxyd(device: str, names: list[str]) -> None:
 
 
 def test_an_id_is_suggested_only_where_it_can_be_meant() -> None:
-    for device in ("edu,id=a", "addr=05.0,bell", "a b"):
+    for device in ("addr=05.0,bell", "a b", "a b,id=a"):
         with pytest.raises(UsageError, match=r"is not KEY=VALUE$"):
             proxyd(device)
 
@@ -355,7 +355,7 @@ def test_an_id_is_suggested_only_where_it_can_be_meant() -> None:
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
-        ([], ["--name"]),
+        ([], ["--name: the VM needs a name", "--config"]),
         (["--name", ""], ["--name", "''"]),
         (["--name", "a/b"], ["--name", "'a/b'"]),
         (["--name", ".."], ["--name", "'..'"]),
@@ -392,6 +392,7 @@ def test_bad_option(argv: list[str], names: list[str]) -> None:
         ('name = "vm1"\nnmae = "vm1"', ["vm.toml", "'nmae'"]),
         ("name = 1", ["vm.toml: name", "a string"]),
         ('name = "a b"', ["vm.toml: name", "'a b'"]),
+        ('[[device]]\nid = "a"', ["--name: the VM needs a name", "or as name in ", "vm.toml"]),
         ('name = "vm1"\nvm = ["soft"]', ["vm.toml: vm", "a string"]),
         ('name = "vm1"\nvm = "xen"', ["vm.toml: vm", "'xen'"]),
         ('name = "vm1"\nruntime-dir = "\\u0000"', ["vm.toml: runtime-dir"]),

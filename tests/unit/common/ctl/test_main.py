@@ -157,7 +157,7 @@ def test_json_is_what_the_daemons_answered(vm: Vm, capsys: pytest.CaptureFixture
 
 def test_what_is_amiss_is_a_failure(remoted: Vm, capsys: pytest.CaptureFixture[str]) -> None:
     remoted.start_proxyd(NOWHERE)
-    line = "the guest has its pin routed nowhere: interrupts don't arrive"
+    line = "the guest has not routed its pin to an IRQ: interrupts don't arrive"
     assert remoted.ctl("status") == 1
     out, err = capsys.readouterr()
     assert out.endswith(f"\n\n05.0 line0: {line}\n06.0 edu0: {line}\n")

@@ -134,7 +134,7 @@ def test_lines(remote: dict[str, object], line: str) -> None:
         ({"counters": {"dropped_output": 9}}, {}, "9 dropped_output"),
         ({}, {"connected": False}, "link down"),
         ({}, {"decoded": False}, "BARs not decoded"),
-        ({}, {"answer_mean_us": 80, "answer_max_us": 12_345}, "answers within 80 us (at most 12.3 ms)"),
+        ({}, {"answer_mean_us": 80, "answer_max_us": 12_345}, "answers in 80 us on average (max 12.3 ms)"),
     ],
 )
 def test_details(remote: dict[str, object], proxy: dict[str, object], detail: str) -> None:
@@ -189,7 +189,7 @@ REMARKS = {
     "no route": (
         remote_function(),
         proxy_function(gsi=None),
-        "the guest has its pin routed nowhere: interrupts don't arrive",
+        "the guest has not routed its pin to an IRQ: interrupts don't arrive",
     ),
     "only remoted": (remote_function(), None, "proxyd has no such function"),
     "only proxyd": (None, proxy_function(), "remoted has no such function"),

@@ -35,6 +35,8 @@ class FdStore:
         self._loop = loop
         self._inherited = inherited
         self._queue: deque[tuple[bytes, list[int]]] = deque()
+        self._is_watched = False
+        """whether the loop tells when the queue has room"""
         self._barriers: dict[int, Callable[[], None]] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._socket.connect("\0" + address[1:] if address.startswith("@") else address)
@@ -73,7 +75,7 @@ class FdStore:
         return dropped
 
     def put(self, name: str, fd: int) -> None:
-        """Stores a file; the caller keeps its own copy."""
+        """Stores a file; the caller keeps its own copy. Raises OSError when no fd is left for it to wait."""
         self._send(f"FDSTORE=1\nFDNAME={name}".encode(), (fd,))
 
     def remove(self, name: str) -> None:
@@ -81,7 +83,10 @@ class FdStore:
         self._send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode(), ())
 
     def barrier(self, done: Callable[[], None]) -> None:
-        """Calls ``done()`` in the loop when the manager has done all that was asked for before (BARRIER=1)."""
+        """Calls ``done()`` in the loop when the manager has done all that was asked for before (BARRIER=1).
+
+        Raises OSError when no fds or epoll watches are left.
+        """
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self._loop.add(read_end, lambda _events: self._passed(read_end), EPOLLHUP)
@@ -92,6 +97,11 @@ class FdStore:
         self._barriers[read_end] = done
         try:
             self._send(b"BARRIER=1", (write_end,))
+        except OSError:
+            del self._barriers[read_end]
+            self._loop.remove(read_end)
+            os.close(read_end)
+            raise
         finally:
             os.close(write_end)
 
@@ -114,9 +124,11 @@ class FdStore:
 
     def _send(self, message: bytes, fds: Sequence[int]) -> None:
         if self._queue or not self._try(message, fds):
-            if not self._queue:
-                self._loop.add(self._socket.fileno(), self._flush, EPOLLOUT)
             self._queue.append((message, [os.dup(fd) for fd in fds]))
+        if self._queue and not self._is_watched:
+            with contextlib.suppress(OSError):  # no epoll watch is left; the next message tries again
+                self._loop.add(self._socket.fileno(), self._flush, EPOLLOUT)
+                self._is_watched = True
 
     def _try(self, message: bytes, fds: Sequence[int]) -> bool:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -137,6 +149,7 @@ class FdStore:
             self._queue.popleft()
             _close(fds)
         self._loop.remove(self._socket.fileno())
+        self._is_watched = False
 
 
 def _close(fds: Sequence[int]) -> None:

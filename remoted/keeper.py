@@ -10,9 +10,10 @@ meanwhile: FdStore.drop_inherited() drops what nobody takes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from common.disposal import Disposal
 from common.errors import IohubError, ProtocolError, ShortageError
@@ -92,7 +93,7 @@ class Keeper:
         """A link over the socket, which it owns: a new one, or with the eventfds and RAM of the one before.
 
         Raises PeerGone and ProtocolError, when a socket from take_socket() has come to its end, and ShortageError.
-        The socket is closed then.
+        The socket is closed then, and forgotten.
         """
         pipe, self._pipe = self._pipe, None
         if pipe is not None:
@@ -110,15 +111,21 @@ class Keeper:
             self._disposal.hang_up(sock)
             raise ShortageError(f"no pipe for replies: {error.strerror}") from error
         self._link = KeptLink(sock, pipe, self._state, self._disposal)
-        for name, fd in zip(_LINK, (sock.fileno(), *pipe), strict=True):
-            self._put(name, fd)
+        try:
+            with _as_shortage("the link can't be kept"):
+                for name, fd in zip(_LINK, (sock.fileno(), *pipe), strict=True):
+                    self._put(name, fd)
+        except ShortageError:
+            self._link.close()
+            self.forget()
+            raise
         return self._link
 
     def keep_irqfds(self, irqfd: EventNotifier, resamplefd: EventNotifier, done: Callable[[], None]) -> None:
         """Stores the pair of a SET_IRQFD; ``done()`` is called once it would survive this process.
 
         Until then the message must stay in its socket: the store has neither the old pair nor the new one for a
-        moment, since it might be the same, which the store doesn't take twice.
+        moment, since it might be the same, which the store doesn't take twice. Raises ShortageError.
         """
         state, serial = self._state, self._state.irqfds % 255 + 1
 
@@ -127,16 +134,19 @@ class Keeper:
             done()
 
         self._remove(_irqfd_names(state.irqfds))
-        for name, notifier in zip(_irqfd_names(serial), (irqfd, resamplefd), strict=True):
-            self._put(name, notifier.fd)
-        self._store.barrier(stored)
+        with _as_shortage("the eventfds can't be kept"):
+            for name, notifier in zip(_irqfd_names(serial), (irqfd, resamplefd), strict=True):
+                self._put(name, notifier.fd)
+            self._store.barrier(stored)
 
     def keep_ram(self, table: memoryview, fds: Sequence[int], done: Callable[[], None]) -> None:
-        """Stores the files of a SYNC_SYSMEM, and its payload; ``done()`` is called once they would survive."""
+        """Stores the files of a SYNC_SYSMEM, and its payload; ``done()`` is called once they would survive.
+
+        Raises ShortageError.
+        """
         state, serial = self._state, self._state.ram % 255 + 1
         old = set(state.ram_table[1])
-        names = [self._ram_files.use(self._prefix, fd) for fd in fds]
-        state.put_ram_table(serial, table, names)
+        names: list[str] = []
 
         def stored() -> None:
             state.ram = serial
@@ -144,7 +154,16 @@ class Keeper:
                 self._ram_files.release(self._prefix, name)
             done()
 
-        self._store.barrier(stored)
+        try:
+            with _as_shortage("the guest's RAM can't be kept"):
+                for fd in fds:
+                    names.append(self._ram_files.use(self._prefix, fd))  # noqa: PERF401  those before an error count
+                state.put_ram_table(serial, table, names)
+                self._store.barrier(stored)
+        except ShortageError:
+            for name in set(names).difference(old):
+                self._ram_files.release(self._prefix, name)
+            raise
 
     def leave(self) -> None:
         """Closes what this process has of the link; the store keeps it for a successor."""
@@ -156,6 +175,9 @@ class Keeper:
         for name in self._state.ram_table[1]:
             self._ram_files.release(self._prefix, name)
         self._state.irqfds = self._state.ram = 0
+        self._state.consumed = self._state.sent = (
+            self._state.serial
+        )  # the next link owes no reply of this one
         self._remove(list(self._names))
 
     def close(self) -> None:
@@ -232,6 +254,14 @@ class Keeper:
         for name in names:
             self._names.discard(name)
             self._store.remove(self._prefix + name)
+
+
+@contextlib.contextmanager
+def _as_shortage(text: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShortageError(f"{text}: {error.strerror}") from error
 
 
 def _irqfd_names(serial: int) -> tuple[str, str]:

@@ -201,7 +201,9 @@ class KeptLink:
         length, self._frame = self._frame, 0
         while length:
             try:
-                count, ancillary, _, _ = self._sock.recvmsg_into([self._view[:length]], ANCILLARY_SIZE, _FLAGS)
+                count, ancillary, _, _ = self._sock.recvmsg_into(
+                    [self._view[:length]], ANCILLARY_SIZE, _FLAGS
+                )
             except OSError as error:
                 raise PeerGone(f"reading the link: {error.strerror}") from error
             if ancillary:

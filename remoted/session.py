@@ -89,6 +89,8 @@ class Session:
             loop.add(self._link.fileno(), self._on_readable, in_turn=True)
         except OSError as error:
             self._link.close()
+            if keeper is not None:
+                keeper.forget()
             raise ShortageError(f"the link can't be watched: {error.strerror}") from error
         self._order_resample()
 

@@ -115,6 +115,8 @@ class VmConfig:
     """for remoted: for how many microseconds the loop polls at most before it sleeps (common.polling); 0: never"""
     verbose: bool = False
     """whether messages for debugging are logged as well"""
+    is_from_file: bool = False
+    """whether there is a file, which may change"""
 
     def socket_path(self, device: DeviceConfig) -> str:
         """Where the device listens: its ``socket=``, or ID.sock in the runtime directory."""
@@ -238,6 +240,7 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
         allow_users=tuple(_user(user) for user in users),
         poll_max_us=_number(top["poll-max-us"], "", _LONGEST_POLL_US) if "poll-max-us" in top else _POLL_MAX_US,
         verbose=options.verbose,
+        is_from_file=options.config is not None,
     )
     _check_sockets(role, config, devices)
     if not role.has_models:

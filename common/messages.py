@@ -54,6 +54,12 @@ class Event(StrEnum):
     # Start and restart of a daemon.
     START_FAILED = "441f208cdd6f4e87af59b25e695b1032"
     """a daemon could not start, or had to end"""
+    RELOADED = "0e5d30199c314880ad0d9219844f41b2"
+    """a daemon has taken over a changed configuration"""
+    NOT_RELOADED = "efa0f39bf4674d199707486a50036d62"
+    """a changed configuration is unfit"""
+    DEVICE_NOT_ADDED = "93ebb34edca94af79ddff65edc8a19c7"
+    """a device of a changed configuration can't be created"""
     MODEL_NOT_LOADED = "709ec362d7764058b2f5355814c6a0b7"
     """a device's model can't be loaded"""
     MODEL_HIDDEN = "ce03da8be4714964a865e7f9ccadd4c8"

@@ -48,6 +48,7 @@ _RESERVED = (
     "drive_intx",
     "full_reset",
     "shut_down",
+    "is_multifunction",
     "set_multifunction",
     "bus_config_read",
     "bus_config_write",

@@ -267,6 +267,11 @@ class PciFunction:
             self.set_intx(level)
         return not run.failed
 
+    @property
+    def is_multifunction(self) -> bool:
+        """Whether it tells guests that the slot has other functions."""
+        return bool(self.__config[pci.PCI_HEADER_TYPE] & pci.PCI_HEADER_TYPE_MULTIFUNCTION)
+
     def set_multifunction(self) -> None:
         """Tells guests that the slot has other functions (PCI Local Bus 3.0, 6.2.1); for each of them."""
         self.__config[pci.PCI_HEADER_TYPE] |= pci.PCI_HEADER_TYPE_MULTIFUNCTION

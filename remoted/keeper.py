@@ -180,6 +180,10 @@ class Keeper:
         )  # the next link owes no reply of this one
         self._remove(list(self._names))
 
+    def discard(self) -> None:
+        """Drops the state, too: the device is removed."""
+        self._store.remove(self._prefix + "state")
+
     def close(self) -> None:
         """Closes the state; the store keeps it."""
         self._function.host.guard.on_done = None

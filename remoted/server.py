@@ -107,11 +107,22 @@ class DeviceServer:
                 self._log.info("goes on with the link of the process before", event=Event.TAKEN_UP, peer=client)
         self._keeper.go_on()
 
-    def hang_up(self) -> None:
-        """Ends the session and unlinks the socket. A link that is kept goes on in the next process."""
+    def stop_listening(self) -> None:
+        """Takes no further client, and unlinks the socket."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def discard(self) -> None:
+        """Closes the device for good, with its line low; nothing of it is kept. It must have no client."""
+        self.function.full_reset()
+        if self._keeper is not None:
+            self._keeper.discard()
+        self.close()
+
+    def hang_up(self) -> None:
+        """Ends the session and unlinks the socket. A link that is kept goes on in the next process."""
+        self.stop_listening()
         if self.session is not None:
             if self._keeper is None:
                 self.session.close()

@@ -370,7 +370,7 @@ def test_who_calls_while_a_devices_code_hangs_is_told_which_and_for_how_long(
     monkeypatch.setattr(IrqLine, "set_intx", lambda _self, level: level and released.wait(20))
     daemon = daemon_of(tmp_path, config_of("line0", "remoted.devices.irq_line:IrqLine", "05.0"))
     with closing(daemon), running(daemon._loop):
-        function = daemon._servers[0].function
+        function = daemon._roster.servers[0].function
 
         def hang() -> None:
             function.drive_intx(True)

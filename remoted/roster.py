@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The devices that the daemon runs: created at its start, added and removed when its configuration changes.
+
+A device that is removed takes no further client, and is closed when the one that it serves has gone: it works as
+long as the guest has it plugged. One whose configuration differs is removed first, and then created anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from common.config import DeviceConfig, VmConfig
+from common.errors import IohubError, ModelError, UsageError
+from common.fdstore import FdStore
+from common.journal import RateLimited, device_log
+from common.loop import Loop
+from common.messages import Event
+from common.pci import format_devfn
+from remoted.function import PciFunction
+from remoted.guard import DEVICE_ERRORS, Guard, describe_error
+from remoted.host import Host
+from remoted.iohub import IoHub
+from remoted.memory import GuestMemory
+from remoted.models import find_model, hidden_models
+from remoted.ramfiles import RamFiles
+from remoted.server import DeviceServer, adopt_connection
+from remoted.watchdog import Watchdog
+
+__all__ = ["Roster"]
+
+
+class Roster:
+    """The devices and their servers; those that are being removed among them."""
+
+    def __init__(self, program: str, loop: Loop, watchdog: Watchdog, on_idle: Callable[[], None]) -> None:
+        """``program`` names the log. ``on_idle()`` is called when a client has gone that could be the last one."""
+        self.devices: list[tuple[DeviceConfig, DeviceServer]] = []
+        """in the order of their creation"""
+        self._program = program
+        self._loop = loop
+        self._hub = IoHub(loop)
+        self._watchdog = watchdog
+        self._store: FdStore | None = None
+        self._ram_files: RamFiles | None = None
+        self._on_idle = on_idle
+        self._config: VmConfig | None = None
+        self._leaving: list[DeviceServer] = []
+
+    @property
+    def servers(self) -> list[DeviceServer]:
+        """The servers of all devices."""
+        return [server for _, server in self.devices]
+
+    def start(self, config: VmConfig, store: FdStore | None) -> None:
+        """Creates every device; those of the process before this one go on, if there is a store.
+
+        Raises UsageError and OSError; close() comes after it in any case.
+        """
+        self._config, self._store = config, store
+        if store is not None:
+            self._ram_files = RamFiles(store)
+        for device in config.devices:
+            self.devices.append((device, self._create(config, device)))
+        if self._store is not None and self._ram_files is not None:
+            self._ram_files.end_of_start()
+            for name in self._store.drop_inherited():
+                logging.getLogger(self._program).info(
+                    "dropped from the fd store, as no device uses it: %s", name
+                )
+
+    def change(self, config: VmConfig) -> None:
+        """Adds and removes devices until they are those of the configuration; all others go on.
+
+        A device that can't be created is left out, with the reason in its log.
+        """
+        self._config = config
+        self._settle()
+
+    def close(self) -> None:
+        """Ends all sessions, and closes devices and eventfds."""
+        for server in self.servers:
+            server.close()
+        self._hub.finalize()
+
+    def _settle(self) -> None:
+        """Does of the last change() what can be done now."""
+        assert self._config is not None
+        config = self._config
+        for device, server in list(self.devices):
+            log = RateLimited(device_log(self._program, device.id, device.devfn))
+            if server not in self._leaving and not _is_wanted(device, server, config):
+                self._leaving.append(server)
+                server.stop_listening()
+                if server.session is not None:
+                    log.info("is removed when its client has gone", peer=server.session.client)
+            if server in self._leaving and server.session is None:
+                self._leaving.remove(server)
+                self.devices.remove((device, server))
+                server.discard()
+                log.info("removed")
+        present = [device for device, _ in self.devices]
+        for device in config.devices:
+            if not any(other.id == device.id or other.devfn == device.devfn for other in present):
+                try:
+                    self.devices.append((device, self._create(config, device)))
+                except (IohubError, OSError) as error:
+                    log = RateLimited(device_log(self._program, device.id, device.devfn))
+                    log.error("not added: %s", error, event=Event.DEVICE_NOT_ADDED)
+
+    def _on_client_gone(self) -> None:
+        if self._leaving:
+            # Its session is still being closed.
+            self._loop.call_later(0, self._settle)
+        else:
+            self._on_idle()
+
+    def _create(self, config: VmConfig, device: DeviceConfig) -> DeviceServer:
+        log = device_log(self._program, device.id, device.devfn)
+        with Guard(log, self._watchdog).watching("loading its class"):
+            try:
+                model = find_model(device.model or "", device.id)
+            except UsageError as error:
+                raise ModelError(str(error)) from error.__cause__
+        for other in hidden_models():
+            if other.name == device.model:
+                RateLimited(log).warning(
+                    "%s is the built-in model, not that of %s: %s",
+                    other.name,
+                    other.origin,
+                    other.target,
+                    event=Event.MODEL_HIDDEN,
+                )
+        pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
+        host = Host(device.id, self._loop, log, GuestMemory(), pirq.set_irq, self._watchdog)
+        function = _power_on(model, host, device)
+        if _has_neighbours(device, config):
+            function.set_multifunction()
+        server = DeviceServer(self._loop, function, pirq, self._on_client_gone)
+        try:
+            if self._store is None or self._ram_files is None:
+                function.full_reset()
+            else:
+                server.keep(self._store, self._ram_files, device.devfn)
+            if device.fd is not None:
+                server.serve(adopt_connection(device.fd, device.id))
+            else:
+                server.listen(config.socket_path(device))
+        except BaseException:
+            server.close()
+            raise
+        log.info("%s at %s", device.model, format_devfn(device.devfn))
+        return server
+
+
+def _has_neighbours(device: DeviceConfig, config: VmConfig) -> bool:
+    """Whether the slot has other functions."""
+    return sum(other.devfn >> 3 == device.devfn >> 3 for other in config.devices) > 1
+
+
+def _is_wanted(device: DeviceConfig, server: DeviceServer, config: VmConfig) -> bool:
+    """Whether a device that runs is in the configuration, just as it runs."""
+    return device in config.devices and server.function.is_multifunction == _has_neighbours(device, config)
+
+
+def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> PciFunction:
+    """Raises UsageError."""
+    try:
+        with host.guard.watching("__init__"):
+            function = model(host, device.properties)
+        if not (isinstance(function, PciFunction) and function.is_initialised):
+            raise UsageError("its __init__() does not call that of PciFunction")
+        for part in function.PARTS:
+            if not hasattr(function, part.partition(".")[0]):
+                raise UsageError(f"PARTS: its __init__() makes no {part}")
+    except UsageError as error:
+        raise UsageError(f"device {device.id}: {error}") from error
+    except DEVICE_ERRORS as error:
+        RateLimited(host.log).exception("the device's code failed: __init__", event=Event.DEVICE_FAILED)
+        reason = "{}: {} ({})".format(*describe_error(error))
+        raise ModelError(f"device {device.id}: model {device.model} can't be created: {reason}") from error
+    return function

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from common import eventsignal
 from common.config import VmConfig, parse_proxyd
@@ -16,6 +17,7 @@ from common.messages import Event
 from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.privilege import renounce
+from common.reload import reload_on_sighup
 from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
 from common.trust import TRUST
 
@@ -35,6 +37,14 @@ class Vm(Protocol):
 
     def close(self) -> None:
         """Releases the VM."""
+
+
+@runtime_checkable
+class ReloadableVm(Vm, Protocol):
+    """A way to a VM whose devices may change while it runs."""
+
+    def reload(self, config: VmConfig) -> None:
+        """Makes the devices those of the configuration. Raises UsageError."""
 
 
 def open_vm(config: VmConfig, loop: Loop) -> Vm:
@@ -74,6 +84,10 @@ def _tell_unseen(config: VmConfig) -> None:
             )
 
 
+def _refuse_change(config: VmConfig) -> None:
+    raise UsageError(f"the devices of --vm {config.vm} can't change while it runs: restart the daemon")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, 1 when the guest died, 2 for bad usage."""
     loop = Loop()
@@ -100,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         loop.close()
         return 2
     try:
+        change = vm.reload if isinstance(vm, ReloadableVm) else _refuse_change
+        log = RateLimited(logging.getLogger(PROGRAM))
+        reload_on_sighup(loop, log, config, lambda: parse_proxyd(argv), change)
         feed_watchdog(loop)
         freeze_heap()
         return vm.run()

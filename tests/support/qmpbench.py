@@ -82,6 +82,10 @@ class QmpBench:
         arguments = [*self._common(), "--vm", f"qmp:{self.monitor_path}", *devices, *options]
         self._proxyd = Child(module, arguments, self.directory, deadline=60.0)
 
+    def start_proxyd_from(self, file: Path) -> None:
+        """The same with the devices of a file."""
+        self._proxyd = Child("proxyd", [*self._common(), f"--config={file}"], self.directory, deadline=60.0)
+
     def start_guest(self) -> MonitorClient:
         """The test's own monitor of it. One that was before is ended."""
         if self._guest is not None:

@@ -36,6 +36,7 @@ class Function:
 
     def __init__(self, config: DeviceConfig, path: str, loop: Loop, log: Log) -> None:
         """``path`` is its device's socket."""
+        self.config = config
         self.name = config.id
         self.devfn = config.devfn
         self.path = path

@@ -14,20 +14,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from typing import Any
 
 from common.backoff import FIRST_SECONDS, Backoff
-from common.config import VmConfig
+from common.config import DeviceConfig, VmConfig
 from common.control import ControlServer
-from common.errors import IohubError, PeerGone, ProtocolError, UsageError
+from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log, printable
 from common.loop import Loop
 from common.messages import Event
 from common.pathwatch import PathWatch
-from common.pci import format_devfn
 from common.peer import PeerCredentials
 from common.service import notify
 from proxyd.control import ProxydService
@@ -36,13 +34,17 @@ from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.health import Health
 from proxyd.vm.qmp.monitor import Monitor, MonitorAbsent
-from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory
+from proxyd.vm.qmp.places import check_place
+from proxyd.vm.qmp.qemu import Inventory
 from proxyd.vm.qmp.servers import find_servers
-from proxyd.vm.qmp.slot import CONSENT_SECONDS, Slot, Turn
+from proxyd.vm.qmp.slot import CONSENT_SECONDS, Turn
+from proxyd.vm.qmp.slots import Slots
+from proxyd.vm.qmp.stepper import Stepper, cancel
 from proxyd.vm.qmp.uevents import KvmEvents
 
 __all__ = ["QemuPlugger"]
 
+_MAX_FUNCTIONS = 256
 _LEAVE_SECONDS = 20.0
 """how long the end of the daemon may wait for QEMU: for a command under way, and for the guest's consent"""
 _RETRY_SECONDS = 1.0
@@ -61,31 +63,30 @@ class QemuPlugger:
         log = logging.getLogger(program)
         self._event_log = RateLimited(log)
         self._loop = loop
-        self._functions = {
-            device.id: Function(
-                device,
-                config.socket_path(device),
-                self._loop,
-                device_log(log.name, device.id, device.devfn),
-            )
-            for device in config.devices
-        }
-        _check_ids(self._functions)
+        self._program = program
+        self._config = config
+        self._slots = Slots(config.devices, self._make_function)
         self._stop = asyncio.Event()
         self._appeared = asyncio.Event()
         self._uevents = KvmEvents()
         self._loop.add(self._uevents.fileno(), self._on_uevent)
         self._watch = PathWatch(loop, lambda _path: self._appeared.set())
-        self._interface = ProxydService(config.name, config.vm, "kvm", None, list(self._functions.values()))
+        self._interface = ProxydService(config.name, config.vm, "kvm", None, self._slots.functions)
         self._interface.reason = "looking for QEMU"
         self._health = Health()
         self._interface.amiss.add(self._health.amiss)
         self._remoted = config.runtime_dir / "remoted.varlink"
         path = str(config.runtime_dir / "proxyd.varlink")
         self._control = ControlServer(self._loop, path, self._interface, log)
-        self._slots: list[Slot] = []
         self._qemu: tuple[int, int] | None = None
         """the process that was attached last"""
+
+    def reload(self, config: VmConfig) -> None:
+        """Plugs and unplugs devices until they are those of the configuration. Raises UsageError."""
+        self._slots.change(config.devices)
+        self._config = config
+        if self._qemu is None:
+            self._slots.settle_detached()
 
     def run(self) -> int:
         """Serves until the loop is stopped. Raises UsageError for a QEMU that can't be served."""
@@ -94,7 +95,7 @@ class QemuPlugger:
 
     def close(self) -> None:
         """Closes everything; what is plugged stays so."""
-        for function in self._functions.values():
+        for function in self._slots.functions:
             function.release()
         self._control.close()
         self._watch.close()
@@ -102,11 +103,9 @@ class QemuPlugger:
         self._uevents.close()
 
     async def _main(self) -> None:
-        functions = sorted(self._functions.values(), key=_slot_number)
-        self._slots = [Slot(list(of_slot)) for _, of_slot in groupby(functions, _slot_number)]
         # asyncio's own has few threads: a device could wait for those that hang. One more is for remoted's socket.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(len(functions) + 1))
-        stepper = _Stepper(self._loop, self._stop)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MAX_FUNCTIONS + 1))
+        stepper = Stepper(self._loop, self._stop)
         serving = asyncio.create_task(self._serve())
         stopped = asyncio.create_task(self._stop.wait())
         ends: set[asyncio.Future[Any]] = {serving, stepper.failed}
@@ -123,7 +122,7 @@ class QemuPlugger:
                 task.result()
         finally:
             stepper.close()
-            await _cancel(serving, stopped)
+            await cancel(serving, stopped)
 
     async def _serve(self) -> None:
         """One QEMU after the other, until told to stop."""
@@ -151,7 +150,7 @@ class QemuPlugger:
             await asyncio.wait({finding, stopped}, return_when=asyncio.FIRST_COMPLETED)
             return finding.result() if finding.done() else None
         finally:
-            await _cancel(finding, stopped)
+            await cancel(finding, stopped)
 
     async def _connect(self) -> Monitor:
         """Connects as soon as that is possible.
@@ -207,7 +206,7 @@ class QemuPlugger:
         self._recognize(monitor)
         servers = await find_servers(
             self._remoted,
-            {name: function.path for name, function in self._functions.items() if name in inventory.drivers},
+            {each.name: each.path for each in self._slots.functions if each.name in inventory.drivers},
         )
         self._interface.attached, self._interface.reason = monitor.name, None
         self._event_log.info(
@@ -219,18 +218,21 @@ class QemuPlugger:
             asyncio.create_task(self._health.watch(monitor)),
         ]
         turn = Turn()
-        slots = [asyncio.create_task(slot.run(monitor, inventory, servers, turn)) for slot in self._slots]
-        announcing = asyncio.create_task(self._announce())
+        serving = asyncio.create_task(self._slots.serve(monitor, inventory, servers, turn))
         try:
-            done, _ = await asyncio.wait({*ends, *slots}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*ends, serving}, return_when=asyncio.FIRST_COMPLETED)
             await turn.end()
             for task in done:
                 task.result()
         finally:
             self._interface.attached = None
-            await _cancel(announcing, *ends, *slots)
+            await cancel(*ends, serving)
         if self._stop.is_set() and self._unplug_on_exit:
             await self._unplug(monitor)
+
+    def _make_function(self, device: DeviceConfig) -> Function:
+        path, log = self._config.socket_path(device), device_log(self._program, device.id, device.devfn)
+        return Function(device, path, self._loop, log)
 
     def _recognize(self, monitor: Monitor) -> None:
         """Lets the slots forget what was, unless this is the QEMU that was attached before."""
@@ -238,26 +240,22 @@ class QemuPlugger:
         if process is None or process != self._qemu:
             for slot in self._slots:
                 slot.forget()
+            self._slots.settle_detached()
         self._qemu = process
 
     async def _check(self, monitor: Monitor) -> Inventory:
         """What is plugged in QEMU. Raises UsageError when QEMU or what it has doesn't suit."""
         try:
             await qemu.check(monitor)
-            for function in self._functions.values():
+            for function in self._slots.functions:
                 function.is_gone = False
             inventory = await qemu.take_inventory(monitor)
-            for function in self._functions.values():
-                _check_place(function, inventory, self._functions.values())
+            for function in self._slots.functions:
+                check_place(function, inventory, self._slots.functions)
         except UsageError as error:
             raise UsageError(printable(f"{monitor.name} at {self._socket}: {error}")) from error
         await self._health.begin(monitor)
         return inventory
-
-    async def _announce(self) -> None:
-        for slot in self._slots:
-            await slot.settled.wait()
-        notify("READY=1\nSTATUS=Attached to QEMU")
 
     async def _unplug(self, monitor: Monitor) -> None:
         """Unplugs everything, as far as the guest consents in time."""
@@ -300,41 +298,6 @@ class QemuPlugger:
             self._appeared.set()
 
 
-class _Stepper:
-    """Steps the daemon's loop whenever asyncio's finds it ready; an exception in there ends up in ``failed``."""
-
-    def __init__(self, loop: Loop, stopped: asyncio.Event) -> None:
-        """Sets ``stopped`` when the loop is."""
-        self._stopped = stopped
-        self._asyncio = asyncio.get_running_loop()
-        self.failed: asyncio.Future[None] = self._asyncio.create_future()
-        self._loop = loop
-        self._timer: asyncio.TimerHandle | None = None
-        self._asyncio.add_reader(loop.fileno(), self._step)
-
-    def close(self) -> None:
-        """Steps it no more."""
-        self._asyncio.remove_reader(self._loop.fileno())
-        if self._timer is not None:
-            self._timer.cancel()
-        self.failed.cancel()
-
-    def _step(self) -> None:
-        try:
-            self._loop.step(0)
-        except BaseException as error:  # noqa: BLE001  asyncio would log it and go on
-            self._asyncio.remove_reader(self._loop.fileno())
-            if not self.failed.done():
-                self.failed.set_exception(error)
-            return
-        if self._loop.is_stopped:
-            self._stopped.set()
-        if self._timer is not None:
-            self._timer.cancel()
-        seconds = self._loop.until_next_timer()
-        self._timer = None if seconds is None else self._asyncio.call_later(seconds, self._step)
-
-
 async def _within(seconds: float, waiting: Awaitable[object]) -> bool:
     """Whether it is over within so many seconds; it is cancelled otherwise."""
     with contextlib.suppress(TimeoutError):
@@ -342,42 +305,3 @@ async def _within(seconds: float, waiting: Awaitable[object]) -> bool:
             await waiting
             return True
     return False
-
-
-def _slot_number(function: Function) -> int:
-    return function.devfn >> 3
-
-
-def _check_ids(names: Iterable[str]) -> None:
-    """Raises UsageError for an id that can't be one in QEMU (id_wellformed() in QEMU's util/id.c)."""
-    for name in names:
-        if not name[0].isalpha():
-            raise UsageError(f"device {name}: an id in QEMU begins with a letter")
-
-
-def _check_place(function: Function, inventory: Inventory, functions: Iterable[Function]) -> None:
-    """Raises UsageError when the function's id or address is another's in QEMU; ``functions`` are all of ours."""
-    name, address = function.name, format_devfn(function.devfn)
-    driver = inventory.drivers.get(name)
-    if driver is None:
-        occupant = inventory.occupants.get(function.devfn)
-        if occupant is not None:
-            taken = {devfn >> 3 for devfn in (*inventory.occupants, *(each.devfn for each in functions))}
-            free = [format_devfn(slot << 3) for slot in range(32) if slot not in taken]
-            hint = f", such as {free[0]}" if free else ""
-            raise UsageError(f"device {name}: {address} is taken by {occupant}: choose another addr={hint}")
-    elif driver != PROXY_DRIVER:
-        raise UsageError(f"device {name}: it has a {driver} of that id: choose another id=")
-    elif inventory.devfns.get(name) != function.devfn:
-        raise UsageError(
-            f"device {name}: it is plugged already, elsewhere than at {address}: device_del it first"
-        )
-
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    """Ends tasks. Raises what one of them has raised that isn't the peers' doing."""
-    for task in tasks:
-        task.cancel()
-    for result in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(result, Exception) and not isinstance(result, IohubError):
-            raise result

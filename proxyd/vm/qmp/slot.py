@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from common.backoff import Backoff
+from common.config import DeviceConfig
 from common.errors import PeerGone, ProtocolError
 from common.messages import Event
 from common.pci import format_devfn
@@ -76,6 +77,11 @@ class Slot:
             function.on_change = self._changed.set
 
     @property
+    def devices(self) -> list[DeviceConfig]:
+        """What its functions are configured as, by address."""
+        return [function.config for function in reversed(self.functions)]
+
+    @property
     def plugged(self) -> list[Function]:
         """Those that QEMU has a proxy of."""
         return [function for function in self.functions if function.is_plugged]
@@ -115,6 +121,16 @@ class Slot:
             await self._until(lambda: not all(function.is_sound for function in self.functions))
         self.settled.set()
         await asyncio.Event().wait()
+
+    async def leave(self, monitor: Monitor) -> None:
+        """Unplugs the slot for good, however long the guest takes. Raises PeerGone and ProtocolError."""
+        seconds = CONSENT_SECONDS
+        while waiting := await self.unplug(monitor, seconds):
+            if seconds == CONSENT_SECONDS:
+                for function in waiting:
+                    line = f"the guest hasn't ejected it in {seconds:g} s: it stays until the guest does"
+                    function.warn(line, Event.NOT_EJECTED)
+            seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
 
     async def unplug(self, monitor: Monitor, seconds: float) -> list[Function]:
         """Asks the guest to eject the slot. Returns the functions that it still has after so many seconds."""

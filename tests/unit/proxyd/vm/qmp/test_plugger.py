@@ -170,7 +170,7 @@ def test_its_end_lets_no_other_slot_begin(
     peer = SlowQemu(loop, path)
     devices = tuple(DeviceConfig(name, None, devfn, None, None, None, {}) for name, devfn in devfns.items())
     plugger = QemuPlugger("iohub-proxyd", VmConfig("test", tmp_path, f"qmp:{path}", devices), loop)
-    functions = plugger._functions.values()
+    functions = plugger._slots.functions
     peer.is_full = lambda: all(function.handover is not None for function in functions)
     try:
         with caplog.at_level(logging.WARNING):

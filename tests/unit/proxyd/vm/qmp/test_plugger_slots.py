@@ -46,7 +46,7 @@ class Bench:
 
     @property
     def function(self) -> Function:
-        return self.plugger._functions["dev0"]
+        return next(each for each in self.plugger._slots.functions if each.name == "dev0")
 
     def run(self, talk: Talk) -> None:
         """Runs a proxyd until ``talk`` is over; it must end by itself then."""
@@ -69,7 +69,7 @@ class Bench:
 
     async def until_sound(self) -> None:
         """Waits until all functions are plugged and linked."""
-        functions = self.plugger._functions.values()
+        functions = self.plugger._slots.functions
         await self.until(lambda: all(function.is_sound for function in functions), "all is plugged and linked")
 
     async def lose_link(self) -> None:

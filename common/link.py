@@ -19,7 +19,7 @@ import select
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from common import mpqemu
@@ -33,9 +33,15 @@ __all__ = ["Client", "Link"]
 
 _Ancillary = list[tuple[int, int, bytes]]
 
-_FLAGS = socket.MSG_CMSG_CLOEXEC
+# As ints: an operator of IntFlag is a function in Python.
+_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 _HEADER_SIZE = HEADER.size
 _READ_AHEAD = HEADER.size + mpqemu.BAR.size
+_LENGTHS = {command: HEADER.size + rule.size for command, rule in mpqemu.RULES.items()}
+"""of whole requests"""
+_unpack_header: Callable[[bytearray], tuple[int, int]] = HEADER.unpack_from
+_pack_value = mpqemu.RET.pack_into
 _RET_SIZE = HEADER.size + mpqemu.RET.size
 
 
@@ -98,9 +104,15 @@ class Link:
             return -1
         except OSError as error:
             raise PeerGone(f"reading the link: {error.strerror}") from error
+        if not (ancillary or flags & _TRUNCATED or self._have) and count >= _HEADER_SIZE:
+            # Nearly always: the bytes are one whole request.
+            command, size = _unpack_header(self._buffer)
+            if count == _HEADER_SIZE + size == _LENGTHS.get(command):
+                self._have = self._frame = count
+                return command
         if ancillary:
             self._take_ancillary(ancillary, wanted=self._have < _HEADER_SIZE)
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             # The control buffer takes all that fit into a message, so there was no fd left for the rest.
             raise ShortageError("a message's file descriptors are lost: too many files are open here")
         if not count:
@@ -114,7 +126,7 @@ class Link:
 
         Raises PeerGone; ProtocolError when the peer floods without reading its replies.
         """
-        mpqemu.RET.pack_into(self._reply, _HEADER_SIZE, value)
+        _pack_value(self._reply, _HEADER_SIZE, value)
         try:
             self._send(self._reply)
         except BlockingIOError:
@@ -312,7 +324,7 @@ class Client:
             return -1
         except OSError as error:
             raise self._gone(f"reading the link: {error.strerror}") from error
-        if ancillary or flags & socket.MSG_CTRUNC:
+        if ancillary or flags & _TRUNCATED:
             self._disposal.close_fds(received_fds(ancillary))
             raise ProtocolError("the peer sent file descriptors with a reply")
         return count

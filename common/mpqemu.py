@@ -27,6 +27,7 @@ __all__ = [
     "MAX_FDS",
     "MAX_PAYLOAD",
     "RET",
+    "RULES",
     "SYSMEM",
     "Command",
     "Rule",
@@ -77,7 +78,7 @@ class Rule(NamedTuple):
     max_fds: int
 
 
-_RULES: dict[int, Rule] = {
+RULES: dict[int, Rule] = {
     Command.SYNC_SYSMEM: Rule(SYSMEM.size, MAX_FDS),
     Command.PCI_CFGWRITE: Rule(CONFIG.size, 0),
     Command.PCI_CFGREAD: Rule(CONFIG.size, 0),
@@ -113,7 +114,7 @@ def check_request(command: int, size: int) -> Rule:
     Raises ProtocolError for a command that is no request and for a size that is not exactly the command's:
     after either the stream can't be trusted to be in step.
     """
-    rule = _RULES.get(command)
+    rule = RULES.get(command)
     if rule is None:
         raise ProtocolError(f"{command_name(command)} is no request")
     if size != rule.size:

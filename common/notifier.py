@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 from collections.abc import Callable
 from typing import Self
 
@@ -25,7 +26,7 @@ _EVENTFD = "anon_inode:[eventfd]"
 class EventNotifier:
     """Owner of an eventfd; ``fd`` is -1 once closed."""
 
-    __slots__ = ("_buffers", "_fd", "_send", "_signal", "identity")
+    __slots__ = ("_buffers", "_fd", "_look", "_send", "_signal", "identity")
 
     def __init__(self, fd: int, identity: str | None = None) -> None:
         """Takes ownership of an eventfd. Raises OSError, upon which it stays the caller's; see EventSignal."""
@@ -35,6 +36,9 @@ class EventNotifier:
         self._fd = fd
         self._buffers = [bytearray(8)]
         self._send = self._signal.send
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        self._look = poll.poll
 
     @classmethod
     def create(cls) -> Self:
@@ -53,6 +57,10 @@ class EventNotifier:
     def set(self) -> None:
         """Adds one event; a full counter stays at its maximum. Raises OSError after close()."""
         self._send()
+
+    def is_set(self) -> bool:
+        """Whether events are pending; cheaper than a test_and_clear() that finds none."""
+        return bool(self._look(0))
 
     def test_and_clear(self) -> bool:
         """Whether events were pending, any number of them; none is afterwards."""

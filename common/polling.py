@@ -71,7 +71,8 @@ class Polling:
                 window = timeout
             # A peer that shares the CPU answers now, not at the end of the window.
             os.sched_yield()
-            looked, end = begin, begin + window
+            now = looked = begin
+            end = begin + window
             while not events and looked < end:
                 events = poll(0)
                 now = clock()
@@ -79,7 +80,7 @@ class Polling:
                     self._close(now)
                     break
                 looked = now
-            self.seconds += clock() - begin
+            self.seconds += now - begin
             if events:
                 self.found += 1
                 if self.window:
@@ -88,7 +89,7 @@ class Polling:
                 return events
             self.missed += 1
             if timeout is not None:
-                timeout = max(0.0, timeout - (clock() - begin))
+                timeout = max(0.0, timeout - (now - begin))
         events = poll(timeout)
         self._slept(begin, bool(events), window)
         return events

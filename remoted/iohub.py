@@ -79,7 +79,8 @@ class Pirq:
                 if self._irqfd is not None and self._resamplefd is not None:
                     # An EOI from before the rise is consumed here. Otherwise it would assert the line a second
                     # time, perhaps after the guest has served the first assertion.
-                    self.resamples += self._resamplefd.test_and_clear()
+                    if self._resamplefd.is_set():
+                        self.resamples += self._resamplefd.test_and_clear()
                     self._irqfd.set()
         elif self.level:
             self.level -= 1

@@ -31,6 +31,8 @@ from remoted.keptlink import KeptLink
 
 __all__ = ["Session"]
 
+_unpack_config = CONFIG.unpack_from
+_unpack_bar = BAR.unpack_from
 _HALF_FRAME_SECONDS = 5.0
 """how long the rest of a frame may take"""
 
@@ -73,6 +75,8 @@ class Session:
         self._keeper = keeper
         self._link: Link | KeptLink = Link(sock, disposal) if keeper is None else keeper.link(sock)
         self._receive = self._link.receive
+        self._reply = self._link.reply
+        self._payload = self._link.payload
         self._partial: Timer | None = None
         self._handlers: dict[int, Callable[[], None]] = {
             Command.SYNC_SYSMEM: self._sync_sysmem,
@@ -189,23 +193,23 @@ class Session:
         self._log.warning("%s", error, event=event, peer=self.client)
 
     def _config_read(self) -> None:
-        addr, _, length = CONFIG.unpack_from(self._link.payload)
-        self._link.reply(self._function.bus_config_read(addr, length))
+        addr, _, length = _unpack_config(self._payload)
+        self._reply(self._function.bus_config_read(addr, length))
 
     def _config_write(self) -> None:
-        addr, value, length = CONFIG.unpack_from(self._link.payload)
-        self._link.reply(0 if self._function.bus_config_write(addr, length, value) else ERROR)
+        addr, value, length = _unpack_config(self._payload)
+        self._reply(0 if self._function.bus_config_write(addr, length, value) else ERROR)
 
     def _bar_read(self) -> None:
-        addr, _, size, memory = BAR.unpack_from(self._link.payload)
-        self._link.reply(self._function.bus_read(memory, addr, size))
+        addr, _, size, memory = _unpack_bar(self._payload)
+        self._reply(self._function.bus_read(memory, addr, size))
 
     def _bar_write(self) -> None:
-        addr, value, size, memory = BAR.unpack_from(self._link.payload)
-        self._link.reply(0 if self._function.bus_write(memory, addr, size, value) else ERROR)
+        addr, value, size, memory = _unpack_bar(self._payload)
+        self._reply(0 if self._function.bus_write(memory, addr, size, value) else ERROR)
 
     def _device_reset(self) -> None:
-        self._link.reply(0 if self._function.full_reset() else ERROR)
+        self._reply(0 if self._function.full_reset() else ERROR)
         self._log.info("reset by its client", event=Event.DEVICE_RESET, peer=self.client)
 
     def _set_irqfd(self) -> None:
@@ -233,11 +237,11 @@ class Session:
     def _sync_sysmem(self) -> None:
         fds = sent = self._link.take_fds()
         try:
-            fds = self._function.host.memory.sync(self._link.payload, sent)
+            fds = self._function.host.memory.sync(self._payload, sent)
             self.ram_refusal = ""
             if self._keeper is not None:
                 self._hold()
-                self._keeper.keep_ram(self._link.payload, sent, self._stored)
+                self._keeper.keep_ram(self._payload, sent, self._stored)
         except ProtocolError as error:
             self.ram_refusal = str(error)
             self._reject(ProtocolError(f"SYNC_SYSMEM: {error}"), Event.RAM_REFUSED)

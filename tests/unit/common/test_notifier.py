@@ -42,6 +42,17 @@ def test_set_test_and_clear() -> None:
     notifier.close()
 
 
+def test_is_set_tells_of_events_and_leaves_them() -> None:
+    notifier = EventNotifier.create()
+    assert not notifier.is_set()
+    notifier.set()
+    assert notifier.is_set()
+    assert notifier.is_set()
+    assert notifier.test_and_clear()
+    assert not notifier.is_set()
+    notifier.close()
+
+
 def test_any_number_of_events_is_one() -> None:
     notifier = EventNotifier.create()
     for _ in range(4):

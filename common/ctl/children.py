@@ -34,8 +34,8 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _launcher() -> str:
-    """With this process's sys.path: an installed program puts iohub's folder there by itself."""
-    return f"import sys\nsys.path[:] = {sys.path!r}\n{_LAUNCHER}"
+    """With what only this process has in sys.path, where an installed program has put iohub's folder."""
+    return f"import sys\nsys.path[:0] = [each for each in {sys.path!r} if each not in sys.path]\n{_LAUNCHER}"
 
 
 def _starting(module: str) -> list[str]:

@@ -134,7 +134,7 @@ class VmConfig:
                     directory.mkdir(0o755, exist_ok=True)  # the process's umask may be 0
             TRUST.check_directory(self.runtime_dir)
         except FileExistsError as error:
-            raise UsageError(f"{where}: {printable(error.filename)} exists and is no directory") from error
+            raise UsageError(f"{where}: {printable(error.filename)} exists and is not a directory") from error
         except OSError as error:
             raise UsageError(f"{where}: {error.strerror}") from error
         except UntrustedError as error:
@@ -207,7 +207,7 @@ def check_name(name: str) -> str:
     """The VM's name, which becomes a directory and a log field. Raises UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} is no VM name: 1 to 64 letters, digits, '-', '_' and '.', the first not '-' or '.'"
+            f"{name!r} is not a VM name: 1 to 64 letters, digits, '-', '_' and '.', the first not '-' or '.'"
         )
     return name
 
@@ -372,7 +372,7 @@ def _number(value: Value, key: str, maximum: int) -> int:
 
 def _path(value: Value, key: str = "") -> str:
     if not value.text:
-        raise UsageError(f"{value.where}: {key}{value.text!r} is no path")
+        raise UsageError(f"{value.where}: {key}{value.text!r} is not a path")
     return value.text
 
 

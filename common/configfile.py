@@ -42,7 +42,7 @@ def read_file(name: str) -> ConfigFile:
         tables = tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{where}: no UTF-8 text: byte {data[error.start]:#04x} in line {line}") from error
+        raise UsageError(f"{where}: not UTF-8: byte {data[error.start]:#04x} in line {line}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}") from error
     for key in tables:
@@ -50,7 +50,7 @@ def read_file(name: str) -> ConfigFile:
             raise UsageError(f"{where}: unknown key {key!r}: the file has {', '.join(sorted(_TOP_KEYS))}")
     entries = tables.pop("device", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError(f"{where}: device: is written as [[device]] tables")
+        raise UsageError(f"{where}: device: must be [[device]] tables")
     users = tables.pop("allow-users", [])
     if not isinstance(users, list):
         raise UsageError(f"{where}: allow-users: must be a list of strings")

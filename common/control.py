@@ -248,17 +248,17 @@ class _Client:
 def _parse(message: bytes) -> VarlinkMethodCall:
     """Raises ProtocolError for what is no call."""
     if not message.lstrip().startswith(b"{"):  # told without parsing what may be a flood of something else
-        raise ProtocolError(f"a message that is no object ({len(message)} bytes)")
+        raise ProtocolError(f"a message that is not an object ({len(message)} bytes)")
     try:
         call = json.loads(message.decode())
     except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"a message that is no JSON ({len(message)} bytes)") from error
+        raise ProtocolError(f"a message that is not JSON ({len(message)} bytes)") from error
     if call.get("parameters", {}) is None:
         del call["parameters"]  # as absent, which asyncvarlink takes for an error
     try:
         return VarlinkMethodCall.fromjson(call)
     except (TypeError, ValueError) as error:
-        raise ProtocolError("a message that is no call") from error
+        raise ProtocolError("a message that is not a call") from error
 
 
 def call(
@@ -293,7 +293,7 @@ def call(
     try:
         reply = VarlinkMethodReply.fromjson(json.loads(message.decode()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ProtocolError(f"{path}: the answer is no reply to {method}") from error
+        raise ProtocolError(f"{path}: the answer is not a reply to {method}") from error
     if reply.error is not None:
         raise GenericVarlinkErrorReply(reply.error, reply.parameters)
     return dict(reply.parameters)
@@ -314,7 +314,7 @@ def _receive_reply(sock: socket.socket, expires: float) -> bytes:
         sock.settimeout(remaining)
         data = disposal.receive(sock, 1 << 16)
         if not data:
-            raise ConnectionResetError(errno.ECONNRESET, "it hung up instead of answering")
+            raise ConnectionResetError(errno.ECONNRESET, "it closed the connection without an answer")
         end = data.find(0)
         received += data if end < 0 else data[:end]
         if len(received) > MAX_REPLY:

@@ -303,13 +303,13 @@ class Client:
     def check_quiet(self) -> None:
         """Checks that nothing is unread: without message ids it would be taken for the next answer.
 
-        Raises PeerGone when the link has ended, and ProtocolError when the peer sent what nobody asked for.
+        Raises PeerGone when the link has ended, and ProtocolError when the peer sent an unexpected message.
         """
         count = self._read(self._view)
         if count == 0:
             raise self._gone("the peer closed the link")
         if count > 0:
-            raise ProtocolError("the peer sent a message that nobody asked for")
+            raise ProtocolError("the peer sent an unexpected message")
 
     def _gone(self, text: str) -> PeerGone:
         if self._path:

@@ -67,7 +67,7 @@ class Event(StrEnum):
     FUNCTION_UNSEEN = "d7c3796bee9f462586a28e6e684ff5cb"
     """a function has no function 0 in its slot"""
     TAKEN_UP = "e7e1b56ea19a499ba7c882228246f771"
-    """a new process goes on with the link of the one before"""
+    """a new process continues with the link of the previous one"""
     RESUME_FAILED = "04d7d1f4bad94cb5aaee3740ef580f4c"
     """something of the process before can't be used again"""
     STATE_REFUSED = "80f0c01f0bb94691bdcba6b8296fdf27"

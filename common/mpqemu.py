@@ -111,12 +111,12 @@ def describe_request(command: Command, payload: bytes) -> str:
 def check_request(command: int, size: int) -> Rule:
     """The rule of a request's header, before anything of its payload is read.
 
-    Raises ProtocolError for a command that is no request and for a size that is not exactly the command's:
+    Raises ProtocolError for a command that is not a request and for a size that is not exactly the command's:
     after either the stream can't be trusted to be in step.
     """
     rule = RULES.get(command)
     if rule is None:
-        raise ProtocolError(f"{command_name(command)} is no request")
+        raise ProtocolError(f"{command_name(command)} is not a request")
     if size != rule.size:
         raise ProtocolError(f"{command_name(command)} with {size} bytes of payload instead of {rule.size}")
     return rule

@@ -120,7 +120,7 @@ def _locked(path: str, trust: Trust) -> Iterator[None]:
             status = os.fstat(fd)
             trust.check_owner(lock, status)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                raise UsageError(f"{lock} exists and is no lock file")
+                raise UsageError(f"{lock} exists and is not a lock file")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -196,7 +196,7 @@ def _admit(path: str, uids: Iterable[int]) -> None:
 def _remove_stale(path: str) -> None:
     """Unlinks a socket that nobody listens on. Raises SocketInUse for a live one, UsageError for other files."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise UsageError(f"{path} exists and is no socket")
+        raise UsageError(f"{path} exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         result = probe.connect_ex(path)
         if result == 0:

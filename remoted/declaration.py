@@ -75,7 +75,7 @@ def check_declaration(function: object, base: type) -> None:
     for name in _METHODS:
         method = getattr(function, name)
         if not callable(method):
-            raise UsageError(f"{name} is {_shown(method)} and no method")
+            raise UsageError(f"{name} is {_shown(method)}, not a method")
         if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
             raise UsageError(f"{name}() is a coroutine or generator, which the daemon would not run")
     for name, bits in _NUMBERS:
@@ -83,7 +83,7 @@ def check_declaration(function: object, base: type) -> None:
         if value is None:
             raise UsageError(f"its class has no {name}")
         if not _is_int(value) or value >> bits:
-            raise UsageError(f"{name} {_shown(value)} is no number of {bits} bits")
+            raise UsageError(f"{name} {_shown(value)} is not a number of {bits} bits")
     pin = getattr(function, "INTERRUPT_PIN", None)
     if not _is_int(pin) or pin not in range(5):
         raise UsageError(f"INTERRUPT_PIN {_shown(pin)} is not 0 to 4")
@@ -91,7 +91,7 @@ def check_declaration(function: object, base: type) -> None:
         raise UsageError(f"IS_DRIVABLE {_shown(is_drivable)} is neither True nor False")
     parts: Any = getattr(function, "PARTS", None)
     if not isinstance(parts, tuple) or not all(isinstance(part, str) for part in parts):
-        raise UsageError(f"PARTS {_shown(parts)} is no tuple of names of attributes")
+        raise UsageError(f"PARTS {_shown(parts)} is not a tuple of attribute names")
     bars: Any = getattr(function, "BARS", None)
     _check_bars(bars)
     _check_registers(getattr(function, "REGISTERS", None), bars)
@@ -100,19 +100,19 @@ def check_declaration(function: object, base: type) -> None:
 
 def _check_bars(bars: Any) -> None:
     if not isinstance(bars, Mapping):
-        raise UsageError(f"BARS {_shown(bars)} is no dict of Bars by their numbers")
+        raise UsageError(f"BARS {_shown(bars)} is not a dict of BAR number to Bar")
     taken: set[int] = set()
     for number, bar in bars.items():
         if not _is_int(number):
-            raise UsageError(f"BARS: {_shown(number)} is no number of a BAR")
+            raise UsageError(f"BARS: {_shown(number)} is not a BAR number")
         if not isinstance(bar, Bar):
-            raise UsageError(f"BAR {number}: {_shown(bar)} is no Bar(KIND, SIZE)")
+            raise UsageError(f"BAR {number}: {_shown(bar)} is not a Bar(KIND, SIZE)")
         if not isinstance(bar.kind, BarKind):
-            raise UsageError(f"BAR {number}: the kind {_shown(bar.kind)} is no BarKind")
+            raise UsageError(f"BAR {number}: the kind {_shown(bar.kind)} is not a BarKind")
         smallest, largest = _BAR_SIZES[bar.kind]
         if not _is_int(bar.size) or not smallest <= bar.size <= largest or bar.size & bar.size - 1:
             raise UsageError(
-                f"BAR {number}: a size of {_shown(bar.size)} is no power of two from {smallest} to {largest:#x}"
+                f"BAR {number}: a size of {_shown(bar.size)} is not a power of two from {smallest} to {largest:#x}"
             )
         if type(bar.prefetchable) is not bool:
             raise UsageError(f"BAR {number}: prefetchable {_shown(bar.prefetchable)} is neither True nor False")
@@ -124,29 +124,29 @@ def _check_bars(bars: Any) -> None:
 
 def _check_registers(registers: Any, bars: Mapping[int, Bar]) -> None:
     if not isinstance(registers, Mapping):
-        raise UsageError(f"REGISTERS {_shown(registers)} is no dict of names by BAR and offset")
+        raise UsageError(f"REGISTERS {_shown(registers)} is not a dict of BAR number to names")
     for number, names in registers.items():
         if not _is_int(number) or number not in bars:
             raise UsageError(f"REGISTERS: there is no BAR {_shown(number)}")
         if not isinstance(names, Mapping):
-            raise UsageError(f"REGISTERS of BAR {number}: {_shown(names)} is no dict of names by offset")
+            raise UsageError(f"REGISTERS of BAR {number}: {_shown(names)} is not a dict of offset to name")
         for offset, name in names.items():
             if not _is_int(offset) or not 0 <= offset < bars[number].size:
-                raise UsageError(f"REGISTERS: {_shown(offset)} is no offset in BAR {number}")
+                raise UsageError(f"REGISTERS: {_shown(offset)} is not an offset in BAR {number}")
             if not isinstance(name, str):
-                raise UsageError(f"REGISTERS of BAR {number} at {offset:#x}: {_shown(name)} is no text")
+                raise UsageError(f"REGISTERS of BAR {number} at {offset:#x}: {_shown(name)} is not a str")
 
 
 def check_options(options: Any) -> None:
     """Raises UsageError unless it is a sequence of Options that can be given."""
     if not isinstance(options, Sequence) or isinstance(options, str | bytes):
-        raise UsageError(f"OPTIONS {_shown(options)} is no tuple of Options: OPTIONS = (Option(NAME, ...),)")
+        raise UsageError(f"OPTIONS {_shown(options)} is not a tuple of Options: OPTIONS = (Option(NAME, ...),)")
     names: set[str] = set()
     for option in options:
         if not isinstance(option, Option):
-            raise UsageError(f"OPTIONS: {_shown(option)} is no Option(NAME, ...)")
+            raise UsageError(f"OPTIONS: {_shown(option)} is not an Option(NAME, ...)")
         if not isinstance(option.name, str) or not re.fullmatch(KEY, option.name):
-            raise UsageError(f"OPTIONS: {_shown(option.name)} is no name: letters, digits, '-' and '_'")
+            raise UsageError(f"OPTIONS: {_shown(option.name)} is not a name: letters, digits, '-' and '_'")
         where = f"option {option.name}"
         if option.name in COMMON_KEYS:
             raise UsageError(f"{where}: every device has one of this name")
@@ -156,24 +156,24 @@ def check_options(options: Any) -> None:
         if option.type not in (str, int, float, bool):
             raise UsageError(f"{where}: the type {_shown(option.type)} is not str, int, float or bool")
         if not isinstance(option.help, str):
-            raise UsageError(f"{where}: the help {_shown(option.help)} is no text")
+            raise UsageError(f"{where}: the help {_shown(option.help)} is not a str")
         _check_values(option, where)
 
 
 def _check_values(option: Option, where: str) -> None:
     wanted = option.type.__name__
     if option.default is not None and type(option.default) is not option.type:
-        raise UsageError(f"{where}: the default {_shown(option.default)} is no {wanted}")
+        raise UsageError(f"{where}: the default {_shown(option.default)} is not of type {wanted}")
     if not isinstance(option.choices, Sequence) or isinstance(option.choices, str | bytes):
-        raise UsageError(f"{where}: choices {_shown(option.choices)} is no tuple")
+        raise UsageError(f"{where}: choices {_shown(option.choices)} is not a tuple")
     for choice in option.choices:
         if type(choice) is not option.type:
-            raise UsageError(f"{where}: the choice {_shown(choice)} is no {wanted}")
+            raise UsageError(f"{where}: the choice {_shown(choice)} is not of type {wanted}")
     for bound in (option.minimum, option.maximum):
         if bound is None:
             continue
         if option.type not in (int, float) or type(bound) not in (int, float):
-            raise UsageError(f"{where}: a bound of {_shown(bound)} for a {wanted}")
+            raise UsageError(f"{where}: the bound {_shown(bound)} does not fit the type {wanted}")
 
 
 def _is_int(value: object) -> bool:

@@ -151,7 +151,7 @@ class GuardedAmiss(Amiss):
         super().add(guard.amiss)
 
     def add(self, source: Callable[[], Iterable[str]]) -> None:
-        """As Amiss.add(); a source that fails, or gives what is no text, tells nothing more."""
+        """As Amiss.add(); the texts of one call end where the source fails, or gives anything but a str."""
 
         def guarded() -> list[str]:
             texts: list[str] = []
@@ -194,7 +194,7 @@ class _Running:
 
 
 def as_int(value: Any) -> int:
-    """What a device returned as an int. Raises TypeError for what is no integer."""
+    """What a device returned as an int. Raises TypeError for anything else."""
     return operator.index(value)
 
 

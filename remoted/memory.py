@@ -223,7 +223,7 @@ def _check_region(start: int, size: int, offset: int, fd: int) -> _Region:
     if (start | size | offset) % mmap.PAGESIZE:
         raise ProtocolError(f"{where}: not page-aligned")
     if not is_memory(fd):  # any other filesystem might never answer fstat() or a fault
-        raise ProtocolError(f"{where}: the fd is no memfd, and no file on tmpfs or hugetlbfs")
+        raise ProtocolError(f"{where}: the fd is neither a memfd nor a file on tmpfs or hugetlbfs")
     file_size = os.fstat(fd).st_size
     if offset + size > file_size:
         raise ProtocolError(f"{where}: the file has only {file_size:#x} bytes")

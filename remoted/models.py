@@ -80,12 +80,14 @@ def load_class(target: str, where: str) -> type[PciFunction]:
     except DEVICE_ERRORS as error:
         raise UsageError(f"{where} can't be loaded: {_reason(error)}{_hidden(module) or _place(error)}") from error
     if not (isinstance(found, type) and issubclass(found, PciFunction)):
-        raise UsageError(f"{where} is no subclass of remoted.device.PciFunction")
+        raise UsageError(f"{where} is not a subclass of remoted.device.PciFunction")
     return found
 
 
 def _target(name: str, where: str) -> str:
     """Where the class of a model with a name is. Raises UsageError."""
+    if name.endswith(".py"):
+        raise UsageError(f"{where} names a file without its class: {name}:CLASS is needed")
     models = known_models()
     targets = [model for model in models if model.name == name]
     if not targets:
@@ -129,7 +131,7 @@ def _load_file(path: str) -> ModuleType:
         name = f"{name} in {folder}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{printable(path)} is no Python file")
+        raise ImportError(f"{printable(path)} is not a Python file")
     if folder not in sys.path:
         sys.path.append(folder)
     module = importlib.util.module_from_spec(spec)

@@ -172,7 +172,7 @@ def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> Pci
             raise UsageError("its __init__() does not call that of PciFunction")
         for part in function.PARTS:
             if not hasattr(function, part.partition(".")[0]):
-                raise UsageError(f"PARTS: its __init__() makes no {part}")
+                raise UsageError(f"PARTS: its __init__() sets no attribute {part}")
     except UsageError as error:
         raise UsageError(f"device {device.id}: {error}") from error
     except DEVICE_ERRORS as error:

@@ -104,7 +104,7 @@ class DeviceServer:
                     peer=client,
                 )
             else:
-                self._log.info("goes on with the link of the process before", event=Event.TAKEN_UP, peer=client)
+                self._log.info("continues the link of the previous process", event=Event.TAKEN_UP, peer=client)
         self._keeper.go_on()
 
     def stop_listening(self) -> None:
@@ -145,7 +145,7 @@ class DeviceServer:
         if self.session is not None and self.session.ram_refusal:
             yield f"DMA is impossible, the guest's RAM was refused: {self.session.ram_refusal}"
         if self.pirq.level and not self.function.is_decoded:
-            yield "its line is high, but the guest doesn't let it decode its BARs: no driver can acknowledge it"
+            yield "its line is high, but the guest has its BARs disabled: no driver can acknowledge it"
 
     def _on_client(self, sock: socket.socket) -> None:
         if self.session is None:
@@ -181,7 +181,7 @@ def adopt_connection(fd: int, device: str) -> socket.socket:
         raise UsageError(f"{where}: {error.strerror}") from error
     try:
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-            raise UsageError(f"{where} is no UNIX stream socket")
+            raise UsageError(f"{where} is not a UNIX stream socket")
         sock.getpeername()
     except OSError as error:
         sock.close()

@@ -41,7 +41,7 @@ def ask(directory: Path, daemon: str, trust: Trust, method: str, **parameters: o
     except UntrustedError as error:
         raise UntrustedError(f"{daemon} is not asked: {error}") from error
     except ProtocolError as error:
-        raise ProtocolError(f"{daemon} gives no proper answer: {error}") from error
+        raise ProtocolError(f"{daemon} gives an invalid answer: {error}") from error
     except VarlinkErrorReply as error:
         if error.name == Stalled.name:
             stall = error.paramstojson()

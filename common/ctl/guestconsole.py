@@ -55,7 +55,7 @@ class Record:
         try:
             return int(word, base)
         except ValueError as error:
-            raise ProtocolError(f"guest: {key}={word[:40]} is no number") from error
+            raise ProtocolError(f"guest: {key}={word[:40]} is not a number") from error
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class GuestConsole:
             elif match := _ERR.fullmatch(answer):
                 return Reply(False, match[1], Record("err", {}), tuple(records))
             else:
-                raise ProtocolError(f"guest: {answer[:80]!r} is no answer to {line!r}")
+                raise ProtocolError(f"guest: {answer[:80]!r} is not an answer to {line!r}")
 
     def _send(self, line: str, timeout: float) -> None:
         self._socket.settimeout(timeout)
@@ -158,7 +158,7 @@ class GuestConsole:
         try:
             return line.decode("ascii")
         except UnicodeDecodeError as error:
-            raise ProtocolError(f"guest: a line with bytes that are no text: {line[:40]!r}") from error
+            raise ProtocolError(f"guest: a line with bytes that are not text: {line[:40]!r}") from error
 
     def _receive(self, deadline: float, timeout: float) -> None:
         left = deadline - time.monotonic()

@@ -136,7 +136,7 @@ def _details(views: _Views) -> Iterator[str]:
         if remote["link"] != "connected":
             yield f"client {remote['link']}"
         elif remote["client_gone"]:
-            yield f"client pid {remote['client_pid']} (gone, its link lives on)"
+            yield f"client pid {remote['client_pid']} (has ended, its link is still open)"
         else:
             yield f"client {_process(remote['client_name'], remote['client_pid'])}"
     if proxy := views.get("proxyd"):

@@ -166,7 +166,7 @@ class PciProxy:
             client.send(Command.SYNC_SYSMEM, self._ram.sysmem, (self._ram.fd,))
         identity = identify(request)
         if self.identity not in (None, identity):
-            raise ProtocolError("another function than before the connection was lost")
+            raise ProtocolError("the device is not the same function as before the link was lost")
         if reset_due:
             request(Command.DEVICE_RESET, b"")
         if reset_due or self.identity is None:

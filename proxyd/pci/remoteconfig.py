@@ -49,7 +49,7 @@ def identify(request: Request) -> Identity:
         raise ProtocolError(f"no PCI function: vendor and device id {vendor_device:#x}")
     pin = _config_read(request, pci.PCI_INTERRUPT_PIN, 1)
     if pin > 4:
-        raise ProtocolError(f"impossible interrupt pin {pin}")
+        raise ProtocolError(f"invalid interrupt pin {pin}")
     class_code = _config_read(request, pci.PCI_REVISION_ID, 4) >> 8
     bars = size_bars(partial(_config_read, request), partial(_config_write, request))
     return Identity(vendor_device & 0xFFFF, vendor_device >> 16, class_code, pin, tuple(bars))

@@ -329,7 +329,7 @@ def test_the_end_of_the_process_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(IohubError, match="main thread has exited"):
             target.detach(first)
         guest.process.wait()
-        with pytest.raises(IohubError, match=f"pid:{guest.pid}: can't be looked at"):
+        with pytest.raises(IohubError, match=f"pid:{guest.pid}: can't be examined"):
             target.detach(second)
         monkeypatch.setattr(Process, "refuse_unfit", lambda _: {})  # it exits right after it was looked at
         with pytest.raises(PeerGone, match=f"pid:{guest.pid}: has exited"):

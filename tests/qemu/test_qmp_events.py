@@ -97,7 +97,7 @@ def test_a_reset_lets_go_of_what_has_lost_its_remoted(bench: QmpBench) -> None:
     bench.remoted.kill()
     wait_until(lambda: bench.asked_to_eject(5) and bench.asked_to_eject(6), "QEMU asks the guest to eject")
     for function in bench.status("proxyd").values():
-        assert "has ended: QEMU's proxy can't take another" in function["reason"]
+        assert "has ended: QEMU's proxy can't take a new one" in function["reason"]
     monitor.execute("system_reset")
     bench.guest.console.wait_ready(60.0)
     bench.start_remoted()

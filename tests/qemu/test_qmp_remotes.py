@@ -85,7 +85,7 @@ def test_qemu_survives_a_remoted_that_dies_while_it_creates_the_proxy(make_bench
     bench.start_remoted()
     monitor = bench.start_guest()
     bench.start_proxyd()
-    bench.wait_log("proxyd", "has ended: QEMU's proxy can't take another")
+    bench.wait_log("proxyd", "has ended: QEMU's proxy can't take a new one")
     bench.eject(5)
     monitor.wait_event("DEVICE_DELETED", device="odd0")
     assert monitor.plugged() == {}

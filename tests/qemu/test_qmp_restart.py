@@ -62,7 +62,7 @@ def test_what_the_one_before_has_asked_to_eject_is_plugged_again(
     bench.start_proxyd()
     bench.check_interrupts()
     (amiss,) = bench.status("proxyd")["edu0"]["amiss"]
-    assert amiss == "the guest has been asked to eject it and hasn't yet; it will be plugged again after that"
+    assert amiss == "the guest was asked to eject it and has not done so yet; it is plugged again after that"
     let_go(bench, monitor)
     bench.wait_log("proxyd", "edu0: plugged at 05.0", 2)
     bench.wait_log("proxyd", "com1: plugged at 06.0", 2)

@@ -95,7 +95,7 @@ def test_bad_usage_of_remoted_is_one_line_and_status_2(tmp_path: Path, case: str
         (["--device=id=a,addr=01.0", "--vm=soft"], "01.0"),
         (["--vm=soft"], "no devices"),
         (["--device=id=a", "--runtime-dir=/proc/nowhere"], "--runtime-dir /proc/nowhere: No such file"),
-        (["--device=id=a", "--vm=qmp:/etc/passwd"], "--vm qmp:/etc/passwd: exists and is no socket"),
+        (["--device=id=a", "--vm=qmp:/etc/passwd"], "--vm qmp:/etc/passwd: exists and is not a socket"),
     ],
 )
 def test_bad_usage_of_proxyd_is_one_line_and_status_2(
@@ -139,13 +139,13 @@ def test_the_scripted_guest_is_told_of_at_the_start(tmp_path: Path) -> None:
         "proxyd", ["--name=vm", f"--runtime-dir={tmp_path}", "--vm=soft", "--device=id=a"], tmp_path
     )
     assert child.end() == 0
-    assert "running the scripted guest, without KVM; --vm qmp:SOCKET or pid:PID" in child.log.read_text()
+    assert "running the scripted guest, without KVM; for another VM: --vm qmp:SOCKET" in child.log.read_text()
 
 
 def test_the_embedded_guest_is_told_of_at_the_start(requires_kvm: None, tmp_path: Path) -> None:
     child = Child("proxyd", ["--name=vm", f"--runtime-dir={tmp_path}", "--device=id=a,addr=05.0"], tmp_path)
     assert child.end() == 0
-    assert "running the embedded guest on /dev/kvm; --vm qmp:SOCKET or pid:PID" in child.log.read_text()
+    assert "running the embedded guest on /dev/kvm; for another VM: --vm qmp:SOCKET" in child.log.read_text()
 
 
 def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> None:

@@ -208,14 +208,14 @@ def test_a_class_in_a_file(environment: Environment, tmp_path: Path) -> None:
     lay_out(tmp_path, {"b/json.py": f"{CARD}    REVISION = 256\n", "b/no.txt": "", "b/fails.py": "1 / 0"})
     lay_out(tmp_path, {"b/opens.py": "open('tones.txt')\n"})
     line = environment.refusal("--device=./json.py:RingCard,id=a", cwd=tmp_path / "a")
-    assert line == "iohub-remoted: device a: CLASS_CODE -1 is no number of 24 bits"
+    assert line == "iohub-remoted: device a: CLASS_CODE -1 is not a number of 24 bits"
     line = environment.refusal(f"--device={tmp_path}/b/json.py:RingCard,id=b")
-    assert line == "iohub-remoted: device b: REVISION 256 is no number of 8 bits"
+    assert line == "iohub-remoted: device b: REVISION 256 is not a number of 8 bits"
     for name, reason in {
         "b/none.py": "there is no file ",
         "b": "there is no file ",
         "b/opens.py": "FileNotFoundError: [Errno 2] No such file or directory: 'tones.txt'",
-        "b/no.txt": "is no Python file",
+        "b/no.txt": "is not a Python file",
         "b/json.py:Lost": "has no attribute 'Lost'",
         "b/fails.py": "ZeroDivisionError: division by zero",
     }.items():

@@ -38,4 +38,4 @@ def parse_image(file: bytes, name: str) -> Image:
             end = start + load_end - load
             if 0 <= start <= end <= len(file) and load <= entry < memory_end and load_end <= memory_end:
                 return Image(file[start:end], load, memory_end, entry)
-    raise UsageError(f"{name} is no multiboot image with load addresses")
+    raise UsageError(f"{name} is not a multiboot image with load addresses")

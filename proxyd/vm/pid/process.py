@@ -45,7 +45,7 @@ class Process:
             with open(f"/proc/{self.pid}/status", encoding="utf-8", errors="replace") as file:
                 status = {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
         except OSError as error:
-            raise UsageError(f"pid:{self.pid}: can't be looked at: {error.strerror}") from error
+            raise UsageError(f"pid:{self.pid}: can't be examined: {error.strerror}") from error
         if status["State"][0] in "ZX":
             raise UsageError(f"pid:{self.pid}: its main thread has exited")
         if status["TracerPid"] != "0":

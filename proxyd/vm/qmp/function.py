@@ -118,7 +118,8 @@ class Function:
         """Somebody else has unplugged it."""
         self.is_out = True
         self.warn(
-            "unplugged, not by this daemon: it stays out until that is started again", Event.UNPLUGGED_BY_OTHERS
+            "unplugged, not by this daemon: it is not plugged again until iohub-proxyd is restarted",
+            Event.UNPLUGGED_BY_OTHERS,
         )
 
     def detach(self) -> None:
@@ -152,7 +153,7 @@ class Function:
 
     def _amiss(self) -> Iterator[str]:
         if self.is_sound and self.is_asked:
-            yield "the guest has been asked to eject it and hasn't yet; it will be plugged again after that"
+            yield "the guest was asked to eject it and has not done so yet; it is plugged again after that"
         if self.is_sound and self.handover is not None:
             yield from self.handover.defects
 
@@ -177,7 +178,7 @@ class Function:
 
     def _on_end(self, _events: int) -> None:
         self.warn(
-            f"the link to {self.remote} has ended: QEMU's proxy can't take another, the guest reads all ones",
+            f"the link to {self.remote} has ended: QEMU's proxy can't take a new one, the guest reads all ones",
             Event.PLUGGED_WITHOUT_LINK,
         )
         self.release()

@@ -258,7 +258,7 @@ def _connect(path: str) -> socket.socket:
     except (FileNotFoundError, ConnectionRefusedError) as error:
         sock.close()
         if _is_no_socket(path):
-            raise UsageError(f"--vm qmp:{path}: exists and is no socket") from error
+            raise UsageError(f"--vm qmp:{path}: exists and is not a socket") from error
         raise MonitorAbsent(f"{path}: {error.strerror}") from error
     except BlockingIOError as error:
         sock.close()
@@ -284,4 +284,4 @@ def _words(error: Exception) -> str:
         return error.strerror
     # Not str(): it may contain all of a message.
     text = error.args[0] if error.args and isinstance(error.args[0], str) else ""
-    return f"QEMU's monitor sent what can't be understood: {text[:_MAX_WORDS] or type(error).__name__}"
+    return f"QEMU's monitor sent an invalid message: {text[:_MAX_WORDS] or type(error).__name__}"

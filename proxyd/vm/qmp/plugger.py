@@ -263,8 +263,8 @@ class QemuPlugger:
         for remaining in await asyncio.gather(*leaving):
             for function in remaining:
                 function.log.warning(
-                    "%s in %g s: it stays plugged until the guest does, or is reset",
-                    "the guest hasn't ejected it"
+                    "%s within %g s: it stays plugged until the guest ejects it or is reset",
+                    "the guest has not ejected it"
                     if self._health.is_running
                     else "the guest is paused and can't eject it",
                     CONSENT_SECONDS,

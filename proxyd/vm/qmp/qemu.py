@@ -165,4 +165,4 @@ def _malformed(what: str) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         text = f"{error!r}"[:_MAX_WORDS]
-        raise ProtocolError(f"what QEMU's monitor says of {what} can't be understood: {text}") from error
+        raise ProtocolError(f"QEMU's monitor gives an invalid answer about {what}: {text}") from error

@@ -205,7 +205,7 @@ class Slot:
                     if function.handover is not None:
                         await self._add(monitor, function, function.handover)
             except CommandError as error:
-                function.warn(f"QEMU refuses it, it stays out: {error}", Event.NOT_PLUGGED)
+                function.warn(f"QEMU refuses to plug it: {error}", Event.NOT_PLUGGED)
                 return False
             except (PeerGone, asyncio.CancelledError):
                 function.break_link()
@@ -257,7 +257,7 @@ class Slot:
             raise
         inventory = await take_inventory(monitor)
         if inventory.devfns.get(function.name) != function.devfn:
-            raise CommandError(f"it took device_add, but has nothing at {format_devfn(function.devfn)}", "")
+            raise CommandError(f"QEMU took device_add, but has no function at {format_devfn(function.devfn)}", "")
         function.plugged(handover)
         function.log.info(
             "plugged at %s: %04x:%04x",
@@ -278,8 +278,8 @@ class Slot:
             if seconds == CONSENT_SECONDS:
                 for function in waiting:
                     function.warn(
-                        f"the guest hasn't ejected it in {seconds:g} s; it is replaced when the guest does, "
-                        "or is reset",
+                        f"the guest has not ejected it within {seconds:g} s; it is replaced as soon as the guest "
+                        "ejects it or is reset",
                         Event.NOT_EJECTED,
                     )
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)

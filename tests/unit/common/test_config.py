@@ -426,7 +426,7 @@ def test_bad_file(tmp_path: Path, text: str, names: list[str]) -> None:
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a\nb.toml"
     path.write_bytes(b'\n# \xc3\xa4\nname = "\xff"')
-    with pytest.raises(UsageError, match=r"/a\\nb.toml: no UTF-8 text: byte 0xff in line 3$"):
+    with pytest.raises(UsageError, match=r"/a\\nb.toml: not UTF-8: byte 0xff in line 3$"):
         parse_remoted(["--config", str(path)])
 
 
@@ -481,9 +481,9 @@ def test_runtime_dir_is_made_or_named_with_the_reason(tmp_path: Path) -> None:
         make(tmp_path / "a" / "b")
         assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: /\S+/file exists and is no directory$"):
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: /\S+/file exists and is not a directory$"):
         make(tmp_path / "file")
-    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: /\S+/file exists and is no directory$"):
+    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: /\S+/file exists and is not a dir"):
         make(tmp_path / "file" / "sub")
     with pytest.raises(UsageError, match=r"^--runtime-dir /proc/a: No such file or directory$"):
         make(Path("/proc/a"))

@@ -200,7 +200,7 @@ def test_an_answer_that_is_no_reply_is_an_error(tmp_path: Path, answer: bytes) -
                 sock.sendall(answer)
 
         loop.add(listener.fileno(), on_connect)
-        with running(loop), pytest.raises(ProtocolError, match="no reply to"):
+        with running(loop), pytest.raises(ProtocolError, match="not a reply to"):
             call(path, f"{Remoted.name}.Status")
         loop.close()
 

@@ -490,7 +490,7 @@ def test_what_is_no_socket_is_left_alone(bench: Bench, path: str, kind: str) -> 
         dead_socket(path + ".dead")
         os.symlink(path + ".dead", path)
     before = os.lstat(path)
-    with pytest.raises(UsageError, match=r"edu0\.sock exists and is no socket$"):
+    with pytest.raises(UsageError, match=r"edu0\.sock exists and is not a socket$"):
         bench.listen(path)
     assert os.lstat(path).st_ino == before.st_ino
 

@@ -140,7 +140,7 @@ def test_any_other_size_is_refused(command: Command, size: int) -> None:
 @pytest.mark.parametrize("command", [Command.RET, 8, 9, -1, 0x7FFFFFFF, -0x80000000])
 @pytest.mark.parametrize("size", [0, 8, 12, 192])
 def test_what_is_no_request_is_refused(command: int, size: int) -> None:
-    with pytest.raises(ProtocolError, match="is no request"):
+    with pytest.raises(ProtocolError, match="is not a request"):
         mpqemu.check_request(command, size)
 
 

@@ -270,29 +270,29 @@ def test_failing_reset_costs_its_request_and_is_logged_once(daemon: Child, scrat
 NONSENSE = {
     "a part that isn't made": (
         "VENDOR_ID = DEVICE_ID = 1; PARTS = ('_uart.modem',)",
-        "PARTS: its __init__() makes no _uart.modem",
+        "PARTS: its __init__() sets no attribute _uart.modem",
     ),
     "no vendor": ("DEVICE_ID = 1", "its class has no VENDOR_ID"),
     "no device": ("VENDOR_ID = 1", "its class has no DEVICE_ID"),
-    "a vendor of 20 bits": ("VENDOR_ID, DEVICE_ID = 0x12345, 1", "VENDOR_ID 74565 is no number of 16 bits"),
-    "a negative revision": ("VENDOR_ID = DEVICE_ID = 1; REVISION = -1", "REVISION -1 is no number of 8 bits"),
-    "an id as text": ("VENDOR_ID, DEVICE_ID = 1, '1234'", "DEVICE_ID '1234' is no number of 16 bits"),
+    "a vendor of 20 bits": ("VENDOR_ID, DEVICE_ID = 0x12345, 1", "VENDOR_ID 74565 is not a number of 16 bits"),
+    "a negative revision": ("VENDOR_ID = DEVICE_ID = 1; REVISION = -1", "REVISION -1 is not a number of 8 bits"),
+    "an id as text": ("VENDOR_ID, DEVICE_ID = 1, '1234'", "DEVICE_ID '1234' is not a number of 16 bits"),
     "a fifth pin": ("VENDOR_ID = DEVICE_ID = 1; INTERRUPT_PIN = 5", "INTERRUPT_PIN 5 is not 0 to 4"),
     "a BAR of 100 bytes": (
         "VENDOR_ID = DEVICE_ID = 1; BARS = {0: Bar(BarKind.MEM32, 100)}",
-        "BAR 0: a size of 100 is no power of two from 16 to 0x80000000",
+        "BAR 0: a size of 100 is not a power of two from 16 to 0x80000000",
     ),
     "a BAR of 8 bytes of memory": (
         "VENDOR_ID = DEVICE_ID = 1; BARS = {0: Bar(BarKind.MEM32, 8)}",
-        "BAR 0: a size of 8 is no power of two from 16 to 0x80000000",
+        "BAR 0: a size of 8 is not a power of two from 16 to 0x80000000",
     ),
     "a 32-bit BAR of 4 GiB": (
         "VENDOR_ID = DEVICE_ID = 1; BARS = {0: Bar(BarKind.MEM32, 1 << 32)}",
-        "BAR 0: a size of 4294967296 is no power of two from 16 to 0x80000000",
+        "BAR 0: a size of 4294967296 is not a power of two from 16 to 0x80000000",
     ),
     "more I/O than there is": (
         "VENDOR_ID = DEVICE_ID = 1; BARS = {1: Bar(BarKind.IO, 1 << 17)}",
-        "BAR 1: a size of 131072 is no power of two from 4 to 0x10000",
+        "BAR 1: a size of 131072 is not a power of two from 4 to 0x10000",
     ),
     "a 64-bit BAR 5": (
         "VENDOR_ID = DEVICE_ID = 1; BARS = {5: Bar(BarKind.MEM64, 4096)}",
@@ -427,6 +427,9 @@ def test_a_model_is_found_by_its_entry_point(parts: Callable[[str], Path]) -> No
         "iohub-remoted: device bell: model 'acme-jukebox' is unknown; "
         "there are acme-missing, acme-scratch, edu, irq-line, pci-serial, package.module:Class and ./file.py:Class"
     )
+    (line,) = refused(directory, "./bell.py,id=bell")
+    complaint = "model './bell.py' names a file without its class: ./bell.py:CLASS is needed"
+    assert line == f"iohub-remoted: device bell: {complaint}"
     (line,) = refused(directory, "acme-missing,id=bell")
     complaint = "AttributeError: module 'acme.parts' has no attribute 'Missing'"
     assert line == f"iohub-remoted: device bell: model 'acme-missing' can't be loaded: {complaint}"

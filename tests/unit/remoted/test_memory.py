@@ -201,7 +201,7 @@ class TestSync:
     )
     def test_what_is_no_memory(self, memory: GuestMemory, files: Files, opener: Callable[[], int]) -> None:
         fd = files.own(opener())
-        with pytest.raises(ProtocolError, match="the fd is no memfd, and no file on tmpfs or hugetlbfs"):
+        with pytest.raises(ProtocolError, match="the fd is neither a memfd nor a file on tmpfs or hugetlbfs"):
             sync(memory, Region(0, PAGE, 0, fd))
 
     @pytest.mark.parametrize("seal", [None, fcntl.F_SEAL_WRITE, F_SEAL_FUTURE_WRITE])

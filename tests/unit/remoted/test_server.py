@@ -110,7 +110,7 @@ def eventfd() -> int:
     [
         (closed, "Bad file descriptor"),
         (unconnected, "is not connected"),
-        (inet, "is no UNIX stream socket"),
+        (inet, "is not a UNIX stream socket"),
         (eventfd, "Socket operation on non-socket"),
     ],
 )
@@ -126,7 +126,7 @@ def test_what_is_no_connection_is_a_usage_error_that_names_it(
 
 def test_datagram_socket_is_no_connection() -> None:
     one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with two, pytest.raises(UsageError, match="is no UNIX stream socket"):
+    with two, pytest.raises(UsageError, match="is not a UNIX stream socket"):
         adopt_connection(one.detach(), "dev0")
 
 

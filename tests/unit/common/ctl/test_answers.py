@@ -151,7 +151,7 @@ WRONG: dict[str, bytes] = {
     "a field is unknown": reply(status(extra=1)),
     "no parameters": b"{}\0",
     "parameters are a list": reply([]),
-    "an error that is no name": reply({}, error=[]),
+    "an error that is not a name": reply({}, error=[]),
     "an error with an escape for a name": reply({}, error="a.b\x1b[2J.C"),
     "no object": b"[]\0",
     "deep": b'{"parameters": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\0",
@@ -169,7 +169,7 @@ def test_an_improper_answer_is_one_line(
     assert fake.ctl("status") == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("iohubctl: VM vm1: remoted gives no proper answer: "), err
+    assert err.startswith("iohubctl: VM vm1: remoted gives an invalid answer: "), err
     assert err.count("\n") == 1
     assert err.rstrip("\n").isprintable()
     assert len(err) < 2000

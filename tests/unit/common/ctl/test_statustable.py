@@ -129,7 +129,7 @@ def test_lines(remote: dict[str, object], line: str) -> None:
         ({"link": "closed", "client_pid": None, "has_irqfd": False}, {}, "client closed"),
         ({"has_irqfd": False}, {}, "irqfd none"),
         ({"client_name": None}, {}, "client pid 42"),
-        ({"client_gone": True}, {}, "client pid 42 (gone"),
+        ({"client_gone": True}, {}, "client pid 42 (has ended"),
         ({"errors": 3}, {}, "3 errors"),
         ({"counters": {"dropped_output": 9}}, {}, "9 dropped_output"),
         ({}, {"connected": False}, "link down"),

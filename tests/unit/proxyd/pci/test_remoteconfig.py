@@ -40,5 +40,5 @@ def test_what_has_no_vendor_is_no_function(vendor: int) -> None:
 
 @pytest.mark.parametrize("pin", [5, 0xFF])
 def test_an_impossible_interrupt_pin_is_refused(pin: int) -> None:
-    with pytest.raises(ProtocolError, match=f"impossible interrupt pin {pin}"):
+    with pytest.raises(ProtocolError, match=f"invalid interrupt pin {pin}"):
         identify(Remote(0x1234, 0x11E8, pin).request)

@@ -65,5 +65,5 @@ BAD = {
 
 @pytest.mark.parametrize("file", BAD.values(), ids=BAD)
 def test_a_damaged_image_is_refused(file: bytes) -> None:
-    with pytest.raises(UsageError, match=r"guest\.bin is no multiboot image with load addresses"):
+    with pytest.raises(UsageError, match=r"guest\.bin is not a multiboot image with load addresses"):
         parse(file)

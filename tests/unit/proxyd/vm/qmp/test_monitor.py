@@ -262,7 +262,7 @@ def test_no_place_for_a_socket(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"^--vm qmp:"):
             asyncio.run(connect(path))
     for path in (str(tmp_path / "file"), str(tmp_path)):
-        with pytest.raises(UsageError, match=rf"^--vm qmp:{path}: exists and is no socket$"):
+        with pytest.raises(UsageError, match=rf"^--vm qmp:{path}: exists and is not a socket$"):
             asyncio.run(connect(path))
 
 

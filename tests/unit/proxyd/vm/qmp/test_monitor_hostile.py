@@ -151,7 +151,7 @@ def test_says_what_ended_the_connection(peer: Peer) -> None:
     ends = {
         b"": "query-kvm: QEMU has closed its monitor",
         b"[]\r\n": (
-            "query-kvm: QEMU's monitor sent what can't be understood: UnexpectedTypeError in a message"
+            "query-kvm: QEMU's monitor sent an invalid message: UnexpectedTypeError in a message"
         ),
     }
     for words, end in ends.items():

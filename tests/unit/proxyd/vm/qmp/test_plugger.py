@@ -181,7 +181,7 @@ def test_its_end_lets_no_other_slot_begin(
         remote.close()
     assert peer.commands.count("device_add") == 1
     (refused,) = caplog.messages
-    assert refused == "QEMU refuses it, it stays out: no"
+    assert refused == "QEMU refuses to plug it: no"
 
 
 def test_devices_that_hang_hold_up_no_other(

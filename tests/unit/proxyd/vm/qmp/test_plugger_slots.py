@@ -122,7 +122,7 @@ def test_what_qemu_refuses_leaves_neither_a_link_nor_an_fd(bench: Bench) -> None
     bench.qemu.errors["device_add"] = "GenericError", "no"
 
     async def talk(bench: Bench) -> None:
-        await bench.until(lambda: "stays out" in bench.function.reason, "it is refused")
+        await bench.until(lambda: "refuses to plug it" in bench.function.reason, "it is refused")
         assert bench.qemu.commands[-1] == ("closefd", "iohub-dev0")
         assert bench.qemu.fds == set()
         assert bench.function.handover is None
@@ -136,8 +136,8 @@ def test_what_is_not_where_it_was_to_be_is_refused(bench: Bench) -> None:
     bench.qemu.misplaces = True
 
     async def talk(bench: Bench) -> None:
-        await bench.until(lambda: "stays out" in bench.function.reason, "it is refused")
-        assert "has nothing at 05.0" in bench.function.reason
+        await bench.until(lambda: "refuses to plug it" in bench.function.reason, "it is refused")
+        assert "has no function at 05.0" in bench.function.reason
         assert not bench.function.is_plugged
 
     bench.run(talk)
@@ -241,7 +241,7 @@ def test_a_request_of_the_daemon_before_leads_to_a_new_plug(pair: Bench) -> None
     async def finds(bench: Bench) -> None:
         await bench.until_sound()
         (text,) = bench.function.amiss.texts()
-        assert text == "the guest has been asked to eject it and hasn't yet; it will be plugged again after that"
+        assert text == "the guest was asked to eject it and has not done so yet; it is plugged again after that"
         for client in clients:
             client.close()
         bench.qemu.eject("dev1", "dev0")

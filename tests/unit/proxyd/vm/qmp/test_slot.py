@@ -311,9 +311,9 @@ def test_each_reason_for_being_out_is_kept(bench: Bench, monkeypatch: pytest.Mon
         "not plugged yet",
         f"not plugged yet: {function.path}: No such file or directory",
         f"found plugged without a link to {function.path}",
-        "the guest hasn't ejected it in 0.01 s; it is replaced when the guest does, or is reset",
+        "the guest has not ejected it within 0.01 s; it is replaced as soon as the guest ejects it or is reset",
         "unplugged",
-        "unplugged, not by this daemon: it stays out until that is started again",
+        "unplugged, not by this daemon: it is not plugged again until iohub-proxyd is restarted",
         "not known: no QEMU is attached",
     ]
 
@@ -361,5 +361,5 @@ def test_a_remote_that_ends_before_it_is_adopted_has_left_no_link(
     assert not bench.function.is_sound
     assert bench.function.reason.startswith(f"the link to pid {process.pid} has ended")
     assert caplog.messages == [
-        f"the link to pid {process.pid} has ended: QEMU's proxy can't take another, the guest reads all ones"
+        f"the link to pid {process.pid} has ended: QEMU's proxy can't take a new one, the guest reads all ones"
     ]

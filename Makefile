@@ -10,7 +10,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 # The Python that installed programs run on. Not one from PATH: units can't see a Python in a home directory.
 RUN_PYTHON ?= $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
-PIP_OPTIONS ?=
+BUILD ?= build
 BENCH_PROGRAMS := build/bench/client build/bench/floor
 TEST_GUESTS := $(patsubst %.S,%.bin,$(wildcard tests/guests/*.S))
 
@@ -20,7 +20,7 @@ SHELL := /bin/sh
 .ONESHELL:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench mutants guest clean install uninstall
+.PHONY: help demo test lint bench mutants guest clean install uninstall deb
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while read -r target text; do
@@ -49,11 +49,21 @@ guest: $(TEST_GUESTS)  ## the guests of the embedded VM and of the tests
 	@$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest
 
 install: $(VENV)/install.stamp guest  ## programs, units, man pages below PREFIX=/usr/local (DESTDIR=stage PREFIX=/usr)
-	@exec env VENV='$(VENV)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' RUN_PYTHON='$(RUN_PYTHON)' \
-		PIP_OPTIONS='$(PIP_OPTIONS)' systemd/install
+	@exec env VENV='$(VENV)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' RUN_PYTHON='$(RUN_PYTHON)' systemd/install
 
 uninstall:  ## removes what install with the same DESTDIR and PREFIX has put there
 	@exec env PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' systemd/uninstall
+
+deb: $(VENV)/install.stamp  ## a Debian package, in BUILD=build/deb
+	@rm -rf $(BUILD)/deb
+	source=$(BUILD)/deb/iohub
+	mkdir -p $$source
+	cp -r common proxyd remoted systemd qemu_iohub.py pyproject.toml README.md LICENSE $$source
+	mv $$source/systemd/debian $$source/debian
+	$(VENV)/bin/python -m pip wheel --quiet --no-input --no-cache-dir --disable-pip-version-check \
+		--wheel-dir $$source/wheels "setuptools>=77" $(abspath $(BUILD))/deb/iohub
+	cd $$source
+	VENV=$(abspath $(VENV)) dpkg-buildpackage --no-sign --build=binary
 
 clean:  ## back to what git has: removes .venv, the guests and all caches
 	@rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(TEST_GUESTS)

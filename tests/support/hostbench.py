@@ -49,7 +49,7 @@ class HostBench:
     """One host with one VM, which start() starts."""
 
     def __init__(self, installed: Path) -> None:
-        """``installed`` is a directory with what ``make install PREFIX=/usr`` has put there."""
+        """``installed`` is a directory with what ``make install PREFIX=/usr`` has put there, or a .deb."""
         self._console: GuestConsole | None = None
         self.system = BootedSystem()
         try:
@@ -120,6 +120,11 @@ class HostBench:
         """What journalctl prints."""
         return self.system.run("journalctl", "--no-pager", "-o", "short-monotonic", *arguments).stdout
 
+    def install_package(self, package: Path) -> None:
+        """Installs a .deb, or upgrades to it."""
+        shutil.copy(package, self.root / "tmp")
+        self.system.run("dpkg", "--install", f"/tmp/{package.name}")
+
     def close(self) -> None:
         """Ends everything."""
         if self._console is not None:
@@ -127,10 +132,13 @@ class HostBench:
         self.system.close()
 
     def _install(self, installed: Path) -> None:
-        for directory in installed.iterdir():  # not itself: the root directory would get its mode
-            shutil.copytree(directory, self.root / directory.name, symlinks=True, dirs_exist_ok=True)
-        self.system.run("systemd-sysusers", "iohub.conf")
-        self.system.run("systemd-tmpfiles", "--create", "iohub.conf")
+        if installed.suffix == ".deb":
+            self.install_package(installed)
+        else:
+            for directory in installed.iterdir():  # not itself: the root directory would get its mode
+                shutil.copytree(directory, self.root / directory.name, symlinks=True, dirs_exist_ok=True)
+            self.system.run("systemd-sysusers", "iohub.conf")
+            self.system.run("systemd-tmpfiles", "--create", "iohub.conf")
         shutil.copy(ROOT / "systemd/examples/qemu@.service", self.root / "etc/systemd/system")
         self.system.run("groupadd", "--force", "--system", "kvm")
         self.system.run("chgrp", "kvm", "/dev/kvm")

@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.checkout import ROOT
 
-__all__ = ["SYSTEM_PYTHON", "install", "make", "missing_for_install"]
+__all__ = [
+    "SYSTEM_PYTHON",
+    "install",
+    "make",
+    "make_deb",
+    "make_once",
+    "missing_for_deb",
+    "missing_for_install",
+]
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 
@@ -25,6 +35,12 @@ def missing_for_install() -> str | None:
     if not suitable:
         return f"installed programs run on {SYSTEM_PYTHON}, which is missing or older than Python 3.11"
     return None if shutil.which("make") else "needs make"
+
+
+def missing_for_deb() -> str | None:
+    """Why no Debian package can be built here; None if it can."""
+    absent = [tool for tool in ("dpkg-buildpackage", "dh") if shutil.which(tool) is None]
+    return f"needs {', '.join(absent)}: apt-get install debhelper" if absent else missing_for_install()
 
 
 def make(target: str, *variables: str) -> str:
@@ -47,3 +63,24 @@ def install(destination: Path, prefix: str = "/usr") -> Path:
     """Installs below a directory, which it returns."""
     make("install", f"DESTDIR={destination}", f"PREFIX={prefix}")
     return destination
+
+
+def make_deb(directory: Path) -> Path:
+    """Builds the Debian package below a directory; its path."""
+    make("deb", f"BUILD={directory}")
+    (package,) = (directory / "deb").glob("*.deb")
+    return package
+
+
+def make_once(shared: Path, name: str, build: Callable[[Path], object]) -> Path:
+    """A directory ``name`` in ``shared`` that ``build`` has filled, once for all processes that ask for it."""
+    made = shared / name
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            unfinished = shared / f"{name}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            build(unfinished)
+            unfinished.rename(made)
+    return made

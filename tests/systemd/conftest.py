@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 from tests.support.bootedsystem import missing_for_boot
 from tests.support.hostbench import HostBench
-from tests.support.installation import install, missing_for_install
+from tests.support.installation import install, make_deb, make_once, missing_for_deb, missing_for_install
 
 
 @pytest.fixture(scope="session")
@@ -24,22 +22,27 @@ def requires_systemd() -> None:
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A directory with what ``make install PREFIX=/usr`` has put there, for HostBench; not to be changed.
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A directory of all workers of pytest-xdist in this run."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
 
-    It is made once for all workers of pytest-xdist.
-    """
+
+@pytest.fixture(scope="session")
+def installed(shared: Path) -> Path:
+    """A directory with what ``make install PREFIX=/usr`` has put there, for HostBench; not to be changed."""
     if (reason := missing_for_install()) is not None:
         pytest.skip(reason)
-    if worker_id == "master":
-        return install(tmp_path_factory.mktemp("installed"))
-    shared = tmp_path_factory.getbasetemp().parent
-    with (shared / "installed.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "installed").exists():
-            shutil.rmtree(shared / "installing", ignore_errors=True)
-            install(shared / "installing").rename(shared / "installed")
-    return shared / "installed"
+    return make_once(shared, "installed", install)
+
+
+@pytest.fixture(scope="session")
+def package(shared: Path) -> Path:
+    """The Debian package that ``make deb`` has built."""
+    if (reason := missing_for_deb()) is not None:
+        pytest.skip(reason)
+    (package,) = (make_once(shared, "debian", make_deb) / "deb").glob("*.deb")
+    return package
 
 
 @pytest.fixture

@@ -23,6 +23,25 @@ __all__ = ["BootedSystem", "missing_for_boot"]
 _SYSTEMD = "/lib/systemd/systemd"
 _BOOT_SECONDS = 60.0
 
+_IN_OWN_CGROUP = r"""
+set -eu
+mount --make-rprivate /
+mount -t cgroup2 cgroup2 "$1"
+mkdir "$1/$2"
+echo 0 >"$1/$2/cgroup.procs"
+umount "$1"
+shift 2
+exec "$@"
+"""
+"""runs a command in a new control group: a cgroup namespace that it makes begins there"""
+
+_REMOVE_CGROUP = r"""
+set -eu
+mount --make-rprivate /
+mount -t cgroup2 cgroup2 "$1"
+test ! -d "$1/$2" || find "$1/$2" -depth -type d -exec rmdir {} +
+"""
+
 _PID_1 = r"""
 set -eu
 top=$1
@@ -82,9 +101,11 @@ class BootedSystem:
     def __init__(self, shown: Sequence[Path] = ()) -> None:
         """Boots. Directories in ``shown`` are this machine's own, not an overlay's view of them."""
         self._top = Path(tempfile.mkdtemp(prefix="booted-"))
-        command = ["unshare", "-m", "-p", "-f", "-C", "-u", "-i", "--kill-child", "sh", "-c", _PID_1, "pid1"]
+        command = ["unshare", "-m", "-p", "-f", "-u", "-i", "--kill-child"]
+        grouped = ["sh", "-c", _IN_OWN_CGROUP, "cgroup", str(self._top), self._top.name]
+        pid_1 = ["unshare", "-C", "sh", "-c", _PID_1, "pid1", str(self._top), " ".join(map(str, shown))]
         self._process = subprocess.Popen(
-            [*command, str(self._top), " ".join(map(str, shown))],
+            [*command, *grouped, *pid_1],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -148,7 +169,13 @@ class BootedSystem:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
+        wait_until(self._has_no_cgroup, "the control group is empty and removed")
         shutil.rmtree(self._top)
+
+    def _has_no_cgroup(self) -> bool:
+        """Removes it. It is busy while a killed process is not quite gone."""
+        command = ["unshare", "-m", "sh", "-c", _REMOVE_CGROUP, "cgroup", str(self._top), self._top.name]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _has_booted(self) -> bool:
         if self._process.poll() is not None:

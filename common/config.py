@@ -176,8 +176,8 @@ def remoted_parser(*, has_models: bool = True) -> Parser:
     parser.add_argument(
         "--poll-max-us",
         metavar="N",
-        help="look for the next message for at most so many microseconds before sleeping; the time adapts to "
-        f"what comes; 0 to {_LONGEST_POLL_US}, 0 is never (default: {_POLL_MAX_US})",
+        help="poll for the next message for at most N microseconds before sleeping, adapted to the traffic; "
+        f"0 to {_LONGEST_POLL_US}, 0 turns polling off (default: {_POLL_MAX_US})",
     )
     if has_models:
         parser.add_argument("--models", action="store_true", help="list the models with their options and exit")
@@ -191,14 +191,14 @@ def proxyd_parser() -> Parser:
     parser.add_argument(
         "--vm",
         metavar="KIND",
-        help="the way to the VM: embedded (a small guest of its own on /dev/kvm; the default), soft (the same "
-        "without KVM), qmp:SOCKET (a running QEMU) or pid:PID (any KVM process, which gets interrupts only; "
-        "when it exits this ends, with status 0)",
+        help="how to reach the VM: embedded (a small guest that iohub-proxyd runs on /dev/kvm; the default), soft "
+        "(the same without KVM), qmp:SOCKET (a stock QEMU) or pid:PID (any KVM process: interrupts only; "
+        "iohub-proxyd ends when the process does, with status 0)",
     )
     parser.add_argument(
         "--unplug-on-exit",
         action="store_true",
-        help="with qmp:SOCKET only: take the devices out of QEMU at the end; otherwise they stay",
+        help="with qmp:SOCKET only: unplug the devices from QEMU on exit; by default they stay plugged",
     )
     return parser
 

@@ -85,20 +85,20 @@ REMOTED = Role(
     "iohub-remoted",
     "Runs a VM's PCI devices, each behind a socket of its own.",
     "MODEL,id=ID[,addr=SLOT.FN][,socket=PATH|fd=N][,OPTION=VALUE...]",
-    "a device, one for each --device, listening at PATH (default: ID.sock in the runtime directory) or serving "
-    "the connected socket that was inherited as N; addr defaults to the first slot from 02.0 upward that no "
-    "other device given here or in the file has; ,, is a comma in a value",
+    "a device, which listens at PATH (default: ID.sock in the runtime directory) or serves "
+    "the connected socket that was inherited as fd N; addr defaults to the first slot from 02.0 upward that no "
+    "other device given here or in the file has; repeat for more; ,, is a comma in a value",
     """\
 models:
-  NAME            edu, irq-line, pci-serial, and what installed packages offer: --models lists
-                  them with their options
+  NAME            edu, irq-line, pci-serial, or a model of an installed package: --models lists them
+                  with their options
   PACKAGE.MODULE:CLASS
-                  a subclass of remoted.device.PciFunction that PYTHONPATH leads to
+                  a subclass of remoted.device.PciFunction in a module on PYTHONPATH
   ./FILE.py:CLASS
-                  one in a file
+                  the same in a file
 
 exit status: 0 after SIGTERM or SIGINT, or when the last link that was inherited has ended and nothing
-listens; 2 for options or a file that it can't run with
+listens; 2 for invalid options or configuration
 
 example:
   iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty""",
@@ -108,15 +108,14 @@ example:
 
 PROXYD = Role(
     "iohub-proxyd",
-    "Gives devices and their interrupt lines to a VM.",
+    "Connects iohub-remoted's devices and their interrupt lines to a VM.",
     "id=ID[,addr=SLOT.FN][,socket=PATH][,gsi=N]",
-    "a device of iohub-remoted, one for each --device, found at PATH (default: ID.sock in the runtime "
-    "directory); addr defaults to the first slot from 02.0 upward that no other device given here or in the "
-    "file has: what else a QEMU has there isn't looked at; gsi is for pid:PID, which needs it; "
-    ",, is a comma in a value",
+    "a device of iohub-remoted, which listens at PATH (default: ID.sock in the runtime directory); addr "
+    "defaults to the first slot from 02.0 upward that no other device given here or in the file has, even if "
+    "QEMU has a device there; gsi is required with pid:PID; repeat for more; ,, is a comma in a value",
     """\
 exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has exited; 1 when the embedded
-guest died; 2 for options, a file or a VM that it can't run with
+guest died; 2 for invalid options, configuration or VM
 
 example:
   iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm qmp:/tmp/vm1/qmp.sock --device id=com1,addr=05.0""",
@@ -171,8 +170,10 @@ def make_parser(role: Role) -> Parser:
         allow_abbrev=False,
     )
     add_version(parser)
-    parser.add_argument("--name", metavar="VM", help="the VM's name; needed here or in the file")
-    parser.add_argument("--config", metavar="FILE", help="the VM's TOML file, for both daemons; options win")
+    parser.add_argument("--name", metavar="VM", help="the VM's name; required here or in the file")
+    parser.add_argument(
+        "--config", metavar="FILE", help="the VM's TOML file, which both daemons read; options override it"
+    )
     parser.add_argument(
         "--runtime-dir",
         metavar="DIR",
@@ -185,9 +186,9 @@ def make_parser(role: Role) -> Parser:
         action="append",
         default=[],
         help="another user, by name or number, whose processes and directories are trusted besides root's and "
-        "the daemon's own; once for each, in place of the file's allow-users",
+        "the daemon's own; repeat for more; replaces the file's allow-users",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log messages for debugging as well")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also log debug messages")
     parser.add_argument("--device", metavar=role.device, action="append", default=[], help=role.device_help)
     return parser
 

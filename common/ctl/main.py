@@ -25,29 +25,29 @@ _ADDR_HELP = "one function: its address, such as 05.0, or its device's id"
 _STATUS_EPILOG = """\
 columns:
   LINE        high, low, or masked: the device asserts it, but the guest has set INTX_DISABLE
-  PIN, GSI    the function's pin, and where the guest has it routed to; - when proxyd doesn't know, as in a QEMU
+  PIN, GSI    the function's pin, and the GSI that it is routed to; - if proxyd doesn't know, as with QEMU
   RAISED      how often the line rose
   RESAMPLES   acknowledgements (EOI) that KVM reported; those of functions on the same GSI count here too
   RE-ASSERTS  irqfd writes for a line that was high already: still high at the EOI, or a new irqfd
   ACCESSES    messages of the client, most of them accesses of the guest
-  QUIET       for how long at least ACCESSES has been the same: since a status first showed that number
+  QUIET       how long ACCESSES has not changed, at least: since a status first showed this number
 
 below each, after the device's id, the model and:
   irqfd       set: there is an eventfd that asserts the line in the guest
-  client      who connected to the device: its process and pid; for a QEMU that is the proxyd that has handed it
-              the link, and that may have gone since
-  link        of proxyd: the process and pid that it is connected to, or down
-  BARs        not decoded, if the guest has none of them placed and enabled: no driver reaches the device
+  client      the process that connected to the device, and its pid; with QEMU that is the proxyd that handed the
+              link over to it, and may have ended since
+  link        the process that proxyd is connected to, and its pid; or down
+  BARs        not decoded: the guest has placed and enabled none of them, so no driver reaches the device
   answers     for how long the guest waited for an answer in the last minute or two: mean and maximum
 and if they are not 0: reconnects: how often a lost link was replaced; rejected: messages that broke the protocol;
-refused: clients turned away because another one was served; errors: exceptions in the device's code; and what
-the model counts
+refused: clients refused because another one was being served; errors: exceptions in the device's code; and the
+model's own counters
 
 What is amiss is written below the table, and is the list `amiss` in JSON.
 
 exit status:
   0  all is well
-  1  something is amiss: it is written there; a daemon that doesn't answer is amiss, too
+  1  something is amiss, such as a daemon that doesn't answer
   2  bad usage, such as a directory that belongs to a VM of another name
 
 examples:
@@ -61,7 +61,7 @@ columns:
   REMOTED    the pid of the VM's iohub-remoted; - if it gives no answer
   PROXYD     the pid of its iohub-proxyd
   FUNCTIONS  how many functions they have
-  AMISS      how many things are amiss: `iohubctl status VM` tells them
+  AMISS      how many things are amiss: `iohubctl status VM` lists them
   VM         its name, and where its runtime directory is if that is not the usual place
 
 The VMs are those with a control socket below /run/iohub and $XDG_RUNTIME_DIR/iohub.
@@ -95,7 +95,7 @@ _DEMO_EPILOG = """\
 columns:
   RAISED, SERVED    the guest's counts: writes that raise, and runs of its interrupt handler that serve one
   RESAMPLES         acknowledgements (EOI) that reached remoted; those of functions on the same GSI count here too
-  SPURIOUS          runs of the handler that found nobody asserting
+  SPURIOUS          runs of the handler that found no device asserting
   LOST              raises that the handler never saw
   RAISE TO HANDLER  from the write that raises to the handler's first instruction
   EOI TO RE-ASSERT  from the EOI of a line that is still high to its next interrupt
@@ -143,7 +143,7 @@ def make_ctl_parser(argv: Sequence[str]) -> Parser:
     """The options of iohubctl; those of its demo only where ``argv`` begins with ``demo``, as they take long."""
     parser = Parser(
         prog=PROGRAM,
-        description="Looks at the PCI functions that iohub-remoted and iohub-proxyd give to a VM, "
+        description="Shows the PCI functions that iohub-remoted and iohub-proxyd give to a VM, "
         "and drives lines by hand.",
         epilog="examples:\n  iohubctl list\n  iohubctl status vm1\n  iohubctl raise vm1 05.0\n  iohubctl demo\n\n"
         "`iohubctl COMMAND --help` explains each command.",
@@ -209,7 +209,8 @@ def _add_command(
         metavar="USER",
         action="append",
         default=[],
-        help="another user, by name or number, whose daemons are talked to besides root's and one's own",
+        help="another user, by name or number, whose daemons are trusted besides root's and your own; "
+        "repeat for more",
     )
     return command
 

@@ -37,7 +37,7 @@ _FACTORIAL_ENDS = 34
 
 
 class Edu(PciFunction):
-    """One edu device. The INTx line is high while the interrupt status is not 0."""
+    """QEMU's device for driver lessons: a factorial, DMA, and INTx while the interrupt status is not 0."""
 
     VENDOR_ID = 0x1234
     DEVICE_ID = 0x11E8

@@ -9,7 +9,7 @@ __all__ = ["IrqLine"]
 
 
 class IrqLine(PciFunction):
-    """A line to raise and lower; `iohubctl raise` and `iohubctl lower` do it. A reset lowers it.
+    """A function without registers: `iohubctl raise` and `iohubctl lower` drive its INTx line. A reset lowers it.
 
     The identity is one of the vendor number that QEMU's own made-up devices use (0x1234), class 0xff:
     no driver binds to it.

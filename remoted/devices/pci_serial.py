@@ -15,7 +15,7 @@ __all__ = ["PciSerial"]
 
 
 class PciSerial(PciFunction):
-    """One serial port.
+    """A 16550A UART behind one I/O BAR, as QEMU's pci-serial.
 
     ``chardev`` is its far end: null (the default), pty, file:PATH or unix:PATH. With ``carrier=on`` the modem
     inputs DCD and DSR are on while a user is connected; otherwise, as in QEMU, they are always on.

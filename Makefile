@@ -89,8 +89,15 @@ $(VENV)/demo.stamp $(VENV)/install.stamp $(VENV)/test.stamp: pyproject.toml
 		command -v gcc >/dev/null || echo gcc
 		test -e /usr/include/stdio.h || echo libc6-dev
 	}
+	builds_systemd_python() {
+		pkg-config --exists libsystemd 2>/dev/null || return
+		include=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')
+		test -e "$$include/Python.h"
+	}
 	wanted() {
-		test $(@F) != test.stamp || command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
+		test $(@F) = test.stamp || return 0
+		command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
+		builds_systemd_python || echo libsystemd-dev pkg-config python3-dev
 	}
 	install() {
 		echo "Installing $$*"
@@ -115,6 +122,8 @@ $(VENV)/demo.stamp $(VENV)/install.stamp $(VENV)/test.stamp: pyproject.toml
 	test -z "$$optional" || echo "Without $$optional its tests will be skipped; as root: $(APT_INSTALL) $$optional"
 	echo "Installing the Python packages into $(VENV)"
 	$(VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	extras=$(filter-out demo,$(basename $(@F)))
+	if [ "$$extras" = test ] && builds_systemd_python; then extras=test,log; fi
 	$(VENV)/bin/python -m pip install --quiet --no-input --no-cache-dir --disable-pip-version-check --use-pep517 \
-		--editable .$(patsubst %,[%],$(filter-out demo,$(basename $(@F))))
+		--editable ".$${extras:+[$$extras]}"
 	touch $@ $(if $(filter test.stamp,$(@F)),$(VENV)/install.stamp)

@@ -27,6 +27,7 @@ __all__ = [
     "RateLimited",
     "StderrFormatter",
     "device_log",
+    "iso_time",
     "printable",
     "report_failure",
     "setup",
@@ -103,7 +104,7 @@ class StderrFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         context = _context(record)
-        head = f"{_iso_time(record.created)} {self._head}"
+        head = f"{iso_time(record.created)} {self._head}"
         head += f" {context}" if context else ": "
         if record.levelno != logging.INFO:
             head += f"{record.levelname.lower()}: "
@@ -111,7 +112,7 @@ class StderrFormatter(logging.Formatter):
 
     def describe_loss(self, lines: int) -> str:
         """The line that stands where so many could not be written."""
-        now = _iso_time(time.time())
+        now = iso_time(time.time())
         return f"{now} {self._head}: warning: lines lost here, as they could not be written: {lines}\n"
 
 
@@ -271,7 +272,8 @@ def _lines(record: logging.LogRecord) -> list[str]:
     return [printable(line[:_MAX_LINE])[:_MAX_LINE] for line in lines]
 
 
-def _iso_time(seconds: float) -> str:
+def iso_time(seconds: float) -> str:
+    """``2026-01-31T12:00:00.123+00:00``, in local time; ``seconds`` since the epoch."""
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
 
 

@@ -78,12 +78,16 @@ class DeviceServer:
 
     def serve(self, sock: socket.socket) -> None:
         """Serves a connected socket, which it owns from here on. Raises ShortageError."""
+        self._log.info("connected", event=Event.CLIENT_CONNECTED, peer=self._begin_session(sock))
+
+    def _begin_session(self, sock: socket.socket) -> str:
+        """Returns who the client is."""
         self.session = Session(
             self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal, self._keeper
         )
         self._order_clients()
         self._is_refusal_told = False
-        self._log.info("connected", event=Event.CLIENT_CONNECTED, peer=self.session.client)
+        return self.session.client
 
     def keep(self, store: FdStore, ram_files: RamFiles, devfn: int) -> None:
         """Goes on with what the process before this one has left, and keeps state and link for the next one.
@@ -95,7 +99,7 @@ class DeviceServer:
         if sock is not None:
             client = str(peer_credentials(sock))
             try:
-                self.serve(sock)
+                self._begin_session(sock)
             except IohubError as error:
                 self._log.info(
                     "the link of the process before this one has ended: %s",

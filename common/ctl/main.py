@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,6 +77,26 @@ example:
   iohubctl list --json | jq '.[] | select(.amiss != [])'
 """
 
+_LOG_EPILOG = """\
+The lines are those of iohub-remoted, iohub-proxyd, QEMU (the unit qemu@VM.service), systemd about these three,
+and the kernel's KVM about the VM's process. With ADDR only those of the daemons about that device.
+
+T is a time, such as 2026-01-31, '2026-01-31 12:00' or 2026-01-31T12:00:00Z, or how long ago: 90s, 10m, 2h, 1d.
+
+--explain needs iohub's message catalog, which `make install` puts into place: `journalctl --update-catalog`.
+
+exit status:
+  0    done
+  1    the journal can't be read
+  2    bad usage
+  130  ended by Ctrl+C
+
+examples:
+  iohubctl log vm1 --since 10m --explain
+  iohubctl log vm1 com1 --follow
+  iohubctl log vm1 --json | jq 'select(.MESSAGE_ID != null) | .MESSAGE'
+"""
+
 _DRIVE_EPILOG = """\
 Only the model irq-line has a line to drive by hand. {0}
 
@@ -144,7 +165,7 @@ def make_ctl_parser(argv: Sequence[str]) -> Parser:
     parser = Parser(
         prog=PROGRAM,
         description="Shows the PCI functions that iohub-remoted and iohub-proxyd give to a VM, "
-        "and drives lines by hand.",
+        "reads their log, and drives lines by hand.",
         epilog="examples:\n  iohubctl list\n  iohubctl status vm1\n  iohubctl raise vm1 05.0\n  iohubctl demo\n\n"
         "`iohubctl COMMAND --help` explains each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -161,6 +182,19 @@ def make_ctl_parser(argv: Sequence[str]) -> Parser:
     listing = _add_command(commands, "list", "show all VMs of this host", _LIST_EPILOG, has_vm=False)
     listing.add_argument("--json", action="store_true", help="print one JSON array: an object for each VM")
     listing.set_defaults(run=_list)
+    log = _add_command(
+        commands, "log", "show what the journal has about a VM", _LOG_EPILOG, has_runtime_dir=False
+    )
+    log.add_argument("--follow", action="store_true", help="go on with new lines until Ctrl+C")
+    log.add_argument(
+        "--since", metavar="T", help="begin at this time (default: with the journal; with --follow, now)"
+    )
+    log.add_argument(
+        "--explain", action="store_true", help="print the catalog's explanation below each line that has one"
+    )
+    log.add_argument("--json", action="store_true", help="print one JSON object a line, with all fields")
+    log.add_argument("addr", metavar="ADDR", nargs="?", help=_ADDR_HELP)
+    log.set_defaults(run=_log)
     for name, method, what, already in (
         ("raise", "Raise", "assert", "A line that is high already stays high."),
         ("lower", "Lower", "deassert", "A line that is low already stays low."),
@@ -186,7 +220,13 @@ def make_ctl_parser(argv: Sequence[str]) -> Parser:
 
 
 def _add_command(
-    commands: argparse._SubParsersAction[Parser], name: str, summary: str, epilog: str, *, has_vm: bool = True
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    summary: str,
+    epilog: str,
+    *,
+    has_vm: bool = True,
+    has_runtime_dir: bool = True,
 ) -> Parser:
     command = commands.add_parser(
         name,
@@ -196,13 +236,14 @@ def _add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    if has_vm:
+    if has_vm and has_runtime_dir:
         command.add_argument(
             "--runtime-dir",
             metavar="DIR",
             help="where the VM's sockets are (default: /run/iohub/VM, or, "
             "first for users other than root, $XDG_RUNTIME_DIR/iohub/VM)",
         )
+    if has_vm:
         command.add_argument("vm", metavar="VM", help="the VM's name")
     command.add_argument(
         "--allow-user",
@@ -225,6 +266,19 @@ def _list(options: argparse.Namespace) -> int:
     from common.ctl.list import show_list
 
     return show_list(runtime_roots(os.geteuid(), os.environ), _trust(options), json=options.json)
+
+
+def _log(options: argparse.Namespace) -> int:
+    from common.ctl.log import Query, parse_since, show_log
+
+    since = None if options.since is None else parse_since(options.since, time.time())
+    show_log(
+        Query(
+            check_name(options.vm), options.addr, since, options.follow, options.explain, options.json
+        ),
+        _trust(options),
+    )
+    return 0
 
 
 def _drive(options: argparse.Namespace) -> int:

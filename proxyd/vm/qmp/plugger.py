@@ -209,9 +209,7 @@ class QemuPlugger:
             {each.name: each.path for each in self._slots.functions if each.name in inventory.drivers},
         )
         self._interface.attached, self._interface.reason = monitor.name, None
-        self._event_log.info(
-            "attached to %s", monitor.name, event=Event.QEMU_ATTACHED, peer=str(monitor.peer)
-        )
+        self._event_log.info("attached to QEMU", event=Event.QEMU_ATTACHED, peer=str(monitor.peer))
         ends = [
             asyncio.create_task(monitor.wait_closed()),
             asyncio.create_task(self._stop.wait()),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is amiss with a function or a daemon, in the words of the modules that know it.
+"""What is amiss with a function or a daemon, as reported by the module that knows.
 
 Every function and every daemon's control interface has an Amiss, and a module that knows of a condition which an
 operator should act on adds a source to it once::
@@ -35,8 +35,8 @@ class Amiss:
         self._sources: list[Callable[[], Iterable[str]]] = []
 
     def add(self, source: Callable[[], Iterable[str]]) -> None:
-        """Adds a source for good. Called in the control thread, it gives one text for each thing that is amiss at
-        present, none if all is well; it must neither block nor raise."""
+        """Adds a source, which can't be removed. It is called in the control thread, gives one text for each thing
+        that is amiss at present, none if all is well, and must neither block nor raise."""
         self._sources.append(source)
 
     def texts(self) -> list[str]:

@@ -4,7 +4,7 @@
 asyncvarlink describes interfaces, converts types and finds methods; its transport needs an asyncio loop and bounds
 neither messages nor replies, so the transport is here. A message is a JSON object that ends with a zero byte. One
 message is answered per pass of the loop, whoever sent it, and the next one of a client only when its reply has
-left: a client that floods, or doesn't read, waits for itself. What is no call costs its sender the connection.
+left: a client that floods, or doesn't read, waits for itself. An invalid call costs its sender the connection.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class ControlServer:
 
     def _on_client(self, sock: socket.socket) -> None:
         if len(self._clients) >= _MAX_CLIENTS:
-            # Whoever asks now is more likely to matter than whoever has been silent for longest.
+            # A new client is more likely to need an answer than the one that has been silent for longest.
             next(iter(self._clients)).close()
         self._clients[_Client(self._loop, sock, self)] = None
 
@@ -209,7 +209,7 @@ class _Client:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Sends what is to be sent, then asks for a turn, and only then reads on."""
+        """Sends pending replies, then asks for a turn, and reads on only when it has had it."""
         try:
             self._flush()
         except OSError:
@@ -246,7 +246,7 @@ class _Client:
 
 
 def _parse(message: bytes) -> VarlinkMethodCall:
-    """Raises ProtocolError for what is no call."""
+    """Raises ProtocolError for anything but a call."""
     if not message.lstrip().startswith(b"{"):  # told without parsing what may be a flood of something else
         raise ProtocolError(f"a message that is not an object ({len(message)} bytes)")
     try:

@@ -119,7 +119,7 @@ class Disposal:
             self._start()
 
     def _start(self) -> None:
-        """Sees to it that a thread is at the pending fds; to be called with the lock."""
+        """Makes sure that a thread is closing the pending fds; to be called with the lock."""
         if self._pending and not self._is_running:
             with contextlib.suppress(RuntimeError):  # no thread is to be had
                 threading.Thread(target=self._run, name="disposal", daemon=True).start()

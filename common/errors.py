@@ -22,7 +22,7 @@ class UsageError(IohubError):
 
 
 class ProtocolError(IohubError):
-    """A peer broke the protocol: it loses its session, nobody else notices."""
+    """A peer broke the protocol: it loses its session, and no other peer is affected."""
 
 
 class PeerGone(IohubError):

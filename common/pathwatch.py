@@ -32,7 +32,7 @@ _EVENT = struct.Struct("iIII")
 _READ_SIZE = 4096
 _READS = 16
 _WINDOW_SECONDS = 0.02
-"""Who can write to the directory can cause events without end: no more reads than that in such a time."""
+"""A user who can write to the directory can cause events endlessly: at most so many reads in this time."""
 
 
 class PathWatch:

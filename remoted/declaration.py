@@ -177,11 +177,11 @@ def _check_values(option: Option, where: str) -> None:
 
 
 def _is_int(value: object) -> bool:
-    """A bool is none: where a number is due it is a mistake."""
+    """A bool is not taken for a number."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _shown(value: object) -> str:
-    """A value in a message: not more of it than fits there."""
+    """A value, cut to what fits into a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

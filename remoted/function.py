@@ -55,13 +55,13 @@ class PciFunction:
     BARS: ClassVar[Mapping[int, Bar]] = {}
     """by BAR number, 0 to 5; one of kind MEM64 occupies the next number too"""
     REGISTERS: ClassVar[Mapping[int, Mapping[int, str]]] = {}
-    """names by BAR number and offset, for those who read the log; a register need not have one"""
+    """names by BAR number and offset, for the log; not every register needs one"""
     OPTIONS: ClassVar[Sequence[Option]] = ()
-    """what --device and the TOML file may give besides the options of every device"""
+    """the model's own options for --device and the TOML file"""
     PARTS: ClassVar[tuple[str, ...]] = ()
     """attributes whose objects declare fields of their own, such as ``_uart``"""
     IS_DRIVABLE: ClassVar[bool] = False
-    """whether an operator may raise and lower the INTx line at the control socket"""
+    """whether `iohubctl raise` and `lower` may drive the INTx line"""
 
     # Attributes with two underscores are renamed by the compiler: a subclass may have its own of the same name.
     __config = bytearray()
@@ -120,9 +120,9 @@ class PciFunction:
         """Releases what the device opened. Called once, at the end of the daemon."""
 
     def restored(self) -> None:
-        """Called instead of reset() when the process before this one has left its registers: the fields have them.
+        """Called instead of reset() when the previous process has left its registers: the fields have them.
 
-        What is no field has to be made anew: timers, and whatever follows from the fields.
+        Everything else is to be created again: timers, and attributes that are computed from the fields.
         """
 
     @property
@@ -173,7 +173,7 @@ class PciFunction:
 
     @property
     def amiss(self) -> Amiss:
-        """What an operator is to be told of this function."""
+        """The problems of this function that `iohubctl status` reports."""
         return self.__amiss
 
     @property
@@ -237,7 +237,7 @@ class PciFunction:
         return self.__config, self.__level
 
     def resume(self, config: bytes, level: bool) -> bool:
-        """Has config space and level as the process before this one, whose values the fields have already.
+        """Restores config space and level of the previous process, whose values the fields have already.
 
         Drives no line, and calls no code of the device; that is for go_on(). Returns the level that was asserted.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs one device's code such that its mistakes stay its own.
+"""Runs one device's code, so that its errors affect this device only.
 
 Whatever the code raises costs the call, is counted, and is logged: each different error at each place once, with
 its traceback, within a rate limit. How long it takes is watched (remoted.watchdog).
@@ -60,7 +60,7 @@ class Guard:
         self.names: dict[tuple[int, int], str] = {}
         """names of registers, by BAR and offset"""
         self.spinning: dict[int, str] = {}
-        """by fd: what is wrong with a handler that was called again and again for nothing"""
+        """by fd: what is wrong with a handler that is called again and again without effect"""
         self.on_done: Callable[[], None] | None = None
         """called after the code has run, but for a single access"""
         self._log = RateLimited(log)
@@ -112,12 +112,12 @@ class Guard:
         self._log.warning("%s", text, event=Event.DEVICE_SPINS)
 
     def forgive(self) -> None:
-        """Begins anew what amiss() tells: the function is being reset."""
+        """Clears what amiss() reports: the function is being reset."""
         self._forgiven = self.errors
         self.stall = ""
 
     def amiss(self) -> Iterator[str]:
-        """For an operator, what has gone wrong since the last reset."""
+        """What has gone wrong since the last reset, for `iohubctl status`."""
         if self.recent_errors:
             count = f"{self.recent_errors} errors" if self.recent_errors > 1 else "an error"
             yield f"{count} in the device's code, the last at: {self.last_place}: {self.last_error}"

@@ -22,9 +22,9 @@ from remoted.watchdog import Watchdog
 __all__ = ["GuardedLoop", "Host", "PeriodicTimer"]
 
 _PROBE_EVERY = 256
-"""calls of an fd's handler between two looks at whether there was anything to handle"""
+"""after so many calls of an fd's handler it is checked whether there was anything to handle"""
 _MAX_IDLE_CALLS = 64
-"""calls in a row at the end of a stream, until its level counts no more"""
+"""so many calls in a row at the end of a stream make the fd edge-triggered"""
 _MIN_PERIOD = 0.001
 _MAX_SECONDS = 1e6
 """epoll_wait(2) takes at most 2**31 ms"""
@@ -202,7 +202,7 @@ class Host:
 
 
 def _name(callback: Callable[..., None]) -> str:
-    """A partial() has no name of its own, and others may fail to tell it."""
+    """A partial() has no name, and a device's object may raise when asked for it."""
     try:
         return str(callback.__qualname__)
     except DEVICE_ERRORS:
@@ -228,6 +228,6 @@ def _is_at_end(fd: int, ready: int) -> bool:
 
 
 def _is_stream(fd: int) -> bool:
-    """Whether a socket is one: elsewhere a message may be empty."""
+    """Whether a socket is a stream: other sockets have empty messages."""
     with socket.socket(fileno=os.dup(fd)) as sock:
         return sock.type == socket.SOCK_STREAM

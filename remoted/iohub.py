@@ -10,7 +10,7 @@ then. So the irqfd is signalled
 - when an irqfd arrives while the level is high: the rise went to the irqfd before, or to none.
 
 A resample while the level is low does nothing: it may come from another function on the same GSI, or from an
-EOI for a line that nobody asserted.
+EOI for a line that was not asserted.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Pirq:
             self._reassert()
 
     def resume(self, irqfd: EventNotifier, resamplefd: EventNotifier) -> None:
-        """Goes on with the eventfds of the process before this one.
+        """Continues with the eventfds of the previous process.
 
         A level that is high has been asserted by it, unless it was killed between the EOI and the assertion.
         Raises ShortageError, as set_irqfd().

@@ -197,7 +197,7 @@ def _as_dma_error(address: int) -> Iterator[None]:
 
 
 def _expect(copied: int, wanted: int) -> None:
-    if copied != wanted:  # the kernel got as far as the file still goes
+    if copied != wanted:  # the file was truncated: the kernel copied up to its end
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 

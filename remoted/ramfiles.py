@@ -52,14 +52,14 @@ class RamFiles:
         return os.dup(self._inherited[name])
 
     def end_of_start(self) -> None:
-        """All devices have taken theirs: closes the copies that they were made from."""
+        """Closes the inherited files: all devices have their copies."""
         for fd in self._inherited.values():
             if fd != -1:
                 os.close(fd)
         self._inherited.clear()
 
     def release(self, user: str, name: str) -> None:
-        """That device uses the file no more; the last one's word takes it out of the store."""
+        """The device no longer uses the file. The store drops it with its last user."""
         users = self._users.get(name, set())
         users.discard(user)
         if not users and self._users.pop(name, None) is not None:

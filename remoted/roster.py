@@ -53,7 +53,7 @@ class Roster:
         return [server for _, server in self.devices]
 
     def start(self, config: VmConfig, store: FdStore | None) -> None:
-        """Creates every device; those of the process before this one go on, if there is a store.
+        """Creates every device; those of the previous process continue, if there is a store.
 
         Raises UsageError and OSError; close() comes after it in any case.
         """

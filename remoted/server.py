@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One device as clients find it: a socket by path or an inherited connection, one client at a time."""
+"""Serves one device: at a socket by path, or on an inherited connection; one client at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DeviceServer:
         self.pirq = pirq
         self.session: Session | None = None
         self.refused = 0
-        """clients turned away while another was served"""
+        """clients refused because another one was being served"""
         self._rejected = 0  # in sessions that have ended
         self._accesses = 0  # likewise
         self._seen_accesses = 0  # by the last call of quiet_seconds(), since _quiet_since
@@ -90,7 +90,7 @@ class DeviceServer:
         return self.session.client
 
     def keep(self, store: FdStore, ram_files: RamFiles, devfn: int) -> None:
-        """Goes on with what the process before this one has left, and keeps state and link for the next one.
+        """Continues with what the previous process left, and keeps state and link for the next one.
 
         It resets the function if nothing was left. Raises OSError.
         """
@@ -102,7 +102,7 @@ class DeviceServer:
                 self._begin_session(sock)
             except IohubError as error:
                 self._log.info(
-                    "the link of the process before this one has ended: %s",
+                    "the link of the previous process has ended: %s",
                     error,
                     event=Event.RESUME_FAILED,
                     peer=client,
@@ -141,7 +141,7 @@ class DeviceServer:
             self._keeper.close()
 
     def _order_clients(self) -> None:
-        """The next client may come together with the end of the one before it."""
+        """The end of a client is handled before a next client that is reported in the same pass."""
         if self._listener is not None and self.session is not None:
             self._loop.order(self._listener.fileno(), after=self.session.fileno())
 
@@ -160,7 +160,7 @@ class DeviceServer:
                 self._log.warning("can't be served: %s", error, event=Event.SHORTAGE, peer=client)
             return
         self.refused += 1
-        if not self._is_refusal_told:  # once: who is refused may try again each second
+        if not self._is_refusal_told:  # once a session: a refused client may try again each second
             self._is_refusal_told = True
             client = str(peer_credentials(sock))
             self._log.warning(

@@ -2,7 +2,7 @@
 """One mpqemu link served: message -> function -> reply.
 
 A client's mistake costs it its session at most. Out-of-range accesses are answered with all ones, as an error
-is on this wire. Requests without a reply (SYNC_SYSMEM, SET_IRQFD) that are unfit are dropped whole. Only what
+is on this wire. Invalid requests without a reply (SYNC_SYSMEM, SET_IRQFD) are ignored as a whole. Only what
 puts the stream out of step ends the session: a wrong size, an unknown command, more fds than fit, a flood
 whose replies nobody reads, a frame that doesn't end. A shortage on this side, such as of file descriptors, ends
 the session as well: the client would wait in vain for the interrupts of a SET_IRQFD that was dropped, while one
@@ -38,7 +38,7 @@ _HALF_FRAME_SECONDS = 5.0
 
 
 class Session:
-    """Serves one client of one function until either end has enough."""
+    """Serves one client of one function until either end closes the link."""
 
     def __init__(
         self,

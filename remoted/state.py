@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What of one function outlives the process: config space, INTx level, registers, and the reply to a request.
+"""The state of a function that outlives the process: config space, INTx level, registers, reply to a request.
 
-It lies in a memfd that the service manager keeps. There is no moment of saving: after each request, timer or fd
-handler the whole state goes into the bank that doesn't count, and a single byte then says that this one counts. A
-process that is killed within a handler leaves the state from before it, so the request is done again; what a
-handler changed and the reply to its request become valid together.
+It lies in two banks of a memfd that the service manager keeps. After each request, timer or fd handler the whole
+state is written into the inactive bank, and a single byte then makes that bank the active one. A process that is
+killed within a handler leaves the state from before it, so the request is executed again. What a handler changed
+and the reply to its request become valid together.
 
 The bytes before the banks tell how far a request, or an assertion, has come. Each changes by one store, which a
 kill can't divide.
@@ -36,7 +36,7 @@ _OWES_ASSERT = _ACTIVE + 3
 _IRQFDS = _ACTIVE + 4
 _RAM = _ACTIVE + 5
 _TABLES = 64
-"""where the payloads of two SYNC_SYSMEMs are, each with its files' names: one is in use, one comes or goes"""
+"""where the payloads of two SYNC_SYSMEMs are, each with its files' names: one in use, one stored or dropped"""
 _NAME_SIZE = 32
 _TABLE_SIZE = mpqemu.SYSMEM.size + mpqemu.MAX_FDS * _NAME_SIZE
 _BANKS = _TABLES + 2 * _TABLE_SIZE + -2 * _TABLE_SIZE % 8
@@ -119,8 +119,8 @@ class FunctionState:
     def commit(self) -> None:
         """Makes the function's present state valid.
 
-        When a field holds what it wasn't declared for, ``on_void`` is told, once, and there is no valid state any
-        more: a successor starts from reset.
+        If a field holds a value that doesn't fit its declaration, ``on_void`` is called, once, and no state is
+        valid any more: the next process starts from reset.
         """
         self._store(self.serial, self.reply)
 

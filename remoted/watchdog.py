@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Notices device code that keeps the loop, while it still does.
+"""Notices device code that holds up the loop, while it still runs.
 
 The loop's thread says what it is about to do in ``doing`` and clears that afterwards: two stores, no look at a
-clock. A thread compares samples of it. It sleeps for good while no device code runs, so that an idle daemon has
-no wake-ups. Code in C that keeps the GIL can't be noticed.
+clock. A thread compares samples of it. While no device code runs it sleeps without a timeout, so that an idle
+daemon has no wake-ups. C code that keeps the GIL can't be noticed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Protocol
 __all__ = ["PATIENCE_SECONDS", "Watchdog", "Work"]
 
 PATIENCE_SECONDS = 2.0
-"""for how long one piece of device code may run unnoticed: proxyd gives up a link after as long"""
+"""device code that runs for longer is reported; proxyd gives up a link after the same time"""
 _SAMPLE_SECONDS = 1.0
 
 
 class Work(Protocol):
-    """What sample after sample finds in ``doing``."""
+    """One device's code, as the watchdog finds it in ``doing``."""
 
     def stalls(self, doing: Doing, seconds: float) -> None:
         """It has run for so many seconds, and still does. Called in the watchdog's thread."""

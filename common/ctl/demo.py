@@ -36,7 +36,7 @@ _FEW_ROUNDS = 50
 _KILL_SHARE = 5
 """the run that remoted is killed in has this fraction of the rounds"""
 _SILENCE_SECONDS = 60.0
-"""how long the guest may say nothing"""
+"""the longest silence of the guest"""
 
 _DEVICES = (
     ("edu0", "edu", "05.0"),
@@ -323,7 +323,7 @@ class _Progress:
 
     @staticmethod
     def _write(text: str) -> None:
-        with contextlib.suppress(OSError):  # what it shows is no reason to end
+        with contextlib.suppress(OSError):  # progress that can't be written doesn't end the demo
             sys.stderr.write(text)
             sys.stderr.flush()
 

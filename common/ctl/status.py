@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""``iohubctl status``, ``raise`` and ``lower``: what both daemons of a VM say, and what is told to remoted."""
+"""``iohubctl status``, ``raise`` and ``lower``: what both daemons of a VM report; lines driven by hand."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _check_vm(answer: Answer, vm: str, directory: Path) -> None:
 def _select(report: Report, addr: str, vm: str) -> None:
     """Leaves only the function of that address or id, which either daemon may know it by.
 
-    Raises IohubError when nobody has it.
+    Raises IohubError when neither daemon has it.
     """
     try:
         wanted = format_devfn(parse_devfn(addr))

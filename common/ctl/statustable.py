@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The functions of a VM as a table of 80 columns, of what remoted and proxyd say about it; and what is amiss.
+"""The table of a VM's functions in 80 columns, from what remoted and proxyd report; and what is amiss.
 
 A function has a line with the state and counters of its interrupt, and below that one with its model and links.
 Counters that usually are 0 are shown only if they are not.

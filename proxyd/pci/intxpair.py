@@ -36,7 +36,7 @@ class IntxPair:
     def assign(self, gsi: int | None) -> None:
         """Moves the irqfd to the GSI, or to none, and kicks. Does nothing without a pair.
 
-        Raises OSError; the irqfd is assigned nowhere then.
+        Raises OSError; the irqfd is not assigned then.
         """
         self.deassign()  # an assign before the deassign would be EBUSY
         if gsi is None or self.irqfd is None or self.resamplefd is None:

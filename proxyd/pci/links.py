@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keeps every function's link to remoted: connects, notices the end, connects again.
 
-A socket that appears is connected to at once. What inotify doesn't tell is found by trying again ever more rarely.
+It connects to a socket as soon as inotify reports it, and otherwise tries again at growing intervals.
 """
 
 from __future__ import annotations

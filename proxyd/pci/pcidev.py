@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The PCI proxy of one function: what QEMU's hw/remote/proxy.c does, without what that loses.
+"""The PCI proxy of one function: as QEMU's hw/remote/proxy.c, without the interrupts which that loses.
 
 It forwards config and BAR accesses over the link, keeps a copy of what the guest programs, and assigns the
 irqfd to the GSI that the function's interrupt pin is routed to.
@@ -307,7 +307,7 @@ class PciProxy:
             self._update_windows()
 
     def check_link(self) -> None:
-        """To be called when fileno() is readable: drops a link that has ended or that speaks unasked."""
+        """To be called when fileno() is readable: drops a link that has ended, or has an unexpected message."""
         with self._lock:
             if self._client is not None:
                 try:

@@ -24,7 +24,7 @@ __all__ = ["WaitBudget"]
 _TOLERANCE_SECONDS = 0.1
 """an answer that takes no longer costs nothing"""
 _SLOW_SECONDS = 0.5
-"""an answer that takes longer is told"""
+"""an answer that takes longer is reported"""
 _CAPACITY_SECONDS = 4.0
 _LEAK = 0.1
 _PAGE_SECONDS = 60.0

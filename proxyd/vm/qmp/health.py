@@ -15,7 +15,7 @@ __all__ = ["Health"]
 _ASK_SECONDS = 5.0
 """how often QEMU is asked whether its guest runs, and so whether it answers"""
 _SILENCE_SECONDS = 2.0
-"""how long an answer may take before that is told"""
+"""an answer that takes longer is reported"""
 _MAX_STATE = 40
 
 

@@ -30,7 +30,7 @@ from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory, drop_note, note_request,
 __all__ = ["CONSENT_SECONDS", "Slot", "Turn"]
 
 CONSENT_SECONDS = 5.0
-"""how long a guest may take to eject a device before that is told; QEMU then takes another device_del, too"""
+"""a guest that takes longer to eject a device is reported; QEMU then takes another device_del, too"""
 _LAST_CONSENT_SECONDS = 60.0
 _EXAMINATION_SECONDS = 5.0
 """how long a device's answers may take altogether; QEMU would stand still for as long"""
@@ -320,7 +320,7 @@ async def _open(path: str) -> Handover:
     def close(examined: asyncio.Future[Handover]) -> None:
         client.close()
         if not examined.cancelled():
-            examined.exception()  # asyncio would log one that nobody has asked for
+            examined.exception()  # asyncio would log an exception that was never retrieved
 
     try:
         await asyncio.wait({examining}, timeout=_EXAMINATION_SECONDS)

@@ -98,6 +98,10 @@ $(VENV)/demo.stamp $(VENV)/install.stamp $(VENV)/test.stamp: pyproject.toml
 		test $(@F) = test.stamp || return 0
 		command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
 		builds_systemd_python || echo libsystemd-dev pkg-config python3-dev
+		command -v dh >/dev/null || echo debhelper
+		for tool in lintian mandoc zsh; do
+			command -v $$tool >/dev/null || echo $$tool
+		done
 	}
 	install() {
 		echo "Installing $$*"
@@ -119,7 +123,7 @@ $(VENV)/demo.stamp $(VENV)/install.stamp $(VENV)/test.stamp: pyproject.toml
 		optional=$$(wanted)
 	fi
 	test -z "$$missing" || stop these are needed, as root: $(APT_INSTALL) $$missing
-	test -z "$$optional" || echo "Without $$optional its tests will be skipped; as root: $(APT_INSTALL) $$optional"
+	test -z "$$optional" || echo "Without" $$optional "their tests will be skipped; as root: $(APT_INSTALL) $$optional"
 	echo "Installing the Python packages into $(VENV)"
 	$(VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	extras=$(filter-out demo,$(basename $(@F)))

@@ -11,10 +11,10 @@ from common.errors import UsageError
 from common.journal import printable
 from common.options import INTEGER_KEYS, KEY, STRING_KEYS, Keys, Value, check_id, check_text
 
-__all__ = ["ConfigFile", "read_file"]
+__all__ = ["TOP_KEYS", "ConfigFile", "read_file"]
 
 _MAX_FILE = 1 << 20
-_TOP_KEYS = frozenset(("name", "runtime-dir", "vm", "allow-users", "poll-max-us", "device"))
+TOP_KEYS = frozenset(("name", "runtime-dir", "vm", "allow-users", "poll-max-us", "device"))
 _TOP_INTEGERS = frozenset(("poll-max-us",))
 
 
@@ -46,8 +46,8 @@ def read_file(name: str) -> ConfigFile:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: {error}") from error
     for key in tables:
-        if key not in _TOP_KEYS:
-            raise UsageError(f"{where}: unknown key {key!r}: the file has {', '.join(sorted(_TOP_KEYS))}")
+        if key not in TOP_KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}: the file has {', '.join(sorted(TOP_KEYS))}")
     entries = tables.pop("device", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UsageError(f"{where}: device: must be [[device]] tables")

@@ -6,15 +6,21 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from common.configfile import TOP_KEYS
+from common.ctl.main import make_ctl_parser
+from common.options import COMMON_KEYS
 from tests.support.bootedsystem import BootedSystem
 from tests.support.checkout import ROOT
 from tests.support.installation import install, make
 
+PAGES = ("iohub-proxyd.8", "iohub-remoted.8", "iohub.toml.5", "iohubctl.1")
+COMMANDS = [*re.findall(r"^    (\w+)  ", make_ctl_parser([]).format_help(), re.MULTILINE)]
 PROGRAMS = ("iohub-proxyd", "iohub-remoted", "iohubctl")
 
 
@@ -132,6 +138,59 @@ def test_systemd_takes_the_files(system: BootedSystem) -> None:
         assert system.run("systemctl", "is-enabled", unit, check=False).stdout == "disabled\n"
         assert system.run("systemctl", "preset", unit).stderr == ""
         assert system.run("systemctl", "is-enabled", unit, check=False).stdout == "disabled\n"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_manual_page_has_no_mistake(installed: Path, page: str) -> None:
+    if shutil.which("mandoc") is None:
+        pytest.skip("needs mandoc: apt-get install mandoc")
+    path = installed / f"usr/share/man/man{page[-1]}/{page}"
+    done = subprocess.run(["mandoc", "-T", "lint", path], capture_output=True, text=True, check=False)
+    # That of others depends on what the machine has, and on mandoc's index of it.
+    ignored = ("referenced manual not found", "outdated mandoc.db")
+    assert [line for line in done.stdout.splitlines() if not any(each in line for each in ignored)] == []
+    if shutil.which("man") is None:
+        return
+    done = subprocess.run(
+        ["man", "--warnings", "-l", path],
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "MANWIDTH": "90"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("iohub-remoted",), ("iohub-proxyd",), ("iohubctl",), *(("iohubctl", name) for name in COMMANDS)],
+    ids=" ".join,
+)
+def test_manual_page_has_each_option_of_the_help(installed: Path, command: tuple[str, ...]) -> None:
+    if shutil.which("mandoc") is None:
+        pytest.skip("needs mandoc: apt-get install mandoc")
+    (page,) = (installed / "usr/share/man").rglob(f"{command[0]}.[1-8]")
+    text = subprocess.run(["mandoc", "-T", "ascii", page], capture_output=True, text=True, check=True).stdout
+    text = re.sub(".\x08", "", text)  # bold is overstruck
+    if len(command) == 2:
+        text = re.split(r"^   \S", text.partition(f"\n   {command[1]}\n")[2], maxsplit=1, flags=re.MULTILINE)[
+            0
+        ]
+    usage = subprocess.run(
+        [Path(sys.executable).with_name(command[0]), *command[1:], "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    options = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", usage, re.MULTILINE))
+    assert options
+    assert options <= set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", text, re.MULTILINE))
+
+
+def test_manual_page_of_the_file_has_each_key(installed: Path) -> None:
+    text = (installed / "usr/share/man/man5/iohub.toml.5").read_text()
+    keys = set(re.findall(r"^\.It Cm (\S+) No =", text, re.MULTILINE))
+    assert keys == TOP_KEYS | COMMON_KEYS
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

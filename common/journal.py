@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -40,6 +41,8 @@ JOURNAL_SOCKET = "/run/systemd/journal/socket"
 _MAX_LINE = 1024
 _MAX_TRACEBACK = 40
 """characters of a line, lines of a traceback: so that a record fits into one datagram"""
+_RETRY_SECONDS = 0.5
+"""how often journald is tried again after it has not taken a line"""
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 """levels of syslog(3), by the least severe record that gets them"""
 
@@ -122,7 +125,7 @@ class JournalHandler(logging.Handler):
     Fields: MESSAGE, PRIORITY, SYSLOG_IDENTIFIER, CODE_FILE, CODE_LINE, CODE_FUNC and, where they apply, MESSAGE_ID
     (an Event), IOHUB_VM, IOHUB_DEVICE, IOHUB_ADDR (as 05.0), IOHUB_PIRQ (a decimal number), IOHUB_PEER (as
     qemu[12]) and IOHUB_PEER_PID.
-    What journald does not take at once is dropped; a line with the number precedes the next one that it takes.
+    What journald does not take at once is dropped; a line with the number follows as soon as it takes lines again.
     """
 
     def __init__(self, program: str, vm: str, path: str = JOURNAL_SOCKET) -> None:
@@ -131,6 +134,7 @@ class JournalHandler(logging.Handler):
         self._vm = vm
         self._path = path
         self._dropped = 0
+        self._has_thread = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -139,12 +143,36 @@ class JournalHandler(logging.Handler):
         except Exception:  # noqa: BLE001  logging's rule: a record that can't be formatted does not end its sender
             self.handleError(record)
             return
+        if not self._tell_loss() or not self._send(datagram):
+            self._dropped += 1
+            self._tell_later()
+
+    def _tell_loss(self) -> bool:
+        """Whether all lines so far have been taken, or their loss has been told now."""
         if self._dropped and self._send(self._loss()):
             self._dropped = 0
-        if self._dropped or not self._send(datagram):
-            self._dropped += 1
+        return not self._dropped
+
+    def _tell_later(self) -> None:
+        """No line may follow for long: a thread tells of the loss as soon as journald takes it."""
+        if not self._has_thread:
+            self._has_thread = True
+            try:
+                threading.Thread(target=self._retry, name="journal", daemon=True).start()
+            except RuntimeError:  # no thread is to be had now; the next loss tries again
+                self._has_thread = False
+
+    def _retry(self) -> None:
+        while self._has_thread:
+            threading.Event().wait(_RETRY_SECONDS)
+            self.acquire()
+            try:
+                self._has_thread = not self._tell_loss()
+            finally:
+                self.release()
 
     def close(self) -> None:
+        self._dropped = 0
         self._socket.close()
         super().close()
 

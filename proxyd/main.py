@@ -60,6 +60,8 @@ def open_vm(config: VmConfig, loop: Loop) -> Vm:
 
         return Soft(PROGRAM, config, loop)
     if kind == "qmp":
+        # Its part for traffic control, which nobody uses, warns where /proc/net is hidden.
+        logging.getLogger("pyroute2.netlink.rtnl.tcmsg").setLevel(logging.ERROR)
         from proxyd.vm.qmp.plugger import QemuPlugger
 
         return QemuPlugger(PROGRAM, config, loop)

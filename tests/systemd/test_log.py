@@ -81,6 +81,59 @@ def test_one_stream_has_all_that_concerns_the_vm(system: BootedSystem) -> None:
     assert killed < events.index(Event.TAKEN_UP)
 
 
+def test_an_ordinary_run_has_no_warning(system: BootedSystem) -> None:
+    daemons = [entry for entry in entries(system) if entry.get("_SYSTEMD_UNIT") in (REMOTED, PROXYD)]
+    assert [entry["MESSAGE"] for entry in daemons if int(entry["PRIORITY"]) <= 4] == []
+
+
+@pytest.mark.parametrize(
+    ("vm", "line", "event", "text"),
+    [
+        ("vm3", 'model = "nosuch"', Event.MODEL_NOT_LOADED, "nosuch"),
+        ("vm4", 'model = "/no.py:Class"', Event.MODEL_NOT_LOADED, "/no.py"),
+        ("vm5", 'model = "edu"\naddr = "99.0"', Event.START_FAILED, "99.0"),
+    ],
+)
+def test_why_a_daemon_does_not_start_is_explained(
+    system: BootedSystem, vm: str, line: str, event: Event, text: str
+) -> None:
+    """Also if it has read no file yet, and knows no VM: systemd knows the unit."""
+    (system.root / f"etc/iohub/{vm}.toml").write_text(f'[[device]]\nid = "x"\n{line}\n')
+    failed = system.run("systemctl", "start", f"iohub-remoted@{vm}", check=False)
+    assert failed.returncode == 1
+    system.run("journalctl", "--sync")
+    told = [json.loads(line) for line in log(system, vm, "--json", "--explain")]
+    (error,) = (each for each in told if each["SYSLOG_IDENTIFIER"] == "iohub-remoted")
+    assert (error["MESSAGE_ID"], error["PRIORITY"]) == (event, "3")
+    assert text in error["MESSAGE"]
+    assert error["EXPLANATION"].startswith("Subject: ")
+
+
+def test_a_stalled_journald_holds_up_nobody_and_the_loss_is_told(system: BootedSystem) -> None:
+    """Its socket's queue has room for some hundred lines; who logs to it by libsystemd would wait for ever."""
+    journald = system.main_pid("systemd-journald.service")
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from common.journal import device_log, setup; "
+        "setup('iohub-test', 'vm8'); log = device_log('iohub-test', 'edu0', 0); "
+        "[log.warning('line %d', number) for number in range(5000)]; open('/run/logged', 'w').close(); "
+        "time.sleep(100)"
+    )
+    os.kill(journald, signal.SIGSTOP)
+    try:
+        system.run("systemd-run", "--no-block", "--unit=logger", sys.executable, "-P", "-c", program, timeout=20)
+        wait_until((system.root / "run/logged").exists, "all is logged")
+    finally:
+        os.kill(journald, signal.SIGCONT)
+
+    def told() -> list[str]:
+        return [line for line in log(system, "vm8") if "lines lost here" in line]
+
+    wait_until(told, "the loss is told")
+    taken = [line for line in log(system, "vm8") if ": edu0: line " in line]
+    assert len(taken) + sum(int(line.rpartition(" ")[2]) for line in told()) == 5000
+    system.systemctl("stop", "logger")
+
+
 def test_another_vm_has_none_of_it(system: BootedSystem) -> None:
     assert log(system, "vm2") == []
 

@@ -17,6 +17,7 @@ import pytest
 
 from common.journal import JournalHandler, RateLimited, StderrFormatter, device_log, printable
 from common.messages import Event
+from tests.support.wait import wait_until
 
 PROGRAM = "iohub-test"
 HOSTILE = "a\nb\r\x1b[31m\0\x85\u2028\u202e\udcff"
@@ -243,6 +244,25 @@ def test_each_lost_line_is_counted_once(journald: Journald, log: logging.Logger)
     assert len(losses) >= 2
     taken += len(records) - len(losses)
     assert sum(int(loss.rpartition(" ")[2]) for loss in losses) == sent - taken
+
+
+def test_a_loss_is_told_although_no_line_follows(path: Path, log: logging.Logger) -> None:
+    for _ in range(3):
+        log.info("nobody listens")
+    journald = Journald(path)
+    records: list[dict[str, str]] = []
+
+    def has_come() -> bool:
+        records.extend(journald.receive_all())
+        return bool(records)
+
+    wait_until(has_come, "the loss is told")
+    assert [record["MESSAGE"] for record in records] == [
+        "vm1 lines lost here, as journald did not take them: 3"
+    ]
+    log.info("text")
+    assert journald.receive()["MESSAGE"] == "vm1 text"
+    journald.close()
 
 
 def test_journald_may_come_and_go(path: Path, log: logging.Logger) -> None:

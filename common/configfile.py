@@ -44,7 +44,7 @@ def read_file(name: str) -> ConfigFile:
         line = data.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{where}: not UTF-8: byte {data[error.start]:#04x} in line {line}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: {error}") from error
+        raise UsageError(f"{where}: not valid TOML: {error}") from error
     for key in tables:
         if key not in TOP_KEYS:
             raise UsageError(f"{where}: unknown key {key!r}: the file has {', '.join(sorted(TOP_KEYS))}")

@@ -166,7 +166,8 @@ def make_ctl_parser(argv: Sequence[str]) -> Parser:
         prog=PROGRAM,
         description="Shows the PCI functions that iohub-remoted and iohub-proxyd give to a VM, "
         "reads their log, and drives lines by hand.",
-        epilog="examples:\n  iohubctl list\n  iohubctl status vm1\n  iohubctl raise vm1 05.0\n  iohubctl demo\n\n"
+        epilog="examples:\n  iohubctl list\n  iohubctl status vm1\n  iohubctl log vm1 --since 10m --explain\n"
+        "  iohubctl raise vm1 05.0\n  iohubctl demo\n\n"
         "`iohubctl COMMAND --help` explains each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -93,7 +93,8 @@ class Process:
         try:
             yield
         except PermissionError as error:
-            reason = f"{error.filename} isn't permitted; it takes CAP_SYS_PTRACE, or its user and no Yama"
+            needed = "CAP_SYS_PTRACE, or the process's user and kernel.yama.ptrace_scope=0"
+            reason = f"{error.filename} is not permitted: it needs {needed}"
             raise kind(f"pid:{self.pid}: {reason}") from error
         except (ProcessLookupError, FileNotFoundError) as error:  # the latter of its folder in /proc
             raise PeerGone(f"pid:{self.pid}: has exited") from error

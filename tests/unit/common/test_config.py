@@ -387,7 +387,7 @@ def test_bad_option(argv: list[str], names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("name = \n", ["vm.toml", "line 1, column 8"]),
+        ("name = \n", ["vm.toml: not valid TOML: ", "line 1, column 8"]),
         ('name = "vm1"\nname = "vm2"\n', ["vm.toml", "line 2"]),
         ('name = "vm1"\nnmae = "vm1"', ["vm.toml", "'nmae'"]),
         ("name = 1", ["vm.toml: name", "a string"]),

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -195,6 +196,18 @@ def test_installed_devices(environment: Environment) -> None:
     assert "has no attribute 'Lost'" in models["lost", "acme-cards 2.1"]["error"]
     assert {("bell", "acme-cards 2.1"), ("bell", "bells 0.9"), ("pci-serial", "built-in")} <= models.keys()
     assert [(model["name"], model["origin"]) for model in answer["hidden"]] == [("edu", "acme-cards 2.1")]
+
+
+def test_installed_devices_in_an_archive(environment: Environment, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "cards.zip", "w") as archive:
+        archive.writestr("zipped_card.py", CARD)
+        metadata = "Metadata-Version: 2.1\nName: zipped\nVersion: 3\n"
+        archive.writestr("zipped-3.dist-info/METADATA", metadata)
+        points = "[iohub.devices]\nzipped-ring = zipped_card:RingCard\n"
+        archive.writestr("zipped-3.dist-info/entry_points.txt", points)
+    variables = {"PYTHONPATH": str(tmp_path / "cards.zip")}
+    listed = environment.run("iohub-remoted", "--models", variables=variables).stdout
+    assert "zipped-ring  (zipped 3)\n  Rings.\n" in listed
 
 
 def test_type_information_is_installed(environment: Environment) -> None:

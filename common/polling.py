@@ -10,8 +10,9 @@ again and again, for a window that follows what came of it, as the halt polling 
 - An event that takes longer halves the window. One that takes longer than a millisecond closes it: an idle
   process doesn't poll.
 - A poll of the whole limit that found nothing, although the event came soon after it, closes the window for a
-  pause. So does a gap between two looks, in which another task had the CPU: whoever needs it may be the peer. Each
-  pause is twice as long as the one before it, from 1 ms to 1 s, until polling finds something.
+  pause. So does a gap between two looks, in which another task had the CPU: on a busy CPU polling uses up the time
+  that the scheduler would give this process at once when an event wakes it. Each pause is twice as long as the one
+  before it, from 10 ms to 1 s. After one that polling has followed with 256 events it begins at 10 ms again.
 - An event that is there at the first look says nothing.
 
 All fds are looked at, as by a sleep. A timer ends the poll when it is due.
@@ -27,10 +28,12 @@ __all__ = ["Polling"]
 _OPENING = 4
 """the first window is this fraction of the limit"""
 _SILENCE_SECONDS = 1e-3
-_GAP_SECONDS = 20e-6
-"""between two looks that usually are a microsecond apart"""
-_FIRST_PAUSE_SECONDS = 1e-3
+_GAP_SECONDS = 50e-6
+"""between two looks, which usually are a microsecond apart; interrupts take less"""
+_FIRST_PAUSE_SECONDS = 10e-3
 _LAST_PAUSE_SECONDS = 1.0
+_FORGIVING = 256
+"""so many finds between two pauses are worth more than what closed the window has cost"""
 
 Events = list[tuple[int, int]]
 
@@ -38,7 +41,18 @@ Events = list[tuple[int, int]]
 class Polling:
     """The window of one loop, and what it has cost."""
 
-    __slots__ = ("_clock", "_closed_until", "_limit", "_pause", "_poll", "found", "missed", "seconds", "window")
+    __slots__ = (
+        "_clock",
+        "_closed_until",
+        "_found_before",
+        "_limit",
+        "_pause",
+        "_poll",
+        "found",
+        "missed",
+        "seconds",
+        "window",
+    )
 
     def __init__(
         self, poll: Callable[[float | None], Events], clock: Callable[[], float], limit: float
@@ -49,6 +63,7 @@ class Polling:
         self._limit = limit
         self._pause = _FIRST_PAUSE_SECONDS
         self._closed_until = 0.0
+        self._found_before = 0  # the last pause
         self.window = 0.0
         """for how many seconds the next wait polls"""
         self.seconds = 0.0
@@ -83,8 +98,7 @@ class Polling:
             self.seconds += now - begin
             if events:
                 self.found += 1
-                if self.window:
-                    self._pause = _FIRST_PAUSE_SECONDS
+                if self.window < self._limit:
                     self.window = min(2 * self.window, self._limit)
                 return events
             self.missed += 1
@@ -108,6 +122,9 @@ class Polling:
             self.window = min(2 * self.window or self._limit / _OPENING, self._limit)
 
     def _close(self, now: float) -> None:
+        if self.found - self._found_before >= _FORGIVING:
+            self._pause = _FIRST_PAUSE_SECONDS
+        self._found_before = self.found
         self.window = 0.0
         self._closed_until = now + self._pause
         self._pause = min(2 * self._pause, _LAST_PAUSE_SECONDS)

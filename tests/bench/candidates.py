@@ -33,6 +33,7 @@ __all__ = [
     "Candidate",
     "Remote",
     "cpu_seconds",
+    "start_process",
 ]
 
 QEMU = "qemu-system-x86_64"
@@ -66,24 +67,17 @@ class Candidate:
 class Remote:
     """A running candidate with a client that has given it an irqfd and placed its BAR."""
 
-    def __init__(self, candidate: Candidate, directory: Path) -> None:
+    def __init__(self, candidate: Candidate, directory: Path, *, settle: bool = True) -> None:
+        """Without ``settle`` it may forget its BAR: only for what doesn't need it."""
         self.candidate = candidate
-        ours, theirs = socket.socketpair()
         begin = time.perf_counter()
-        with theirs:
-            self.process = subprocess.Popen(
-                candidate.command(theirs.fileno(), directory),
-                pass_fds=[theirs.fileno()],
-                cwd=ROOT,
-                stderr=subprocess.DEVNULL,
-            )
+        self.process, self.link = start_process(candidate, directory)
         self.pid = self.process.pid
-        self.link = ours
-        client = Client(socket.socket(fileno=os.dup(ours.fileno())), _DEADLINE, Disposal())
+        client = Client(socket.socket(fileno=os.dup(self.link.fileno())), _DEADLINE, Disposal())
         client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4))
         self.first_answer = time.perf_counter() - begin
         """seconds from before the process is made"""
-        time.sleep(candidate.settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
+        time.sleep(candidate.settle * settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
         self.irqfd, self.resamplefd = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
         client.send(Command.SET_IRQFD, fds=(self.irqfd, self.resamplefd))
         client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_BASE_ADDRESS_0, IO_BASE, 4))
@@ -127,6 +121,19 @@ class Remote:
         lines = Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines()[1:]
         sizes = {name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)}
         return {"resident": sizes["Rss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}
+
+
+def start_process(candidate: Candidate, directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A process and the client's end of its link."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            candidate.command(theirs.fileno(), directory),
+            pass_fds=[theirs.fileno()],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+        )
+    return process, ours
 
 
 def cpu_seconds() -> float:

@@ -8,8 +8,9 @@ A pass calls epoll_wait(2) once and handles every event that it reports, so that
 There are two exceptions, for fds whose events are reported again:
 
 - The fds that are served ``in_turn`` (links, listening sockets, control connections) get one call each, the
-  least recently served first, until 50 microseconds are over. One call handles one request. So clients that send
-  without pause delay interrupts by little more than one request.
+  least recently served first, until 50 microseconds are over, or a microsecond for each that is ready: to find out
+  which are takes a part of that. One call handles one request. So clients that send without pause delay interrupts
+  by little more than one request, and a request costs the same however many are busy.
 - An fd that is ordered after a link (the resamplefd of its function) waits until that link has nothing left to
   read, or until everything that was queued there when the wait began has been read. A message that was received
   before a resample must be handled before the resample: it may lower the line, which would otherwise be asserted
@@ -40,6 +41,8 @@ _COMPACT_TIMERS = 64
 """With so many timers the cancelled ones are removed."""
 _TURNS_SECONDS = 50e-6
 """the time that one pass has for fds that are served in turn: a few register accesses, or one longer request"""
+_TURN_SECONDS = 1e-6
+"""for each that is ready, if that is more: several times what the pass has cost for each before the first turn"""
 
 
 class EventLoop(Protocol):
@@ -280,7 +283,7 @@ class Loop:
             self._give_turns(ready)
 
     def _give_turns(self, ready: dict[int, int]) -> None:
-        end = self._clock() + _TURNS_SECONDS
+        end = self._clock() + max(_TURNS_SECONDS, len(ready) * _TURN_SECONDS)
         waiting_for_turn = sorted(ready, key=lambda fd: self._turns.get(fd, 0))
         for index, fd in enumerate(waiting_for_turn):
             if fd in self._turns:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-__all__ = ["Polling"]
+__all__ = ["Events", "Polling"]
 
 _OPENING = 4
 """the first window is this fraction of the limit"""
@@ -36,6 +36,7 @@ _FORGIVING = 256
 """so many finds between two pauses are worth more than what closed the window has cost"""
 
 Events = list[tuple[int, int]]
+"""pairs of fd and mask, as epoll gives them"""
 
 
 class Polling:

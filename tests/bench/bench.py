@@ -10,19 +10,44 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.candidates import BINARIES, CANDIDATES, PEER, Candidate
+from tests.bench.busy import run_busy
+from tests.bench.candidates import (
+    ADAPTIVE,
+    BINARIES,
+    CANDIDATES,
+    LOOPS,
+    OFF,
+    PEER,
+    QEMU,
+    Candidate,
+)
 from tests.bench.exchanges import EXCHANGES, Plan, Series, run_exchanges, setups
+from tests.bench.footprint import beside_others, first_answers, idle, memory_alone
+from tests.bench.functions import measure_functions
+from tests.bench.guest import run_guests
 from tests.bench.machine import OtherLoad, describe
 from tests.bench.picture import Panels, draw
+from tests.bench.proxies import measure_client, raise_to_handler
 from tests.bench.stop import stops
-from tests.bench.targets import Verdict, exchange_verdicts
+from tests.bench.targets import (
+    Verdict,
+    busy_verdicts,
+    exchange_verdicts,
+    footprint_verdicts,
+    functions_verdicts,
+    guest_verdicts,
+    many_verdicts,
+)
 
 Results = dict[str, Any]
 
@@ -35,22 +60,37 @@ class Run:
         self.directory = directory
         self.results: Results = {"machine": describe()}
         self.verdicts: list[Verdict] = []
+        self.plan = Plan(arguments.rounds, arguments.count, arguments.warmup)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measures what else the machine does meanwhile."""
+        load = OtherLoad()
+        yield
+        self.results.setdefault("other load", {})[name] = load.describe()
+        print(f"({load.describe()})")
+
+    def table(self, name: str, rows: Mapping[Any, Mapping[str, float]]) -> None:
+        """Keeps figures by row and column, and prints them."""
+        self.results[name] = rows
+        columns = list(next(iter(rows.values())))
+        print(f"\n{name:32}" + "".join(f"{column:>18}" for column in columns))
+        for label, values in rows.items():
+            print(f"{label!s:32}" + "".join(f"{values[column]:18.2f}" for column in columns))
 
     def exchanges(self) -> None:
         """The exchanges over a link, in each set-up."""
-        plan = Plan(self.arguments.rounds, self.arguments.count, self.arguments.warmup)
         panels: Panels = {}
         for setup, cpus in setups().items():
-            load = OtherLoad()
-            figures = run_exchanges(CANDIDATES, plan, cpus, self.directory)
+            with self.part(f"exchanges, {setup}"):
+                figures = run_exchanges(CANDIDATES, self.plan, cpus, self.directory)
             summaries = {
                 exchange: {name: series.summary() for name, series in by_name.items()}
                 for exchange, by_name in figures.items()
             }
             self.results.setdefault("exchanges", {})[setup] = summaries
-            self.results.setdefault("other load", {})[f"exchanges, {setup}"] = load.describe()
             self.verdicts += exchange_verdicts(setup, summaries)
-            print(f"\n{setup}; microseconds, {plan.rounds} rounds of {plan.count}; {load.describe()}")
+            print(f"\n{setup}; microseconds, {self.plan.rounds} rounds of {self.plan.count}")
             print_exchanges(figures, CANDIDATES)
             if not panels:
                 panels = {
@@ -62,10 +102,84 @@ class Run:
         title = "Latency: iohub-remoted, QEMU x-remote, and the floor"
         (self.arguments.output / "bench.svg").write_text(draw(title, panels))
 
+    def busy(self) -> None:
+        """Polling where it can't help."""
+        plan = replace(self.plan, count=self.plan.count // 10)
+        with self.part("busy"):
+            found = run_busy(chosen(OFF, ADAPTIVE), plan, self.directory)
+        for situation, figures in found.items():
+            means = {
+                EXCHANGES[exchange]: {name: series.mean() for name, series in by_name.items()}
+                for exchange, by_name in figures.items()
+            }
+            self.table(f"mean us, {situation}", means)
+            self.verdicts += busy_verdicts(situation, means)
+
+    def footprint(self) -> None:
+        """Start, memory, and idle processes."""
+        candidates = [each for each in CANDIDATES if each.name in (PEER, OFF, ADAPTIVE)]
+        with self.part("footprint"):
+            starts = first_answers(candidates, self.plan.rounds, self.directory)
+            memory = memory_alone(candidates, self.directory)
+            silent = idle(candidates, self.directory)
+        self.table("first answer, ms", {"1 function": starts})
+        self.table("memory, MiB", memory)
+        self.table("3 s of silence; CPU in ms", silent)
+        self.verdicts += footprint_verdicts(starts, memory, silent)
+
+    def many(self) -> None:
+        """Many processes side by side, all idle but one."""
+        found = {}
+        for candidate in chosen(ADAPTIVE, PEER):
+            with tempfile.TemporaryDirectory(dir=self.directory) as directory, self.part(f"many {candidate.name}"):
+                found[candidate.name] = beside_others(
+                    candidate, self.arguments.processes, self.plan.rounds, Path(directory)
+                )
+        for name, by_count in found.items():
+            self.table(f"processes of {name}", by_count)
+        self.verdicts += many_verdicts(found)
+
+    def functions(self) -> None:
+        """Many functions in one remoted."""
+        with self.part("functions"):
+            found = measure_functions((1, 16, 64, 256), self.plan.rounds, self.directory)
+        self.table("functions in one remoted", found)
+        self.verdicts += functions_verdicts(found)
+
+    def guest(self) -> None:
+        """A real guest in stock QEMU."""
+        if not has_kvm_and_qemu("guest"):
+            return
+        with self.part("guest"):
+            found = run_guests(chosen(PEER, OFF, ADAPTIVE), self.plan.rounds, 40, self.directory)
+        self.table("guest in QEMU, mean cycles", found)
+        self.verdicts += guest_verdicts(found)
+
+    def proxies(self) -> None:
+        """proxyd's side."""
+        (adaptive,) = chosen(ADAPTIVE)
+        with self.part("proxies"):
+            client = measure_client(adaptive, self.plan.rounds, self.plan.count // 4, self.directory)
+            self.table("config read, us", {ADAPTIVE: client})
+            if has_kvm_and_qemu("proxies"):
+                cycles = raise_to_handler(self.plan.rounds, self.directory)
+                self.table("raise to handler, cycles", {ADAPTIVE: cycles})
+
+    def loops(self) -> None:
+        """The same session code on other event loops."""
+        for setup, cpus in setups().items():
+            with self.part(f"loops, {setup}"):
+                figures = run_exchanges([*chosen(OFF), *LOOPS], self.plan, cpus, self.directory)
+            print(f"\n{setup}; microseconds")
+            print_exchanges(figures, [*chosen(OFF), *LOOPS])
+            self.results.setdefault("loops", {})[setup] = {
+                exchange: {name: series.summary() for name, series in by_name.items()}
+                for exchange, by_name in figures.items()
+            }
+
     def stops(self) -> None:
         """For how long ``--vm pid:PID`` makes a QEMU stand still."""
-        if PEER not in [candidate.name for candidate in CANDIDATES] or not os.access("/dev/kvm", os.W_OK):
-            print("\nstops: left out, they need QEMU and /dev/kvm")
+        if not has_kvm_and_qemu("stops"):
             return
         still = {kind: spread(times) for kind, times in stops(self.arguments.stops).items()}
         self.results["stops"] = still
@@ -76,8 +190,28 @@ class Run:
 
 PARTS: dict[str, Callable[[Run], None]] = {
     "exchanges": Run.exchanges,
+    "busy": Run.busy,
+    "footprint": Run.footprint,
+    "many": Run.many,
+    "functions": Run.functions,
+    "guest": Run.guest,
+    "proxies": Run.proxies,
+    "loops": Run.loops,
     "stops": Run.stops,
 }
+
+
+def chosen(*names: str) -> list[Candidate]:
+    """Those of CANDIDATES that are there."""
+    return [candidate for name in names for candidate in CANDIDATES if candidate.name == name]
+
+
+def has_kvm_and_qemu(part: str) -> bool:
+    """Whether a part that needs both can be measured; says so if not."""
+    there = bool(shutil.which(QEMU)) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    if not there:
+        print(f"\n{part}: left out, needs {QEMU} and /dev/kvm")
+    return there
 
 
 def print_exchanges(figures: dict[str, dict[str, Series]], candidates: Sequence[Candidate]) -> None:
@@ -107,6 +241,13 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20_000, help="exchanges a turn (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=500, help="not counted (default: %(default)s)")
     parser.add_argument("--stops", type=int, default=500, help="of a QEMU, each kind (default: %(default)s)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1, 10, 50, 200],
+        help="how many side by side (default: 1 10 50 200)",
+    )
     parser.add_argument(
         "--output", type=Path, default=BINARIES, help="directory of bench.json and bench.svg"
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import shutil
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -27,12 +28,14 @@ __all__ = [
     "CANDIDATES",
     "FLOOR",
     "IO_BASE",
+    "LOOPS",
     "OFF",
     "PEER",
     "QEMU",
     "Candidate",
     "Remote",
     "cpu_seconds",
+    "process_cpu_seconds",
     "start_process",
 ]
 
@@ -106,7 +109,7 @@ class Remote:
 
     def cpu_seconds(self) -> float:
         """The CPU time of all its threads."""
-        return time.clock_gettime(~self.pid << 3 | _CPUCLOCK_SCHED)
+        return process_cpu_seconds(self.pid)
 
     def switches(self) -> int:
         """How often one of its threads has left a CPU, by its own will or not."""
@@ -136,16 +139,21 @@ def start_process(candidate: Candidate, directory: Path) -> tuple[subprocess.Pop
     return process, ours
 
 
+def process_cpu_seconds(pid: int) -> float:
+    """The CPU time of all threads of a process."""
+    return time.clock_gettime(~pid << 3 | _CPUCLOCK_SCHED)
+
+
 def cpu_seconds() -> float:
     """The CPU time of this process and of its children that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _remoted(*args: str, program: str = "remoted") -> Callable[[int, Path], list[str]]:
+def _remoted(*args: str, program: Sequence[str] = ("remoted",)) -> Callable[[int, Path], list[str]]:
     def command(fd: int, directory: Path) -> list[str]:
         return [
-            *(sys.executable, "-m", program, "--name=bench", f"--runtime-dir={directory}"),
+            *(sys.executable, "-m", *program, "--name=bench", f"--runtime-dir={directory}"),
             *(f"--device=pci-serial,id=serial0,addr=05.0,fd={fd}", *args),
         ]
 
@@ -169,6 +177,14 @@ CANDIDATES = (
     Candidate("floor", _floor(0)),
     Candidate(FLOOR, _floor(POLL_MICROSECONDS)),
     Candidate(OFF, _remoted("--poll-max-us=0")),
+    Candidate("remoted fixed", _remoted(program=("tests.bench.fixedloop",))),
     Candidate(ADAPTIVE, _remoted()),
 )
 """in the order of the columns"""
+
+LOOPS = tuple(
+    Candidate(name, _remoted("--poll-max-us=0", program=("tests.bench.otherloop", name)))
+    for name in ("asyncio", "uvloop")
+    if importlib.util.find_spec(name)
+)
+"""remoted on another event loop; uvloop where it is installed"""

@@ -77,6 +77,11 @@ class Series:
         }
         return {name: statistics.median(rounds) / 1000 for name, rounds in values.items()}
 
+    def mean(self) -> float:
+        """Microseconds, of all rounds together."""
+        total = sum(bucket * count for bucket, count in self.histogram.items())
+        return total / sum(self.histogram.values()) / _BUCKETS
+
     def distribution(self) -> list[tuple[float, float]]:
         """Microseconds, and the fraction of the exchanges that took no longer."""
         total = sum(self.histogram.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Port reads and interrupts of a real guest, in CPU cycles: stock QEMU under KVM, its pci-serial in several places."""
+"""Port reads and interrupts of a guest in stock QEMU, in CPU cycles, with its pci-serial in several places."""
 
 from __future__ import annotations
 

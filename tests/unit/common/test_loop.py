@@ -328,6 +328,25 @@ def test_quick_links_get_one_turn_each_in_a_pass(loop: Loop, link: MakeLink, ord
     assert sorted(order) == [f"link{number} a" for number in range(4)]
 
 
+def test_a_pass_serves_as_large_a_part_of_many_links_as_of_few(
+    loop: Loop, clock: Clock, link: MakeLink, order: list[str]
+) -> None:
+    """Each pass looks at all that are ready. If it served only a few, a request would cost more with each link."""
+
+    def take() -> None:
+        clock.now += 2e-6
+
+    links = [link(f"{number}") for number in range(200)]
+    for each in links:
+        each.also = take
+        each.peer.send(b"a")
+    passes = 0
+    while len(order) < len(links):
+        loop.step()
+        passes += 1
+    assert passes == 4
+
+
 def test_no_edge_is_lost_while_links_are_busy(loop: Loop, event: Make, link: MakeLink) -> None:
     """Neither one that is there when the pass begins nor one that comes while the links are served."""
     ours, theirs = socket.socketpair()

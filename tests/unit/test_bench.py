@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The benchmark measures what it says: every exchange with every candidate, and the table of targets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from array import array
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from tests.bench.candidates import ADAPTIVE, BINARIES, CANDIDATES, FLOOR, LOOPS, OFF, PEER
+from tests.bench.exchanges import EXCHANGES, OWN_CORE, Plan, Series, run_exchanges
+from tests.bench.picture import draw
+from tests.bench.targets import exchange_verdicts
+from tests.support.checkout import ROOT
+
+COUNT = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    names = [str((BINARIES / name).relative_to(ROOT)) for name in ("client", "floor")]
+    subprocess.run(["make", "--silent", *names], cwd=ROOT, check=True)
+
+
+def test_every_candidate_does_every_exchange(tmp_path: Path) -> None:
+    figures = run_exchanges([*CANDIDATES, *LOOPS], Plan(1, COUNT, 1), (-1, -1), tmp_path)
+    names = {candidate.name for candidate in (*CANDIDATES, *LOOPS)}
+    assert {OFF, ADAPTIVE, FLOOR, "remoted fixed"} <= names
+    assert set(figures) == set(EXCHANGES)
+    for by_name in figures.values():
+        assert set(by_name) == names
+        for series in by_name.values():
+            assert sum(series.histogram.values()) == COUNT
+            summary = series.summary()
+            assert 0 < summary["min"] <= summary["p50"] <= summary["p99"] <= summary["p99.9"]
+            assert summary["cpu"] > 0
+
+
+def test_a_series_is_summed_up_in_microseconds() -> None:
+    series = Series()
+    series.add(array("I", [*[2000] * 50, *[4000] * 49, 9000]), 1500.0)
+    series.add(array("I", [3000] * 100), 2500.0)
+    series.add(array("I", [5000] * 100), 3500.0)
+    assert series.summary() == {"p50": 4.0, "p99": 5.0, "p99.9": 5.0, "min": 3.0, "cpu": 2.5}
+    assert series.mean() == pytest.approx((2 * 50 + 4 * 49 + 9 + 300 + 500) / 300)
+    assert series.distribution()[-1][1] == 1
+
+
+def test_a_target_is_a_ratio_to_the_peer_in_the_same_set_up() -> None:
+    figures = {PEER: (40.0, 90.0), OFF: (41.0, 90.0), ADAPTIVE: (18.0, 90.0), FLOOR: (9.0, 20.0)}
+    summaries = {"bar-read": {name: {"p50": p50, "p99": p99} for name, (p50, p99) in figures.items()}}
+    own = {verdict.what: verdict.is_hit for verdict in exchange_verdicts(OWN_CORE, summaries)}
+    assert own == {
+        f"{OWN_CORE}: BAR read, p50, {ADAPTIVE}": True,
+        f"{OWN_CORE}: BAR read, p99, {ADAPTIVE}": False,
+        f"{OWN_CORE}: BAR read, p50, {OFF}": False,
+        f"{OWN_CORE}: BAR read, p99, {OFF}": True,
+        f"{OWN_CORE}: BAR read, p50, {ADAPTIVE} to floor": True,
+    }
+    free = {verdict.what: verdict.is_hit for verdict in exchange_verdicts("free", summaries)}
+    assert free == {f"free: BAR read, p50, {ADAPTIVE}": True, f"free: BAR read, p50, {OFF}": True}
+
+
+def test_the_picture_has_a_curve_for_each_candidate() -> None:
+    curve = [(5.0, 0.5), (10.0, 1.0)]
+    svg = ET.fromstring(draw("a < b", {"one": {"x": curve, "y": curve}, "two": {"x": curve}}))
+    curves = svg.findall(".//{http://www.w3.org/2000/svg}polyline")
+    assert len(curves) == 3
+    assert len({each.get("stroke") for each in curves}) == 2

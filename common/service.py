@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import gc
 import os
 import resource
 import socket
+import sys
 import threading
+from collections.abc import Callable
 
 from common.loop import EventLoop
 
-__all__ = ["feed_watchdog", "freeze_heap", "notify", "raise_fd_limit"]
+__all__ = ["dump_stacks_on_crash", "feed_watchdog", "freeze_heap", "notify", "raise_fd_limit"]
 
 
 _RETRY_SECONDS = 0.5
@@ -72,10 +75,20 @@ def notify(state: str) -> None:
         _notifier.send(address, state)
 
 
-def feed_watchdog(loop: EventLoop) -> None:
+def dump_stacks_on_crash() -> None:
+    """Writes the Python stack of every thread to stderr when a signal ends the process that is a crash.
+
+    SIGABRT is among them, which the manager sends when the watchdog expires (systemd.service(5), WatchdogSec=).
+    """
+    if sys.__stderr__ is not None:  # otherwise fd 2 may be another file's by now
+        faulthandler.enable(2)
+
+
+def feed_watchdog(loop: EventLoop, describe: Callable[[], str] | None = None) -> None:
     """Lets the manager know, as often as it wants to (``$WATCHDOG_USEC``), that the loop is turning.
 
-    It does nothing where no watchdog is set up for this process.
+    ``describe()`` returns the status to tell with it, in one line. Nothing is done where no watchdog is set up for
+    this process.
     """
     interval = os.environ.pop("WATCHDOG_USEC", "")
     pid = os.environ.pop("WATCHDOG_PID", str(os.getpid()))
@@ -84,7 +97,7 @@ def feed_watchdog(loop: EventLoop) -> None:
     seconds = int(interval) / 1e6 / 2
 
     def feed() -> None:
-        notify("WATCHDOG=1")
+        notify("WATCHDOG=1" if describe is None else f"WATCHDOG=1\nSTATUS={describe()}")
         loop.call_later(seconds, feed)
 
     feed()

@@ -18,7 +18,7 @@ from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.privilege import renounce
 from common.reload import reload_on_sighup
-from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
+from common.service import dump_stacks_on_crash, feed_watchdog, freeze_heap, notify, raise_fd_limit
 from common.trust import TRUST
 
 __all__ = ["main"]
@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, 1 when the guest died, 2 for bad usage."""
     loop = Loop()
     try:
+        dump_stacks_on_crash()
         renounce()
         raise_fd_limit()
         eventsignal.prepare()

@@ -22,7 +22,7 @@ from common.output import OutputError, complain
 from common.privilege import renounce
 from common.reload import reload_on_sighup
 from common.remoted_interface import Stalled
-from common.service import feed_watchdog, freeze_heap, notify, raise_fd_limit
+from common.service import dump_stacks_on_crash, feed_watchdog, freeze_heap, notify, raise_fd_limit
 from common.stdio import flush_stdio
 from common.trust import TRUST
 from remoted.control import RemotedService
@@ -54,6 +54,8 @@ class Remoted:
         log = logging.getLogger(PROGRAM)
         self._log = RateLimited(log)
         self._is_serving = False
+        self._counted = (self._loop.time(), 0)
+        """when interrupts were counted last, and how many there had been"""
         try:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._loop.stop_on_signal(signum)
@@ -78,7 +80,7 @@ class Remoted:
         reload_on_sighup(self._loop, self._log, self._config, reread, self._roster.change)
         self._is_serving = True
         notify("READY=1")
-        feed_watchdog(self._loop)
+        feed_watchdog(self._loop, self._describe)
         freeze_heap()
         self._loop.run()
         self._is_serving = False
@@ -98,6 +100,15 @@ class Remoted:
             self._control.close()
         for server in self._roster.servers:
             server.hang_up()
+
+    def _describe(self) -> str:
+        """The state in one line, with the interrupts of the time since the line before."""
+        pirqs = [server.pirq for server in self._roster.servers]
+        (before, count), now = self._counted, self._loop.time()
+        self._counted = now, sum(pirq.raised + pirq.reasserts for pirq in pirqs)
+        rate = (self._counted[1] - count) / (now - before) if now > before else 0.0
+        linked = sum(server.session is not None for server in self._roster.servers)
+        return f"{len(pirqs)} functions, {linked} of them linked, {rate:.0f} interrupts/s"
 
     def _refuse_calls(self, doing: Doing, seconds: float) -> None:
         """Says at the control socket what keeps the loop from answering there; in the watchdog's thread."""
@@ -132,6 +143,7 @@ class Remoted:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script. Returns the exit status: 0, or 2 for bad usage."""
     try:
+        dump_stacks_on_crash()
         renounce()
         raise_fd_limit()
         eventsignal.prepare()

@@ -151,10 +151,9 @@ class BootedSystem:
         return self.systemctl("show", "--value", "-p", name, unit).strip()
 
     def main_pid(self, unit: str) -> int:
-        """The pid of the only process of a running unit, as seen from here; 0 without one."""
-        group = self.show(unit, "ControlGroup").lstrip("/")
-        pids = self.pids(group) if group else []
-        return pids[0] if len(pids) == 1 else 0
+        """The pid of the only process of a running unit, as seen from here."""
+        (pid,) = self.pids(self.show(unit, "ControlGroup").lstrip("/"))
+        return pid
 
     def pids(self, group: str) -> list[int]:
         """The processes of a control group, as seen from here; none if there is no such group."""

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ class HostBench:
 
     def __init__(self, installed: Path) -> None:
         """``installed`` is a directory with what ``make install PREFIX=/usr`` has put there, or a .deb."""
+        self._connection: socket.socket | None = None
         self._console: GuestConsole | None = None
         self.system = BootedSystem()
         try:
@@ -63,15 +66,41 @@ class HostBench:
         """The host's root directory."""
         return self.system.root
 
-    def start(self) -> None:
+    def start(self, names: Collection[str] = ("edu0", "com1")) -> None:
         """Starts QEMU's unit, and with it the daemons; returns when the guest is ready and has its functions."""
         self.system.systemctl("start", QEMU_UNIT)
-        wait_until((self.root / _CONSOLE).exists, "QEMU has made the console's socket")
+        self.attach(names)
+
+    def attach(self, names: Collection[str] = ("edu0", "com1")) -> None:
+        """Waits for the guest of a QEMU that has been started, and for its functions."""
+        if self._console is not None:
+            self._console.close()
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(str(self.root / _CONSOLE))
-        self._console = GuestConsole(connection)
+
+        def is_connected() -> bool:
+            return connection.connect_ex(str(self.root / _CONSOLE)) == 0
+
+        wait_until(is_connected, "QEMU listens at the console's socket")
+        self._connection, self._console = connection, GuestConsole(connection)
         self._console.wait_ready(PATIENCE)
-        wait_until(lambda: self.linked() == {"edu0", "com1"}, "all functions are plugged and linked")
+        wait_until(lambda: self.linked() == set(names), "all functions are plugged and linked")
+
+    def drop_in(self, unit: str, text: str) -> None:
+        """Overrides settings of a unit."""
+        directory = self.root / f"etc/systemd/system/{unit}.d"
+        directory.mkdir()
+        (directory / "test.conf").write_text(text)
+        self.system.systemctl("daemon-reload")
+
+    def add_device(self, table: str) -> None:
+        """Adds a device to the VM's configuration; for the daemons that are started next."""
+        with (self.root / "etc/iohub/vm1.toml").open("a") as config:
+            config.write(f"\n[[device]]\n{table}")
+
+    def send(self, line: str) -> None:
+        """Gives the guest a command whose answer nobody waits for, nor any later one's."""
+        assert self._connection is not None
+        self._connection.sendall(line.encode() + b"\n")
 
     def command(self, line: str, timeout: float = 60.0) -> Reply:
         """The guest's answer, which must be ok."""
@@ -112,9 +141,9 @@ class HostBench:
         wait_until(is_there, f"{unit} has a process")
         return found[0]
 
-    def wait_active(self, unit: str) -> None:
-        """Returns when the unit is active: it has said that it is ready."""
-        wait_until(lambda: self.system.show(unit, "ActiveState") == "active", f"{unit} is active")
+    def wait_state(self, unit: str, state: str) -> None:
+        """Returns when the unit is in that state, such as ``active``: a daemon has said that it is ready."""
+        wait_until(lambda: self.system.show(unit, "ActiveState") == state, f"{unit} is {state}")
 
     def journal(self, *arguments: str) -> str:
         """What journalctl prints."""
@@ -126,7 +155,9 @@ class HostBench:
         self.system.run("dpkg", "--install", f"/tmp/{package.name}")
 
     def close(self) -> None:
-        """Ends everything."""
+        """Prints what the units have logged, for a test that fails, and ends everything."""
+        with contextlib.suppress(AssertionError, OSError, IndexError):
+            print(self.journal("-n", "200", "-u", "iohub-*", "-u", QEMU_UNIT))
         if self._console is not None:
             self._console.close()
         self.system.close()

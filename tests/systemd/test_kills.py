@@ -82,7 +82,7 @@ def kill_at_random(host: HostBench, units: Sequence[str], kills: int, random: Ra
         for unit in victims:
             victims[unit] = host.kill(unit)
     for unit in units:
-        host.wait_active(unit)
+        host.wait_state(unit, "active")
 
 
 def check_counts(host: HostBench, spurious: int) -> dict[str, int]:

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The units beside qemu@vm1.service: they start and end with it, and whatever happens to them, it runs on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.support.hostbench import PROXYD, QEMU_UNIT, REMOTED, HostBench
+from tests.support.wait import wait_until
+
+DAEMONS = (REMOTED, PROXYD)
+
+STUCK = """\
+from remoted.device import Bar, BarKind, PciFunction
+
+
+class Stuck(PciFunction):
+    VENDOR_ID, DEVICE_ID = 0x1234, 0x57C4
+    BARS = {0: Bar(BarKind.MEM32, 4096)}
+
+    def bar_write(self, bar, offset, size, value):
+        while value:
+            pass
+"""
+
+
+@pytest.fixture
+def stopped_host(
+    installed: Path, requires_systemd: None, requires_kvm: None, requires_qemu: None
+) -> Iterator[HostBench]:
+    """A host whose VM hasn't been started."""
+    with closing(HostBench(installed)) as bench:
+        yield bench
+
+
+def states(host: HostBench) -> list[str]:
+    return [host.system.show(unit, "ActiveState") for unit in DAEMONS]
+
+
+def run_and_check(host: HostBench) -> None:
+    """The guest is served: a run, and all of it."""
+    host.command("setup")
+    host.command("run 20")
+    for record in host.command("stats").of_kind("function"):
+        assert [record.number(key) for key in ("raised", "served", "lost", "redone")] == [20, 20, 0, 0]
+
+
+def power_off(host: HostBench) -> None:
+    """What ACPI's \\_S5 does on a PIIX4: gives its power management registers a place, and writes SLP_EN there."""
+    host.command("config write 32 01.3 0x40 0x601")
+    host.command("config write 8 01.3 0x80 1")
+    host.send("out 16 0x604 0x2000")
+
+
+ENDS: dict[str, Callable[[HostBench], object]] = {
+    "stop": lambda host: host.system.systemctl("stop", QEMU_UNIT),
+    "crash": lambda host: host.kill(QEMU_UNIT, signal.SIGSEGV),
+    "kill": lambda host: host.kill(QEMU_UNIT),
+    "power off": power_off,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_daemons_end_with_qemu(host: HostBench, end: str) -> None:
+    assert states(host) == ["active", "active"]
+    ENDS[end](host)
+    for unit in DAEMONS:
+        host.wait_state(unit, "inactive")
+    assert host.system.show(QEMU_UNIT, "ActiveState") in ("inactive", "failed")
+    journal = host.journal("-u", REMOTED, "-u", PROXYD)
+    assert "Failed" not in journal
+    assert "Traceback" not in journal
+
+
+def test_a_restart_of_qemu_is_served(host: HostBench) -> None:
+    run_and_check(host)
+    host.system.systemctl("restart", QEMU_UNIT)
+    host.attach()
+    run_and_check(host)
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_a_daemon_without_qemu_ends_at_once(stopped_host: HostBench, unit: str) -> None:
+    stopped_host.system.systemctl("start", unit)
+    stopped_host.wait_state(unit, "inactive")
+    assert stopped_host.system.show(QEMU_UNIT, "ActiveState") == "inactive"
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_qemu_runs_on_whatever_happens_to_a_daemon(host: HostBench, unit: str) -> None:
+    """Killed, restarted, stopped and started again: the guest is served whenever the daemon runs."""
+    qemu = host.wait_for_process(QEMU_UNIT)
+    run_and_check(host)
+    for verb in ("kill", "restart", "try-restart", "reload-or-restart"):
+        pid = host.wait_for_process(unit)
+        host.system.systemctl(verb, *(("--signal=KILL",) if verb == "kill" else ()), unit)
+        host.wait_for_process(unit, pid)
+        host.wait_state(unit, "active")
+        run_and_check(host)
+    host.system.systemctl("stop", unit)
+    assert host.system.show(unit, "ActiveState") == "inactive"
+    assert host.wait_for_process(QEMU_UNIT) == qemu
+    assert host.system.show(QEMU_UNIT, "NRestarts") == "0"
+
+
+def test_a_daemon_that_can_not_start_does_not_keep_qemu_from_it(stopped_host: HostBench) -> None:
+    path = stopped_host.root / "etc/iohub/vm1.toml"
+    path.write_text("name = 1\n")
+    stopped_host.system.systemctl("start", QEMU_UNIT)
+    for unit in DAEMONS:
+        stopped_host.wait_state(unit, "failed")
+        assert stopped_host.system.show(unit, "NRestarts") == "0"
+    assert stopped_host.system.show(QEMU_UNIT, "ActiveState") == "active"
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_a_stopped_process_is_ended_by_the_watchdog(stopped_host: HostBench, unit: str) -> None:
+    host = stopped_host
+    host.drop_in(unit, "[Service]\nWatchdogSec=1s\n")
+    host.start()
+    pid = host.kill(unit, signal.SIGSTOP)
+    host.wait_for_process(unit, pid)
+    host.wait_state(unit, "active")
+    assert "Result: watchdog" in host.journal("-u", unit) or "result 'watchdog'" in host.journal("-u", unit)
+    run_and_check(host)
+
+
+def test_a_device_that_hangs_is_ended_and_the_guest_goes_on(stopped_host: HostBench) -> None:
+    """The write that hung is done again by each successor, until its client gives up."""
+    host = stopped_host
+    (host.root / "etc/iohub/stuck.py").write_text(STUCK)
+    host.drop_in(REMOTED, "[Service]\nWatchdogSec=1s\nWorkingDirectory=/etc/iohub\n")
+    host.add_device('model = "./stuck.py:Stuck"\nid = "stuck0"\naddr = "07.0"\n')
+    host.start({"edu0", "com1", "stuck0"})
+    records = host.command("setup").of_kind("device")
+    host.send(f"write 32 {records[0].text('memory0')} 1")
+    wait_until(lambda: "Fatal Python error: Aborted" in host.journal("-u", REMOTED), "its stack is logged")
+    wait_until(lambda: "stuck.py\", line 9 in bar_write" in host.journal("-u", REMOTED), "the stack has its line")
+    assert host.system.show(QEMU_UNIT, "ActiveState") == "active"
+
+
+def test_status_tells_what_happens_now(stopped_host: HostBench) -> None:
+    host = stopped_host
+    host.drop_in(REMOTED, "[Service]\nWatchdogSec=1s\n")
+    host.start()
+    host.command("setup")
+    host.command("run 200")
+    wait_until(lambda: "2 functions, 2 of them linked" in host.system.show(REMOTED, "StatusText"), "all are told")
+    wait_until(lambda: host.system.show(REMOTED, "StatusText").endswith(" 0 interrupts/s"), "it is idle")
+    host.send("run 1000")
+    wait_until(lambda: not host.system.show(REMOTED, "StatusText").endswith(" 0 interrupts/s"), "it is busy")
+    assert host.system.show(PROXYD, "StatusText") == "Attached to QEMU"
+
+
+def test_journald_that_stands_still_holds_up_nothing(host: HostBench) -> None:
+    """Interrupts and accesses don't wait for it, nor does a daemon that has something to log."""
+    journald = host.system.main_pid("systemd-journald.service")
+    os.kill(journald, signal.SIGSTOP)
+    try:
+        run_and_check(host)
+    finally:
+        os.kill(journald, signal.SIGCONT)
+
+
+def test_state_of_another_class_starts_from_reset(host: HostBench) -> None:
+    """With one line in the journal, and a new plug of the function."""
+    path = host.root / "etc/iohub/vm1.toml"
+    path.write_text(path.read_text().replace('model = "edu"', 'model = "irq-line"'))
+    host.kill(REMOTED)
+    wait_until(lambda: "starts from reset" in host.journal("-u", REMOTED), "the state is refused")
+    lines = [line for line in host.journal("-u", REMOTED).splitlines() if "starts from reset" in line]
+    assert len(lines) == 1
+    assert "edu0: it starts from reset: the state is that of another class" in lines[0]
+
+
+@pytest.mark.parametrize("unit", DAEMONS)
+def test_the_manager_finds_nothing_to_warn_of(stopped_host: HostBench, unit: str) -> None:
+    done = stopped_host.system.run("systemd-analyze", "verify", "--man=no", unit)
+    assert done.stdout + done.stderr == ""

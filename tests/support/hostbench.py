@@ -113,6 +113,11 @@ class HostBench:
         """The ids of the functions that remoted serves a client for, with an irqfd."""
         return {each["id"] for each in self.functions("remoted") if each["has_irqfd"]}
 
+    def attached_to(self) -> set[str]:
+        """The ids of the functions that proxyd knows to be plugged and linked to the present remoted."""
+        remoted = int(self.system.show(REMOTED, "MainPID"))
+        return {each["id"] for each in self.functions("proxyd") if each.get("remote_pid") == remoted}
+
     def functions(self, daemon: str) -> list[dict[str, Any]]:
         """What a daemon answers of its functions; nothing while it doesn't answer."""
         try:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -97,16 +98,37 @@ def test_qemu_runs_on_whatever_happens_to_a_daemon(host: HostBench, unit: str) -
     """Killed, restarted, stopped and started again: the guest is served whenever the daemon runs."""
     qemu = host.wait_for_process(QEMU_UNIT)
     run_and_check(host)
-    for verb in ("kill", "restart", "try-restart", "reload-or-restart"):
+    for verb in ("kill", "restart", "try-restart"):
         pid = host.wait_for_process(unit)
         host.system.systemctl(verb, *(("--signal=KILL",) if verb == "kill" else ()), unit)
         host.wait_for_process(unit, pid)
         host.wait_state(unit, "active")
         run_and_check(host)
+    pid = host.wait_for_process(unit)
+    host.system.systemctl("reload", unit)
+    wait_until(lambda: "reloaded" in host.journal("-u", unit), "it has read its configuration again")
+    run_and_check(host)
+    assert host.wait_for_process(unit) == pid
     host.system.systemctl("stop", unit)
     assert host.system.show(unit, "ActiveState") == "inactive"
     assert host.wait_for_process(QEMU_UNIT) == qemu
     assert host.system.show(QEMU_UNIT, "NRestarts") == "0"
+
+
+def test_an_adopted_function_stays_plugged_when_remoted_is_killed(host: HostBench) -> None:
+    """The proxyd that found it plugged has no copy of its link, and sees the process end that serves it."""
+    run_and_check(host)
+    for victims in ((PROXYD,), (REMOTED,), (REMOTED,), (PROXYD, REMOTED)):
+        pids = {unit: host.kill(unit) for unit in victims}
+        for unit, pid in pids.items():
+            host.wait_for_process(unit, pid)
+            host.wait_state(unit, "active")
+        wait_until(lambda: host.attached_to() == {"edu0", "com1"}, "proxyd has found both functions")
+        run_and_check(host)
+    journal = host.journal("-u", PROXYD)
+    assert len(re.findall(r": pid \d+ goes on with its link", journal)) == 4
+    assert "link to" not in journal
+    assert journal.count(" plugged at ") == 2 + 4, "found plugged twice, plugged once"
 
 
 def test_a_daemon_that_can_not_start_does_not_keep_qemu_from_it(stopped_host: HostBench) -> None:

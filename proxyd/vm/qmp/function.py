@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from select import EPOLLIN, EPOLLRDHUP
 
 from common.amiss import Amiss
@@ -62,6 +62,10 @@ class Function:
         """the link, from its examination until QEMU has closed its copy"""
         self.is_broken = False
         """whether QEMU's link was ended from here"""
+        self.find_successor: Callable[[], Awaitable[PeerCredentials | None]] | None = None
+        """where the service manager keeps links: finds the process that goes on with this one"""
+        self.has_lost_server = False
+        """whether it was adopted, and the process that served it has ended: another one may go on with the link"""
         self.log = RateLimited(log)
         self.on_change: Callable[[], None] = lambda: None
         self._loop = loop
@@ -104,6 +108,17 @@ class Function:
         else:
             self._watch(fd, EPOLLIN)
 
+    async def follow(self) -> None:
+        """Adopts the process that goes on with the link, if one does after that which served it has ended."""
+        if self.has_lost_server and self.find_successor is not None:
+            server = await self.find_successor()
+            self.has_lost_server = False
+            if self.is_plugged and server is not None:
+                self.log.info("%s goes on with its link", server, event=Event.ADOPTED)
+                self.adopt(server)
+            elif self.is_plugged:
+                self._warn_unlinked()
+
     def unplugged(self) -> None:
         """QEMU has no proxy of it any more."""
         self.is_plugged = False
@@ -132,6 +147,7 @@ class Function:
     def forget(self) -> None:
         """The QEMU that it was plugged in is gone."""
         self.was_plugged = self.is_asked = self.is_noted = self.is_out = self.is_broken = False
+        self.has_lost_server = False
 
     def release(self) -> None:
         """Forgets the link, and closes what of it is here."""
@@ -177,9 +193,18 @@ class Function:
         )
 
     def _on_end(self, _events: int) -> None:
-        self.warn(
-            f"the link to {self.remote} has ended: QEMU's proxy can't take a new one, the guest reads all ones",
-            Event.PLUGGED_WITHOUT_LINK,
-        )
+        self.has_lost_server = self.handover is None and self.find_successor is not None
+        if self.has_lost_server:
+            self.reason = f"{self.remote} has ended: waiting for the one that goes on with its link"
+            self.log.info("%s", self.reason)
+        else:
+            self._warn_unlinked()
         self.release()
         self.on_change()
+
+    def _warn_unlinked(self) -> None:
+        remote = "the process before" if self.remote is None else self.remote
+        self.warn(
+            f"the link to {remote} has ended: QEMU's proxy can't take a new one, the guest reads all ones",
+            Event.PLUGGED_WITHOUT_LINK,
+        )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,7 +37,7 @@ from proxyd.vm.qmp.health import Health
 from proxyd.vm.qmp.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qmp.places import check_place
 from proxyd.vm.qmp.qemu import Inventory
-from proxyd.vm.qmp.servers import find_servers
+from proxyd.vm.qmp.servers import find_servers, find_successor, wait_for_remoted
 from proxyd.vm.qmp.slot import CONSENT_SECONDS, Turn
 from proxyd.vm.qmp.slots import Slots
 from proxyd.vm.qmp.stepper import Stepper, cancel
@@ -59,6 +60,8 @@ class QemuPlugger:
     def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
         """Raises UsageError."""
         self._socket = config.vm.partition(":")[2]
+        self._has_store = os.environ.get("FDSTORE", "0") not in ("", "0")
+        """whether the service manager keeps links: that of remoted's unit as well as this one"""
         self._unplug_on_exit = config.unplug_on_exit
         log = logging.getLogger(program)
         self._event_log = RateLimited(log)
@@ -204,6 +207,8 @@ class QemuPlugger:
         """
         inventory = await self._check(monitor)
         self._recognize(monitor)
+        if self._has_store and any(each.name in inventory.drivers for each in self._slots.functions):
+            await wait_for_remoted(self._remoted)
         servers = await find_servers(
             self._remoted,
             {each.name: each.path for each in self._slots.functions if each.name in inventory.drivers},
@@ -230,7 +235,10 @@ class QemuPlugger:
 
     def _make_function(self, device: DeviceConfig) -> Function:
         path, log = self._config.socket_path(device), device_log(self._program, device.id, device.devfn)
-        return Function(device, path, self._loop, log)
+        function = Function(device, path, self._loop, log)
+        if self._has_store:
+            function.find_successor = lambda: find_successor(self._remoted, device.id)
+        return function
 
     def _recognize(self, monitor: Monitor) -> None:
         """Lets the slots forget what was, unless this is the QEMU that was attached before."""

@@ -8,6 +8,7 @@ to be refused. A device that remoted doesn't have is asked at its own socket.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,12 @@ from common.peer import PeerCredentials, peer_credentials
 from proxyd.vm.bounded import run_bounded
 from proxyd.vm.qmp.handover import find_server
 
-__all__ = ["find_servers"]
+__all__ = ["find_servers", "find_successor", "wait_for_remoted"]
 
 _REMOTED_SECONDS = 2.0
+_SUCCESSOR_SECONDS = 5.0
+"""how long the service manager may take to start the next remoted"""
+_POLL_SECONDS = 0.05
 
 
 async def find_servers(control: Path, paths: Mapping[str, str]) -> dict[str, PeerCredentials | None]:
@@ -35,6 +39,24 @@ async def find_servers(control: Path, paths: Mapping[str, str]) -> dict[str, Pee
     others = [name for name in paths if name not in servers]
     found = await asyncio.gather(*(asyncio.to_thread(find_server, paths[name]) for name in others))
     return servers | dict(zip(others, found, strict=True))
+
+
+async def wait_for_remoted(control: Path) -> dict[str, PeerCredentials | None]:
+    """What remoted says of its devices, as soon as it answers; nothing if it doesn't within five seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SUCCESSOR_SECONDS):
+            while not (servers := await asyncio.to_thread(_ask_remoted, control)):
+                await asyncio.sleep(_POLL_SECONDS)
+            return servers
+    return {}
+
+
+async def find_successor(control: Path, name: str) -> PeerCredentials | None:
+    """The remoted that goes on with a device's link after the one before it has ended; None if none does.
+
+    Its first answer tells: it takes its links from the fd store before it answers at its control socket.
+    """
+    return (await wait_for_remoted(control)).get(name)
 
 
 def _ask_remoted(control: Path) -> dict[str, PeerCredentials | None]:

@@ -106,6 +106,7 @@ class Slot:
         loop = asyncio.get_running_loop()
         since = -math.inf
         while not any(function.is_out for function in self.functions):
+            await asyncio.gather(*(function.follow() for function in self.plugged))
             if any(not function.is_sound for function in self.plugged) or self._is_open():
                 self.settled.set()
                 lasted = loop.time() - since

@@ -68,6 +68,7 @@ def load_class(target: str, where: str) -> type[PciFunction]:
     is_file = "/" in module or module.endswith(".py")
     if is_file and not os.path.isfile(module):
         raise UsageError(f"{where} can't be loaded: there is no file {printable(module)}")
+    loaded: ModuleType | None = None
     try:
         loaded = _load_file(os.path.abspath(module)) if is_file else importlib.import_module(module)
         found = operator.attrgetter(attribute)(loaded)
@@ -77,7 +78,8 @@ def load_class(target: str, where: str) -> type[PciFunction]:
             hint = ": is its directory in PYTHONPATH?"
         raise UsageError(f"{where} can't be loaded: {_reason(error)}{hint}") from error
     except DEVICE_ERRORS as error:
-        raise UsageError(f"{where} can't be loaded: {_reason(error)}{_hidden(module) or _place(error)}") from error
+        hint = _hidden(module) or _place(error) or _similar(loaded, attribute)
+        raise UsageError(f"{where} can't be loaded: {_reason(error)}{hint}") from error
     if not (isinstance(found, type) and issubclass(found, PciFunction)):
         raise UsageError(f"{where} is not a subclass of remoted.device.PciFunction")
     return found
@@ -184,6 +186,14 @@ def _hidden(module: str | None) -> str:
                 if not os.path.realpath(place).startswith(f"{ours}/"):
                     return f": {name!r} is a package of iohub, which hides {printable(place)}: rename that one"
     return ""
+
+
+def _similar(module: ModuleType | None, name: str) -> str:
+    """``: is Doorbell meant?`` if a loaded module has a device's class of a similar name."""
+    members = vars(module).items() if module else ()
+    classes = [each for each, value in members if isinstance(value, type) and issubclass(value, PciFunction)]
+    meant = nearest(name, classes)
+    return f": is {meant} meant?" if meant else ""
 
 
 def _reason(error: BaseException) -> str:

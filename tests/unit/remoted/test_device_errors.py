@@ -430,6 +430,8 @@ def test_a_model_is_found_by_its_entry_point(parts: Callable[[str], Path]) -> No
     (line,) = refused(directory, "./bell.py,id=bell")
     complaint = "model './bell.py' names a file without its class: ./bell.py:CLASS is needed"
     assert line == f"iohub-remoted: device bell: {complaint}"
+    (line,) = refused(directory, "acme.parts:scrach,id=bell")
+    assert line.endswith("AttributeError: module 'acme.parts' has no attribute 'scrach': is Scratch meant?")
     (line,) = refused(directory, "acme-missing,id=bell")
     complaint = "AttributeError: module 'acme.parts' has no attribute 'Missing'"
     assert line == f"iohub-remoted: device bell: model 'acme-missing' can't be loaded: {complaint}"

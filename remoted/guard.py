@@ -102,7 +102,11 @@ class Guard:
             if self._log.exception("the device's code failed: %s", doing, event=Event.DEVICE_FAILED):
                 self._seen.add(key)
             if len(self._seen) == _MAX_FAILURES:
-                self._log.warning("%d different errors: no more are logged, only counted", _MAX_FAILURES)
+                self._log.warning(
+                    "%d different errors: no more are logged, only counted",
+                    _MAX_FAILURES,
+                    event=Event.DEVICE_FAILED,
+                )
         if error is not None:
             error.__traceback__ = None  # a device that raises one object again and again makes it ever longer
 

@@ -57,6 +57,22 @@ def test_each_event_is_logged_somewhere() -> None:
     assert {name for name, _ in used_events()} == set(Event.__members__)
 
 
+def test_each_warning_and_error_tells_of_an_event() -> None:
+    """Of a device's own log, which is its author's, and of the helpers that take the event, nothing is asked."""
+    without = []
+    for package in ("common", "proxyd", "remoted"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                    continue
+                if node.func.attr not in ("warning", "error", "exception", "critical"):
+                    continue
+                receiver = ast.unparse(node.func.value)
+                if "log" in receiver.lower() and "event" not in {keyword.arg for keyword in node.keywords}:
+                    without.append(f"{path.relative_to(ROOT)}:{node.lineno}: {receiver}.{node.func.attr}()")
+    assert without == []
+
+
 def test_an_id_is_one_that_sd_id128_takes() -> None:
     """sd-id128(3): 32 hexadecimal digits; not two members with the same."""
     assert all(re.fullmatch("[0-9a-f]{32}", event) for event in Event)

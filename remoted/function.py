@@ -144,7 +144,8 @@ class PciFunction:
     def call_every(self, seconds: float, callback: Callable[[], None]) -> PeriodicTimer:
         """Calls ``callback()`` every so many seconds (0.001 or more), until the timer's cancel() or a reset.
 
-        Raises ValueError.
+        To be called in reset() and restored(): the first reset stops what __init__() has started. Raises
+        ValueError.
         """
         timer = PeriodicTimer(self.__host.loop, seconds, callback)
         self.__timers = [each for each in self.__timers if each.is_active]

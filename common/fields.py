@@ -53,7 +53,17 @@ def buffer(capacity: int, reset: bytes = b"") -> bytearray:
 
 def fields_of(kind: type) -> dict[str, Register | Buffer]:
     """The fields that a class and its bases declare, by name, the bases' first."""
-    return dict(_declared(kind))
+    return dict(_fields(kind))
+
+
+_known: dict[type, tuple[tuple[str, Register | Buffer], ...]] = {}
+"""to look for a class's fields takes longer than to set them, and a class has many instances"""
+
+
+def _fields(kind: type) -> tuple[tuple[str, Register | Buffer], ...]:
+    if kind not in _known:
+        _known[kind] = tuple(_declared(kind))
+    return _known[kind]
 
 
 def _declared(kind: type) -> Iterator[tuple[str, Register | Buffer]]:
@@ -65,5 +75,5 @@ def _declared(kind: type) -> Iterator[tuple[str, Register | Buffer]]:
 
 def set_to_reset_values(owner: object) -> None:
     """Gives every field of an object its reset value."""
-    for name, field in fields_of(type(owner)).items():
+    for name, field in _fields(type(owner)):
         setattr(owner, name, field.reset if isinstance(field, Register) else bytearray(field.reset))

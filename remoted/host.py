@@ -154,7 +154,7 @@ class PeriodicTimer:
             raise ValueError(f"a period is {_MIN_PERIOD} s or more, not {seconds!r}")
         self._loop = loop
         self._seconds = seconds
-        self._callback = callback
+        self.callback = callback
         self._due = loop.time() + seconds
         self._timer: Timer | None = loop.call_later(seconds, self._expired)
 
@@ -174,7 +174,7 @@ class PeriodicTimer:
         # Periods that are over already are left out.
         self._due = max(self._due + self._seconds, now)
         self._timer = self._loop.call_later(self._due - now, self._expired)
-        self._callback()
+        self.callback()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,8 @@ class Host:
 def _name(callback: Callable[..., None]) -> str:
     """A partial() has no name, and a device's object may raise when asked for it."""
     try:
-        return str(callback.__qualname__)
+        timer = getattr(callback, "__self__", None)
+        return str((timer.callback if isinstance(timer, PeriodicTimer) else callback).__qualname__)
     except DEVICE_ERRORS:
         return type(callback).__name__
 

@@ -383,6 +383,7 @@ def test_periodic_timer_goes_on_after_an_error(bench: Bench) -> None:
         bench.clock.now += 0.5
         bench.loop.step()
     assert bench.function.errors == 3
+    assert bench.function.last_place.endswith(".fail()"), "the device's method is named, not the timer's"
     assert len(bench.log.records) == 1
 
 

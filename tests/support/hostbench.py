@@ -85,11 +85,11 @@ class HostBench:
         self._console.wait_ready(PATIENCE)
         wait_until(lambda: self.linked() == set(names), "all functions are plugged and linked")
 
-    def drop_in(self, unit: str, text: str) -> None:
+    def drop_in(self, unit: str, text: str, name: str = "test.conf") -> None:
         """Overrides settings of a unit."""
         directory = self.root / f"etc/systemd/system/{unit}.d"
-        directory.mkdir()
-        (directory / "test.conf").write_text(text)
+        directory.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
         self.system.systemctl("daemon-reload")
 
     def add_device(self, table: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import select
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import pytest
 from common.config import DeviceConfig, VmConfig
 from common.link import Client
 from common.loop import Loop
+from common.messages import Event
 from common.mpqemu import CONFIG, Command
 from common.pci import parse_devfn
+from common.peer import parse_pid
 from proxyd.vm.qmp import handover, health, monitor, plugger, servers, slot
 from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.plugger import QemuPlugger
@@ -330,6 +334,39 @@ def test_events_without_end_are_not_all_logged(bench: Bench, caplog: pytest.LogC
     with caplog.at_level(logging.INFO):
         bench.run(talk)
     assert 0 < sum("machine was" in line or "guest was" in line for line in caplog.messages) <= 10
+
+
+def test_a_line_tells_of_its_kind_of_event(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    async def talk(bench: Bench) -> None:
+        await bench.until_sound()
+        for name in ("RESET", "SHUTDOWN", "STOP", "RESUME"):
+            bench.qemu.send({"event": name, "timestamp": {}})
+        await bench.lose_link()
+        await bench.until_sound()
+        bench.qemu.eject("dev0")
+        await bench.until(lambda: bench.function.is_out, "it is noticed")
+
+    with caplog.at_level(logging.INFO, "tests.plugger"):
+        bench.run(talk)
+    told = [(record.event, record) for record in caplog.records if hasattr(record, "event")]
+    assert Counter(event for event, _ in told) == Counter(
+        [
+            Event.QEMU_ATTACHED,
+            Event.PLUGGED,
+            Event.MACHINE_RESET,
+            Event.MACHINE_SHUT_DOWN,
+            Event.GUEST_PAUSED,
+            Event.GUEST_RESUMED,
+            Event.PLUGGED_WITHOUT_LINK,
+            Event.UNPLUGGED,
+            Event.PLUGGED,
+            Event.UNPLUGGED_BY_OTHERS,
+            Event.QEMU_DETACHED,
+        ]
+    )
+    assert parse_pid(vars(told[0][1])["peer"]) == os.getpid()
+    devices = {vars(record).get("device") for event, record in told if event.name.startswith(("PLUG", "UNPLUG"))}
+    assert devices == {"dev0"}
 
 
 def test_the_reason_of_a_reset_may_be_anything(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -79,6 +79,10 @@ def test_it_is_removed_without_a_trace(system: BootedSystem, package: Path) -> N
     compiled = [line for line in files(system) if "/usr/lib/iohub/" in line and line.endswith(".pyc")]
     assert [line for line in compiled if "/remoted/__pycache__/main." in line]
     assert system.run("stat", "-c", "%A %U %G", "/etc/iohub").stdout == "drwxr-x--- root iohub\n"
+    (message_id, *_) = re.findall(
+        r"^-- ([0-9a-f]{32})$", (ROOT / "systemd/iohub.catalog").read_text(), re.MULTILINE
+    )
+    assert system.run("journalctl", "--list-catalog", message_id).stdout.startswith(message_id)
 
     (system.root / "etc/iohub/vm1.toml").write_text('name = "vm1"\n')
     system.systemctl("enable", REMOTED, PROXYD)

@@ -137,6 +137,10 @@ def test_systemd_takes_the_files(system: BootedSystem) -> None:
     ):
         done = system.run(*command)
         assert command[0] == "systemd-sysusers" or done.stderr == ""
+    verified = system.run(
+        "systemd-analyze", "verify", "iohub-remoted@vm1.service", "iohub-proxyd@vm1.service"
+    )
+    assert verified.stdout + verified.stderr == ""  # it also looks for the manual pages
     assert system.run("id", "--name", "--user", "iohub").stdout == "iohub\n"
     assert system.run("stat", "-c", "%A %U %G", "/etc/iohub", "/run/iohub").stdout.splitlines() == [
         "drwxr-x--- root iohub",

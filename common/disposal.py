@@ -3,9 +3,11 @@
 
 A close may take as long as the file's owner likes: a TCP socket lingers (SO_LINGER, socket(7)), a FUSE server
 leaves FLUSH unanswered, a UNIX socket closes the fds in its queue first, the last close of a memfd frees some
-gigabytes a second. So only what is known to be quick is closed at once: eventfds, of which an irqfd leaves KVM by
-its last close, and memory of which another fd is kept. All others are closed by a thread, which exists as long as
-there are any.
+gigabytes a second. The last close of an eventfd waits for every epoll that watches it (eventpoll_release_file() in
+fs/eventpoll.c), and one whose owner lets a page fault in its epoll_wait() last keeps its mutex meanwhile. So only
+memory of which another fd is kept is closed at once. All else is closed by a thread, which exists as long as there
+is any. Eventfds, of which a client may bring thousands a second, go into the queue of a socket pair first: there
+their own fds can be closed at once, and the thread ends the queue by a single call.
 
 The kernel closes fds in the reading thread if a read has no room for them: without a control buffer, with one that
 takes fewer than SCM_MAX_FD, or at the process's limit of open files. So every UNIX socket of a daemon is read by
@@ -24,7 +26,7 @@ import socket
 import termios
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from common.notifier import is_eventfd
 
@@ -48,6 +50,10 @@ _MAX_PENDING = 256
 """fds; the thread may need some milliseconds until it runs, in which a client with unfit fds must not fill it"""
 
 
+_MAX_BATCHES = 16
+"""socket pairs with eventfds that are to be closed, some 500 in each"""
+
+
 class Disposal:
     """Closes the fds that the peers of one device, or of one other socket, have sent.
 
@@ -59,6 +65,8 @@ class Disposal:
         """``kept()`` returns fds of memory that is in use. Other fds of that memory are closed at once."""
         self._kept = kept
         self._pending: deque[int] = deque()
+        self._batches: deque[tuple[socket.socket, socket.socket]] = deque()
+        """socket pairs; in the first one's queue are eventfds"""
         self._is_running = False
         self._lock = threading.Lock()  # never held while an fd is closed
 
@@ -75,12 +83,19 @@ class Disposal:
         Returns whether there were any whose close may take long.
         """
         is_slow = False
+        eventfds = []
         for fd in fds:
-            if is_eventfd(fd) or (is_memory(fd) and self._is_kept(fd)):
+            if is_eventfd(fd):
+                eventfds.append(fd)
+            elif is_memory(fd) and self._is_kept(fd):
                 os.close(fd)
             else:
                 self._hand_over(fd)
                 is_slow = True
+        if eventfds and not self._put_into_batch(eventfds):
+            for fd in eventfds:
+                self._hand_over(fd)
+            is_slow = True
         return is_slow
 
     def receive(self, sock: socket.socket, size: int) -> bytes:
@@ -113,27 +128,60 @@ class Disposal:
         status = os.fstat(memory)
         return any(os.path.samestat(status, os.fstat(fd)) for fd in self._kept())
 
+    def _put_into_batch(self, eventfds: Sequence[int]) -> bool:
+        """Whether there was room: the socket pair has the eventfds then, and they are closed here."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", eventfds))]
+        with self._lock:
+            try:
+                if not self._batches or not _has_sent(self._batches[-1][1], rights):
+                    if len(self._batches) == _MAX_BATCHES:
+                        return False
+                    self._batches.append(socket.socketpair())
+                    self._batches[-1][1].sendmsg([b"\0"], rights, socket.MSG_DONTWAIT)
+            except OSError:
+                return False
+            for fd in eventfds:
+                os.close(fd)
+            self._start()
+        return True
+
     def _hand_over(self, fd: int) -> None:
         with self._lock:
             self._pending.append(fd)
             self._start()
 
     def _start(self) -> None:
-        """Makes sure that a thread is closing the pending fds; to be called with the lock."""
-        if self._pending and not self._is_running:
+        """Makes sure that a thread is closing what is pending; to be called with the lock."""
+        if (self._pending or self._batches) and not self._is_running:
             with contextlib.suppress(RuntimeError):  # no thread is to be had
                 threading.Thread(target=self._run, name="disposal", daemon=True).start()
                 self._is_running = True
 
     def _run(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # the fd is closed all the same (close(2))
-                os.close(self._pending[0])
             with self._lock:
-                self._pending.popleft()
-                if not self._pending:
+                batch = self._batches.popleft() if self._batches else ()
+                fds = [self._pending[0]] if self._pending else []
+            for end in batch:
+                end.close()
+            for fd in fds:
+                with contextlib.suppress(OSError):  # the fd is closed all the same (close(2))
+                    os.close(fd)
+            with self._lock:
+                if fds:
+                    self._pending.popleft()
+                if not self._pending and not self._batches:
                     self._is_running = False
                     return
+
+
+def _has_sent(sock: socket.socket, rights: Sequence[tuple[int, int, array.array[int]]]) -> bool:
+    """Whether the queue had room. Raises OSError."""
+    try:
+        sock.sendmsg([b"\0"], rights, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_memory(fd: int) -> bool:

@@ -70,11 +70,16 @@ class EventNotifier:
             return False
         return True
 
-    def close(self) -> None:
-        """Closes the eventfd; a second call does nothing."""
+    def release(self) -> int:
+        """Gives up the eventfd: the fd is the caller's to close, by a Disposal if a peer has it as well."""
         fd, self._fd = self._fd, -1
+        self._signal.disarm()
+        return fd
+
+    def close(self) -> None:
+        """Closes an eventfd that no peer has; a second call does nothing."""
+        fd = self.release()
         if fd != -1:
-            self._signal.disarm()
             os.close(fd)
 
 

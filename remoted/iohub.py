@@ -15,6 +15,9 @@ EOI for a line that was not asserted.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+
 from common.errors import ShortageError
 from common.loop import Loop
 from common.notifier import EventNotifier
@@ -33,6 +36,7 @@ class Pirq:
         "_loop",
         "_owners",
         "_resamplefd",
+        "close_fds",
         "level",
         "owes_assert",
         "raised",
@@ -46,6 +50,8 @@ class Pirq:
         self._owners = owners
         self._irqfd: EventNotifier | None = None
         self._resamplefd: EventNotifier | None = None
+        self.close_fds: Callable[[Iterable[int]], object] = _close_now
+        """closes eventfds; where peers have them as well, it is to be one that never waits (common.disposal)"""
         self.level = 0
         """how many sources assert the line"""
         self.raised = 0
@@ -112,8 +118,7 @@ class Pirq:
         try:
             self._loop.add(resamplefd.fd, self._on_resample)
         except OSError as error:
-            irqfd.close()
-            resamplefd.close()
+            self.close_fds((irqfd.release(), resamplefd.release()))
             raise ShortageError(f"the resamplefd can't be watched: {error.strerror}") from error
         self._irqfd, self._resamplefd = irqfd, resamplefd
         for notifier in (irqfd, resamplefd):
@@ -121,13 +126,13 @@ class Pirq:
                 self._owners[notifier.identity] = self
 
     def drop_irqfd(self) -> None:
-        """Closes the eventfds at once: if the VMM has closed its irqfd, this close takes it out of KVM."""
+        """Closes the eventfds: if the VMM has closed its irqfd, this close takes it out of KVM."""
         if self._irqfd is not None and self._resamplefd is not None:
             self._loop.remove(self._resamplefd.fd)
             for notifier in (self._irqfd, self._resamplefd):
                 if notifier.identity is not None:
                     del self._owners[notifier.identity]
-                notifier.close()
+            self.close_fds((self._irqfd.release(), self._resamplefd.release()))
         self._irqfd = self._resamplefd = None
 
     def _on_resample(self, _events: int) -> None:
@@ -144,6 +149,11 @@ class Pirq:
         if self._irqfd is not None:
             self.reasserts += 1
             self._irqfd.set()
+
+
+def _close_now(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class IoHub:

@@ -44,6 +44,7 @@ class DeviceServer:
         self._listener: UnixListener | None = None
         self._log = RateLimited(function.host.log)
         self._disposal = Disposal(lambda: function.host.memory.fds)
+        pirq.close_fds = self._disposal.close_fds
         self._keeper: Keeper | None = None
         function.amiss.add(self._amiss)
 

@@ -229,6 +229,8 @@ class Session:
             self._link.discard(fds)
             raise
         self._pirq.set_irqfd(irqfd, resamplefd)
+        if self._disposal.is_full:
+            raise ProtocolError("too many eventfds whose close takes long")
         self._order_resample()
         if self._keeper is not None:
             self._hold()

@@ -8,6 +8,9 @@ a low line.
 
 from __future__ import annotations
 
+import errno
+
+from common.disposal import Disposal
 from common.link import Client
 from common.mpqemu import Command
 from common.notifier import EventNotifier
@@ -23,6 +26,7 @@ class IntxPair:
         self.gsi: int | None = None
         """where the irqfd is assigned to; None if it isn't"""
         self._irqchip = irqchip
+        self._disposal = Disposal()
         self.irqfd: EventNotifier | None = None
         """asserts the line; None without a pair, as ``resamplefd``"""
         self.resamplefd: EventNotifier | None = None
@@ -30,6 +34,8 @@ class IntxPair:
 
     def create(self) -> None:
         """Opens a new pair; there is none, or it was closed. Raises OSError; close() is to follow then."""
+        if self._disposal.is_full:
+            raise OSError(errno.EBUSY, "too many earlier ones take long to close")
         self.irqfd = EventNotifier.create()
         self.resamplefd = EventNotifier.create()
 
@@ -68,7 +74,6 @@ class IntxPair:
     def close(self) -> None:
         """Takes the irqfd out of the irqchip, then closes the pair. A second call does nothing."""
         self.deassign()
-        for notifier in (self.irqfd, self.resamplefd):
-            if notifier is not None:
-                notifier.close()
+        pair = (self.irqfd, self.resamplefd)
+        self._disposal.close_fds(notifier.release() for notifier in pair if notifier is not None)
         self.irqfd = self.resamplefd = None

@@ -18,7 +18,7 @@ import pytest
 from common.control import call
 from common.ctl.demo import _Demo
 from common.errors import ProtocolError
-from tests.support.fds import count_fds
+from tests.support.fds import await_fds, count_fds
 from tests.support.process import is_running
 from tests.support.wait import wait_until
 
@@ -199,7 +199,7 @@ def test_a_demo_that_can_not_begin_leaves_nothing_open(
     before = count_fds()
     with pytest.raises(ProtocolError, match="'panic' instead of"):
         _Demo(tmp_path, "soft")
-    assert count_fds() == before
+    await_fds(before)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 

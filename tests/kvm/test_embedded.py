@@ -28,7 +28,7 @@ from remoted.devices.edu_dma import (
     REG_DESTINATION,
     REG_SOURCE,
 )
-from tests.support.fds import count_fds
+from tests.support.fds import await_fds, count_fds
 from tests.support.remote import RemoteThread
 from tests.support.wait import wait_until
 
@@ -52,7 +52,7 @@ def test_a_console_that_is_in_use(tmp_path: Path) -> None:
         other.listen()
         with pytest.raises(UsageError, match=rf"proxyd\.console is in use by \S+\[{os.getpid()}\]$"):
             Embedded("iohub-proxyd", config_in(tmp_path), loop)
-    assert count_fds() == before
+    await_fds(before)
     assert os.listdir(tmp_path) == ["proxyd.console"]
     loop.close()
 
@@ -63,7 +63,7 @@ def test_a_second_daemon_touches_nothing_of_the_first(tmp_path: Path) -> None:
     before = count_fds()
     with pytest.raises(UsageError, match=rf"\[{os.getpid()}\] runs in {tmp_path} already: stop it"):
         Embedded("iohub-proxyd", config_in(tmp_path), loop)
-    assert count_fds() == before
+    await_fds(before)
     assert {"proxyd.console", "proxyd.varlink"} <= set(os.listdir(tmp_path))
     first.close()
     loop.close()
@@ -77,7 +77,7 @@ def test_a_guest_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UsageError, match="bytes of RAM"):
         Embedded("iohub-proxyd", config_in(tmp_path), loop)
     loop.close()
-    assert count_fds() == before
+    await_fds(before)
     assert not list(tmp_path.iterdir())
 
 
@@ -86,7 +86,7 @@ def test_close_before_run(tmp_path: Path) -> None:
     loop = Loop()
     Embedded("iohub-proxyd", config_in(tmp_path), loop).close()
     loop.close()
-    assert count_fds() == before
+    await_fds(before)
     assert not list(tmp_path.iterdir())
 
 
@@ -103,7 +103,7 @@ def test_no_thread_for_the_vcpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             vm.run()
     vm.close()
     loop.close()
-    assert count_fds() == before
+    await_fds(before)
 
 
 def test_close_of_a_guest_that_has_died(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_close_of_a_guest_that_has_died(tmp_path: Path) -> None:
     assert vm.run() == 1
     vm.close()
     loop.close()
-    assert count_fds() == before
+    await_fds(before)
     assert signal.getsignal(KICK_SIGNAL) is signal.SIG_DFL
 
 
@@ -148,7 +148,7 @@ def test_a_device_reaches_the_guests_ram(tmp_path: Path) -> None:
     finally:
         vm.close()
         loop.close()
-    assert count_fds() == before
+    await_fds(before)
 
 
 def config_write(machine: Machine, offset: int, value: int) -> None:

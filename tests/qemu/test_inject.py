@@ -26,7 +26,7 @@ from proxyd.vm.pid.inject import Line, Target
 from proxyd.vm.pid.process import Process
 from tests.support.checkout import ROOT
 from tests.support.countguest import CountGuest
-from tests.support.fds import count_fds
+from tests.support.fds import await_fds, count_fds
 from tests.support.ptracefaults import GSI, StepFailedError, at_step, fail
 from tests.support.target import needs_gcc
 from tests.support.wait import wait_until
@@ -53,7 +53,7 @@ def guest(machine: CountGuest) -> Iterator[CountGuest]:
     machine.qmp("cont")
     wait_until(lambda: not high(machine), "the line is low")
     assert machine.served_nothing()
-    assert count_fds() == before
+    await_fds(before)
 
 
 @pytest.fixture

@@ -27,6 +27,11 @@ def count_fds(pid: int | None = None) -> int:
     return len(os.listdir(f"/proc/{'self' if pid is None else pid}/fd"))
 
 
+def await_fds(count: int) -> None:
+    """Waits until so many fds are open: common.disposal's thread may still be at some."""
+    wait_until(lambda: count_fds() == count, f"{count} fds are open")
+
+
 def settled_fds(pid: int) -> int:
     """How many fds another process has open, once it has closed the connections of calls that are over."""
     counts: list[int] = []
@@ -57,10 +62,10 @@ def send_fds(sock: socket.socket, data: bytes, fds: Sequence[int] = (), flags: i
 
 @contextmanager
 def no_fd_is_left() -> Iterator[None]:
-    """What is opened within must be closed within, or soon: common.disposal's thread may still be at it."""
+    """What is opened within must be closed within, or soon."""
     before = count_fds()
     yield
-    wait_until(lambda: count_fds() == before, "all fds are closed")
+    await_fds(before)
 
 
 @contextmanager

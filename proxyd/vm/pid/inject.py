@@ -28,6 +28,7 @@ from ctypes import Structure, c_int, c_size_t, c_uint64, sizeof
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
+from common.disposal import Disposal
 from common.errors import IohubError, UsageError
 from common.notifier import EventNotifier, adopt_pair
 from proxyd.kvm.kvm_h import (
@@ -93,6 +94,7 @@ class Line:
     resamplefd: EventNotifier
     seconds: float
     """for how long the process stood still for it, at most"""
+    disposal: Disposal
 
     @property
     def is_closed(self) -> bool:
@@ -100,8 +102,7 @@ class Line:
 
     def close(self) -> None:
         """Closes both eventfds. The last copy of the irqfd takes it out of KVM and lowers the line."""
-        self.irqfd.close()
-        self.resamplefd.close()
+        _close_pair((self.irqfd, self.resamplefd), self.disposal)
 
 
 class Target:
@@ -114,6 +115,7 @@ class Target:
         """
         self._process = process
         self._lines: list[Line] = []
+        self._disposal = Disposal()
         status = process.refuse_unfit()
         try:
             self._vm_fd, self._landmarks = run_bounded(
@@ -150,8 +152,8 @@ class Target:
         """
         if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
             raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
-        (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi), _close_pair)
-        line = Line(gsi, irqfd, resamplefd, seconds)
+        (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi), self._discard)
+        line = Line(gsi, irqfd, resamplefd, seconds, self._disposal)
         self._lines = [other for other in self._lines if not other.is_closed] + [line]
         return line
 
@@ -187,6 +189,9 @@ class Target:
         self._process.refuse_unfit()
         with self._process.explained(IohubError):
             return run_stopped(self.pid, self._landmarks, checked, discard)
+
+    def _discard(self, pair: tuple[EventNotifier, EventNotifier]) -> None:
+        _close_pair(pair, self._disposal)
 
     def _vm_ioctl(self, thread: StoppedThread, request: Request, argument: Structure) -> None:
         try:
@@ -285,6 +290,5 @@ def _look_at(process: Process, status: Mapping[str, str]) -> tuple[int, Landmark
         return process.find_vm(int(status["FDSize"])), find_landmarks(process.pid)
 
 
-def _close_pair(pair: tuple[EventNotifier, EventNotifier]) -> None:
-    for notifier in pair:
-        notifier.close()
+def _close_pair(pair: tuple[EventNotifier, EventNotifier], disposal: Disposal) -> None:
+    disposal.close_fds([fd for notifier in pair if (fd := notifier.release()) != -1])

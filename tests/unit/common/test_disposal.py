@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, refuse_fds
-from tests.support.fds import count_fds, send_fds
-from tests.support.unsendable import has_passrights, returns_soon, unsendable_socket
+from tests.support.fds import await_fds, count_fds, no_more_fds, send_fds
+from tests.support.unsendable import has_passrights, lasting_eventfd, returns_soon, unsendable_socket
 from tests.support.wait import wait_until
 
 
@@ -54,11 +54,28 @@ OTHERS = [
 ]
 
 
-def test_eventfds_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading.Thread, "start", fail)
+def test_an_eventfd_is_closed_by_a_thread(place: Disposal) -> None:
+    with lasting_eventfd() as eventfd:
+        assert returns_soon(lambda: place.close_fds([eventfd]))
+
+
+def test_many_eventfds_wait_in_few_fds(place: Disposal) -> None:
     before = count_fds()
-    assert not Disposal().close_fds([os.eventfd(0), os.eventfd(0)])
-    assert count_fds() == before
+    with lasting_eventfd() as eventfd:
+        held = count_fds()
+        place.close_fds([eventfd])
+        for _ in range(2000):
+            assert not place.close_fds([os.eventfd(0), os.eventfd(0)])
+        assert count_fds() <= held + 2 * 16
+        while not place.is_full:
+            place.close_fds([os.eventfd(0), os.eventfd(0)])
+    await_fds(before)
+
+
+def test_without_a_socket_pair_eventfds_are_closed_one_by_one(place: Disposal) -> None:
+    fds = [os.eventfd(0), os.eventfd(0)]
+    with no_more_fds():
+        assert place.close_fds(fds)
 
 
 @pytest.mark.parametrize("opener", MEMORY)
@@ -89,7 +106,9 @@ def test_other_files_are_closed_by_a_thread(place: Disposal, opener: Callable[[]
 def test_a_close_that_lasts_delays_nobody_and_fills_only_its_own_place(place: Disposal) -> None:
     other = Disposal()
     with unsendable_socket() as sock:
+        before = count_fds()
         assert returns_soon(lambda: place.close_fds([sock.detach()]))
+        await_fds(before - 1)  # the thread is at it
         assert not place.is_full
         place.close_fds(paths(255))
         assert place.is_full

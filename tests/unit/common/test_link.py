@@ -19,7 +19,7 @@ from common.errors import PeerGone, ProtocolError, ShortageError
 from common.link import Link
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
 from common.peer import peer_credentials
-from tests.support.fds import count_fds, identity, no_more_fds, send_fds
+from tests.support.fds import await_fds, count_fds, identity, no_more_fds, send_fds
 from tests.support.lives import check_lives
 from tests.support.unsendable import returns_soon, unsendable_socket
 from tests.support.wait import wait_until
@@ -120,7 +120,7 @@ def open_bench() -> Iterator[Bench]:
     finally:
         bench.link.close()
         bench.peer.close()
-    assert count_fds() == before
+    await_fds(before)
 
 
 @pytest.fixture
@@ -232,16 +232,16 @@ def test_fds_that_come_with_payload_are_closed(bench: Bench) -> None:
     send_fds(bench.peer, SYNC[100:], [fd])
     assert bench.receive_all() == [(Command.SYNC_SYSMEM, SYNC[16:], [])]
     os.close(fd)
-    assert count_fds() == before
+    await_fds(before)
 
 
 def test_fds_that_nobody_takes_are_closed_with_the_next_receive(bench: Bench) -> None:
     before = count_fds()
     bench.send(Frame(SET_IRQFD, 2))
     assert bench.link.receive() == Command.SET_IRQFD
-    assert count_fds() == before + 2
+    await_fds(before + 2)
     assert bench.link.receive() == -1
-    assert count_fds() == before
+    await_fds(before)
 
 
 @pytest.mark.parametrize("frame", UNWELCOME)
@@ -249,7 +249,7 @@ def test_unwelcome_fds_are_closed_at_once(bench: Bench, frame: Frame) -> None:
     before = count_fds()
     bench.send(frame)
     assert bench.link.receive() >= 0
-    assert count_fds() == before
+    await_fds(before)
 
 
 def test_close_closes_fds_of_a_frame_that_never_ended(bench: Bench) -> None:
@@ -259,10 +259,10 @@ def test_close_closes_fds_of_a_frame_that_never_ended(bench: Bench) -> None:
     for fd in fds:
         os.close(fd)
     assert bench.receive() is None
-    assert count_fds() == before + 3
+    await_fds(before + 3)
     bench.link.close()
     bench.link.close()
-    assert count_fds() == before - 1
+    await_fds(before - 1)
 
 
 @pytest.mark.parametrize("count", [9, 10, 253])

@@ -18,7 +18,7 @@ from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError
 from common.link import Client
 from common.mpqemu import BAR, CONFIG, ERROR, SYSMEM, Command, reply_frame, request_frame
-from tests.support.fds import count_fds, identity, send_fds
+from tests.support.fds import await_fds, count_fds, identity, send_fds
 from tests.support.unsendable import has_passrights, returns_soon, unsendable_socket
 from tests.support.wait import wait_until
 
@@ -366,7 +366,7 @@ def test_connect_where_nobody_listens(tmp_path: os.PathLike[str]) -> None:
         bound.bind(path)
     with pytest.raises(PeerGone, match="socket: Connection refused"):
         Client.connect(path, LONG)
-    assert count_fds() == before
+    await_fds(before)
 
 
 def test_connecting_to_a_full_queue_waits_for_no_place(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import pci
 from common.mpqemu import BAR, CONFIG, Command
-from tests.support.fds import count_fds
+from tests.support.fds import await_fds, count_fds
 from tests.support.lives import check_lives
 from tests.support.remotebench import IO_BASE, LineDevice, Pair, Peer, RemoteBench
 
@@ -400,7 +400,7 @@ def play(life: Sequence[tuple[Step, int, int]]) -> None:
                 world.check()
         finally:
             world.close()
-    assert count_fds() == before
+    await_fds(before)
 
 
 def describe(taken: tuple[Step, int, int]) -> str:

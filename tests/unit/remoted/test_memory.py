@@ -19,7 +19,7 @@ from common import mpqemu
 from common.errors import ProtocolError, ShortageError
 from common.mpqemu import CONFIG, Command
 from remoted.memory import DmaError, GuestMemory
-from tests.support.fds import count_fds, no_more_fds
+from tests.support.fds import await_fds, count_fds, no_more_fds
 from tests.support.remotebench import LineDevice, Peer, RemoteBench
 from tests.support.wait import wait_until
 
@@ -416,7 +416,7 @@ class TestLink:
         assert peer.config_read(0, 4) == 0x00421B36
         assert bench.servers["dev0"].rejected == 3
         assert any("SYNC_SYSMEM: RAM at 0x0" in message for message in bench.log.messages)
-        assert count_fds() == before
+        await_fds(before)
 
     def test_the_end_of_the_session_closes_them(self, bench: RemoteBench, files: Files) -> None:
         before = count_fds()
@@ -425,4 +425,4 @@ class TestLink:
             self.send(peer, Region(0, PAGE, 0, fd), Region(PAGE, PAGE, PAGE, fd))
             bench.settle()
         bench.settle()
-        assert count_fds() == before + 1
+        await_fds(before + 1)

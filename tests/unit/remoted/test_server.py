@@ -13,7 +13,7 @@ import pytest
 from common.errors import UsageError
 from common.mpqemu import BAR, Command
 from remoted.server import adopt_connection
-from tests.support.fds import count_fds, no_more_fds
+from tests.support.fds import await_fds, count_fds, no_more_fds
 from tests.support.remotebench import MEM_BASE, LineDevice, Peer, RemoteBench
 
 
@@ -185,4 +185,4 @@ def test_irqfds_that_come_while_no_fd_is_left_cost_their_session(bench: RemoteBe
             assert works(other)
         for fd in pairs:
             os.close(fd)
-        assert count_fds() == before - 1
+        await_fds(before - 1)

@@ -17,7 +17,7 @@ from common.ctl.children import Child
 from common.link import Client
 from common.mpqemu import CONFIG, SYSMEM, Command, request_frame
 from tests.support.fds import count_fds, send_fds
-from tests.support.unsendable import has_passrights, unsendable_socket
+from tests.support.unsendable import has_passrights, lasting_eventfd, unsendable_socket
 from tests.support.wait import wait_until
 
 SECONDS = 20.0
@@ -29,10 +29,14 @@ SYNC = request_frame(Command.SYNC_SYSMEM, SYSMEM.pack(*([0] * 8), *([4096] * 8),
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Child]:
-    options = ["--name=vm", f"--runtime-dir={tmp_path}", "--device=edu,id=a", "--device=edu,id=b"]
-    child = Child("remoted", options, tmp_path)
+    child = start(tmp_path)
     yield child
     child.kill()
+
+
+def start(directory: Path) -> Child:
+    options = ["--name=vm", f"--runtime-dir={directory}", "--device=edu,id=a", "--device=edu,id=b"]
+    return Child("remoted", options, directory)
 
 
 def connect(directory: Path, name: str) -> socket.socket:
@@ -109,6 +113,35 @@ def test_what_another_devices_client_sends_is_closed_meanwhile(tmp_path: Path, d
             wait_until(lambda: count_fds(daemon.process.pid) <= before + 1, "all fds are closed")
 
 
+@pytest.mark.parametrize("place", ["irqfd", "resamplefd"])
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_an_eventfd_whose_close_lasts_delays_nobody(
+    tmp_path: Path, daemon: Child, place: str, is_replaced: bool
+) -> None:
+    with lasting_eventfd() as eventfd, connect(tmp_path, "a.sock") as peer, connect(tmp_path, "b.sock") as other:
+        pair = [eventfd, os.eventfd(0)] if place == "irqfd" else [os.eventfd(0), eventfd]
+        send_fds(peer, request_frame(Command.SET_IRQFD), pair)
+        assert answers(peer)
+        for fd in pair:
+            os.close(fd)
+        if is_replaced:
+            pair = [os.eventfd(0), os.eventfd(0)]
+            send_fds(peer, request_frame(Command.SET_IRQFD), pair)
+            assert answers(peer)
+            for fd in pair:
+                os.close(fd)
+        peer.close()
+        assert answers(other)
+        # The kernel ends the process when the close has ended, but its successor doesn't wait.
+        daemon.process.send_signal(signal.SIGTERM)
+        assert other.recv(1) == b""
+        successor = start(tmp_path)
+        with connect(tmp_path, "b.sock") as again:
+            assert answers(again)
+        assert successor.end() == 0
+    assert daemon.process.wait(SECONDS) == 0
+
+
 def test_the_end_doesnt_wait_for_clients_that_were_never_taken(tmp_path: Path, daemon: Child) -> None:
     with unsendable_socket() as sock, connect(tmp_path, "a.sock") as peer:
         daemon.process.send_signal(signal.SIGSTOP)
@@ -143,4 +176,5 @@ def test_who_keeps_to_the_protocol_needs_no_thread_more(tmp_path: Path, daemon: 
     with connect(tmp_path, "b.sock") as other:
         assert answers(other)
     os.close(ram)
-    assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) == OWN_THREADS
+    tasks = f"/proc/{daemon.process.pid}/task"
+    wait_until(lambda: len(os.listdir(tasks)) == OWN_THREADS, "the thread that closes eventfds has ended")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from proxyd.pci.intxpair import IntxPair
 from proxyd.vm.soft.softirqchip import SoftIrqchip
 from tests.support.fds import no_fd_is_left
 from tests.support.irqbench import READ_IRR, S_CMD
+from tests.support.unsendable import lasting_eventfd, returns_soon
 
 
 @pytest.fixture
@@ -31,6 +33,22 @@ def pair(irqchip: SoftIrqchip) -> Iterator[IntxPair]:
         pair = IntxPair(irqchip)
         pair.create()
         yield pair
+        pair.close()
+
+
+def test_a_remote_can_hold_up_no_close(pair: IntxPair) -> None:
+    with lasting_eventfd() as eventfd:
+        irqfd, _ = notifiers(pair)
+        os.dup2(eventfd, irqfd.fd, inheritable=False)
+        os.close(eventfd)
+        assert returns_soon(pair.close)
+        with pytest.raises(OSError, match="too many earlier ones take long to close"):
+            renew_for_ever(pair)
+
+
+def renew_for_ever(pair: IntxPair) -> None:
+    while True:
+        pair.create()
         pair.close()
 
 

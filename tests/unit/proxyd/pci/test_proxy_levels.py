@@ -23,7 +23,7 @@ from common.pci import parse_devfn
 from proxyd.pci.pcidev import PciProxy
 from proxyd.pci.pcihost import PciHost
 from proxyd.vm.soft.softirqchip import SoftIrqchip, _Assignment
-from tests.support.fds import count_fds
+from tests.support.fds import await_fds, count_fds
 from tests.support.irqbench import M_CMD, READ_IRR, S_CMD, SPECIFIC_EOI
 from tests.support.lives import check_lives
 from tests.support.remote import RemoteThread
@@ -360,7 +360,7 @@ def play(life: Sequence[Taken]) -> None:
             world.check()
         finally:
             world.close()
-    assert count_fds() == before
+    await_fds(before)
 
 
 def draw(random: Random) -> list[Taken]:

@@ -161,8 +161,12 @@ def _write_pid(fd: int) -> None:
 def _read_pid(path: str) -> int:
     """The pid in a file, 0 if there is none."""
     try:
-        with open(path, "rb") as file:
-            return int(file.read(16))
+        # The file may be anybody's, such as a FIFO that nobody writes to.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return int(os.read(fd, 16))
+        finally:
+            os.close(fd)
     except (OSError, ValueError):
         return 0
 

@@ -116,7 +116,7 @@ class Trust:
         writers = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if not stat.S_ISDIR(status.st_mode) or not writers or status.st_mode & stat.S_ISVTX:
             return
-        if writers == stat.S_IWGRP and status.st_gid == _private_group(os.geteuid()):
+        if writers == stat.S_IWGRP and status.st_gid == _private_group(os.geteuid()) and not _has_acl(path):
             return
         who = "everybody" if writers & stat.S_IWOTH else f"group {status.st_gid}"
         raise UntrustedError(
@@ -141,6 +141,15 @@ def find_user(name: str) -> int:
 def _names(path: str) -> list[str]:
     """The path's components, the last one first."""
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _has_acl(path: str) -> bool:
+    """Whether a directory has an access control list: the group bits of its mode may be others' then (acl(5))."""
+    try:
+        os.getxattr(path, "system.posix_acl_access")
+    except OSError:
+        return False
+    return True
 
 
 @cache

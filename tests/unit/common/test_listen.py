@@ -471,6 +471,11 @@ def test_live_socket_with_a_full_queue_is_refused(bench: Bench, path: str) -> No
             break
     with pytest.raises(UsageError, match="in use by a live daemon"):
         bench.listen(path)
+    pid_file = Path(path).with_name(".edu0.sock.pid")
+    pid_file.unlink()
+    os.mkfifo(pid_file)
+    with pytest.raises(UsageError, match="in use by a live daemon"):  # and waits for nobody who writes to it
+        bench.listen(path)
     for client in clients:
         client.close()
     live.close()

@@ -7,6 +7,7 @@ import grp
 import os
 import pwd
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -113,6 +114,20 @@ def test_a_group_with_no_other_member_is_no_reason(place: Path) -> None:
     Trust().check_directory(place)
     os.chown(place, 0, STRANGER)
     with pytest.raises(UntrustedError, match=f"can be written by group {STRANGER}"):
+        Trust().check_directory(place)
+
+
+def test_a_user_whom_an_acl_lets_write_counts_also_where_the_group_does_not(place: Path) -> None:
+    user = pwd.getpwuid(0)
+    if grp.getgrgid(user.pw_gid).gr_mem or grp.getgrgid(user.pw_gid).gr_name != user.pw_name:
+        pytest.skip("root has no group of its own here")
+    entries = [(1, 7, -1), (2, 7, STRANGER), (4, 5, -1), (0x10, 7, -1), (0x20, 5, -1)]
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    try:
+        os.setxattr(place, "system.posix_acl_access", acl)
+    except OSError as error:
+        pytest.skip(f"the filesystem has no ACLs: {error.strerror}")
+    with pytest.raises(UntrustedError, match=r"can be written by group 0 \(mode 0775\)"):
         Trust().check_directory(place)
 
 

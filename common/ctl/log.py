@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from common.ctl.journalentry import Entry, as_json, as_text
 from common.errors import IohubError, UsageError
 from common.messages import Event
-from common.output import OutputError, emit
+from common.output import OutputError, complain, emit
 from common.pci import format_devfn, parse_devfn
 from common.trust import Trust
 
@@ -32,6 +32,8 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _KVM_LINE = re.compile(r"kvm \[([0-9]+)\]: ", re.ASCII)
 """kvm_pr_unimpl() in include/linux/kvm_host.h: the pid of the process whose vCPU it is about"""
 _ATTACHED_PID = re.compile(r"\bof pid:([0-9]+)\b", re.ASCII)
+_EVENTS = frozenset(map(str, Event))
+_NO_CATALOG = "iohub's message catalog is not installed, or of another version: journalctl --update-catalog"
 _PROCESS_EVENTS = (Event.QEMU_ATTACHED, Event.VM_ATTACHED, Event.LINK_UP)
 """lines of proxyd that tell which process the VM is; with LINK_UP it is proxyd"""
 
@@ -68,7 +70,8 @@ def parse_since(text: str, now: float) -> float:
 def show_log(query: Query, trust: Trust) -> None:
     """Prints the lines, oldest first; with ``follow`` it goes on until it is interrupted.
 
-    Raises IohubError when systemd-python is missing or the journal can't be read, and OutputError.
+    If the catalog is missing, one line on stderr tells. Raises IohubError when systemd-python is missing or the
+    journal can't be read, and OutputError.
     """
     _check_readable()
     uids = sorted({0, os.geteuid(), *trust.others})
@@ -86,11 +89,16 @@ def show_log(query: Query, trust: Trust) -> None:
     elif query.follow:
         reader.seek_tail()
         reader.get_previous()
+    is_unexplained = False
     while True:
         for entry in _entries(reader):
             processes.note(entry)
             if processes.includes(entry):
                 explanation = _explanation(reader) if query.explain else None
+                if query.explain and explanation is None and entry.get("MESSAGE_ID") in _EVENTS:
+                    if not is_unexplained:
+                        complain("iohubctl", IohubError(_NO_CATALOG))
+                    is_unexplained = True
                 emit(as_json(entry, explanation) if query.json else as_text(entry, query.vm, explanation))
         if not query.follow:
             return
@@ -146,7 +154,8 @@ def _match(reader: Any, query: Query, uids: list[int]) -> None:
         ["_PID=1", *(f"UNIT={unit}" for unit in units)],
         ["_UID=0", *(f"OBJECT_SYSTEMD_UNIT={unit}" for unit in units)],
         ["_UID=0", *(f"COREDUMP_UNIT={unit}" for unit in units)],
-        ["_TRANSPORT=kernel"],
+        # Warnings and worse, as those of kvm_pr_unimpl() are: each line of the kernel has to be looked at.
+        ["_TRANSPORT=kernel", *(f"PRIORITY={priority}" for priority in range(5))],
     ):
         reader.add_disjunction()
         reader.add_match(*fields)
@@ -198,7 +207,7 @@ def _explanation(reader: Any) -> str | None:
     """What the catalog says about the present entry, with its fields filled in."""
     try:
         text: str = reader.get_catalog()
-    except (OSError, IndexError):  # no catalog, or no entry in it; no MESSAGE_ID
+    except (OSError, LookupError):  # no catalog, or no entry in it (KeyError); no MESSAGE_ID (IndexError)
         return None
     return text
 

@@ -188,6 +188,14 @@ def test_each_line_is_followed_by_what_the_catalog_says(system: BootedSystem) ->
     assert not any("EXPLANATION" in entry for entry in entries(system, "com1"))
 
 
+def test_a_missing_catalog_is_one_line(system: BootedSystem) -> None:
+    hide = "mount -t tmpfs none /var/lib/systemd/catalog"
+    command = f"{hide}; exec {shlex.join(CTL)} log vm1 --explain"
+    done = system.run("unshare", "-m", "sh", "-c", command)
+    assert re.fullmatch("iohubctl: iohub's message catalog is not installed, .*\n", done.stderr)
+    assert done.stdout.splitlines() == log(system, "vm1")
+
+
 def test_journalctl_explains_as_well(system: BootedSystem) -> None:
     text = system.run("journalctl", "--no-pager", "-x", "IOHUB_DEVICE=com1", f"MESSAGE_ID={Event.TAKEN_UP}").stdout
     assert "Subject: Device com1 of VM vm1 goes on after a restart" in text

@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import statistics
+import struct
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.errors import IohubError
 from tests.bench.busy import run_busy
 from tests.bench.candidates import (
     ADAPTIVE,
@@ -201,6 +204,10 @@ PARTS: dict[str, Callable[[Run], None]] = {
 }
 
 
+FAILURES = (OSError, EOFError, AssertionError, RuntimeError, IohubError, subprocess.SubprocessError, struct.error)
+"""what a part may raise when a process that it measures ends or hangs; the other parts go on"""
+
+
 def chosen(*names: str) -> list[Candidate]:
     """Those of CANDIDATES that are there."""
     return [candidate for name in names for candidate in CANDIDATES if candidate.name == name]
@@ -256,12 +263,18 @@ def main() -> int:
         if part not in PARTS:
             parser.error(f"{part}: the parts are {', '.join(PARTS)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
+    failed = False
 
     with tempfile.TemporaryDirectory(prefix="iohub-bench-") as directory:
         run = Run(arguments, Path(directory))
         print("\n".join(f"{name}: {value}" for name, value in run.results["machine"].items()))
         for part in arguments.parts or PARTS:
-            PARTS[part](run)
+            try:
+                PARTS[part](run)
+            except FAILURES as error:
+                failed = True
+                print(f"\n{part}: FAILED: {type(error).__name__}: {error}")
+                run.results.setdefault("failed", {})[part] = str(error)
     run.results["targets"] = [
         {"target": each.what, "measured": each.measured, "bound": each.bound, "hit": each.is_hit}
         for each in run.verdicts
@@ -272,7 +285,7 @@ def main() -> int:
         print("\n".join(verdict.describe() for verdict in run.verdicts))
         hits = sum(verdict.is_hit for verdict in run.verdicts)
         print(f"{hits} of {len(run.verdicts)} hit")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@
 #define IA32_APIC_BASE	0x1b
 #define APIC_ENABLE	0x800
 #define VECTOR	(0x2a * 4)		/* of IRQ 10 */
+#define SPURIOUS7	(0x27 * 4)
+#define SPURIOUS15	(0x2f * 4)
 
 .macro config_write offset, value
 	movl	$(0x80000000 | \offset), %eax
@@ -40,6 +42,10 @@ _start:
 	movw	$0x7c00, %sp
 	movw	$(handler - _start), VECTOR
 	movw	$0xf000, VECTOR + 2
+	movw	$(spurious7 - _start), SPURIOUS7
+	movw	$0xf000, SPURIOUS7 + 2
+	movw	$(spurious15 - _start), SPURIOUS15
+	movw	$0xf000, SPURIOUS15 + 2
 	movl	$IA32_APIC_BASE, %ecx		/* without a local APIC the PICs reach the CPU */
 	rdmsr
 	andl	$~APIC_ENABLE, %eax
@@ -109,6 +115,14 @@ handler:
 	movb	$1, %bl
 	popw	%dx
 	popw	%ax
+	iret
+
+/* A PIC that has lost the request while the CPU took it; the slave's is in service at the master. */
+spurious15:
+	pushw	%ax
+	output	0x20, 0x62
+	popw	%ax
+spurious7:
 	iret
 
 /* %bl and %eax */

@@ -55,7 +55,10 @@ uninstall:  ## removes what install with the same DESTDIR and PREFIX has put the
 	@exec env PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' systemd/uninstall
 
 deb: $(VENV)/install.stamp  ## a Debian package, in BUILD=build/deb
-	@rm -rf $(BUILD)/deb
+	@for tool in dpkg-buildpackage dh; do
+		command -v $$tool >/dev/null || { echo "make: $$tool is missing; as root: $(APT_INSTALL) debhelper" >&2; exit 1; }
+	done
+	rm -rf $(BUILD)/deb
 	source=$(BUILD)/deb/iohub
 	mkdir -p $$source
 	cp -r common proxyd remoted systemd qemu_iohub.py pyproject.toml README.md LICENSE $$source

@@ -44,11 +44,13 @@ model = "pci-serial"
 id = "com1"
 addr = "06.0"
 """
-_CONSOLE = "run/qemu/vm1/console"
 
 
 class HostBench:
     """One host with one VM, which start() starts."""
+
+    CONSOLE = "run/qemu/vm1/console"
+    """the guest's console, below the root directory"""
 
     def __init__(self, installed: Path) -> None:
         """``installed`` is a directory with what ``make install PREFIX=/usr`` has put there, or a .deb."""
@@ -78,12 +80,16 @@ class HostBench:
         connection = socket.socket(socket.AF_UNIX)
 
         def is_connected() -> bool:
-            return connection.connect_ex(str(self.root / _CONSOLE)) == 0
+            return connection.connect_ex(str(self.root / self.CONSOLE)) == 0
 
         wait_until(is_connected, "QEMU listens at the console's socket")
         self._connection, self._console = connection, GuestConsole(connection)
+        self.resume()
         self._console.wait_ready(PATIENCE)
         wait_until(lambda: self.linked() == set(names), "all functions are plugged and linked")
+
+    def resume(self) -> None:
+        """Lets a guest run that is started paused; called when its console has a reader."""
 
     def drop_in(self, unit: str, text: str, name: str = "test.conf") -> None:
         """Overrides settings of a unit."""

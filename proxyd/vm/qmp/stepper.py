@@ -23,6 +23,7 @@ class Stepper:
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
         self._asyncio.add_reader(loop.fileno(), self._step)
+        self._asyncio.call_soon(self._step)  # timers may have been set already
 
     def close(self) -> None:
         """Steps it no more."""

@@ -173,7 +173,9 @@ class _Function:
         pid = self._target.pid
         self.log.info(text, what, self._gsi, pid, remark, seconds * 1e6, event=event, peer=self._peer)
         if seconds > _LONG_STOP_SECONDS:
-            self.log.warning("pid:%d stood still for %.0f ms", pid, seconds * 1e3, event=Event.VM_STOOD_LONG)
+            self.log.warning(
+                "pid:%d stood still for %.0f ms", pid, seconds * 1e3, event=Event.VM_STOOD_LONG, peer=self._peer
+            )
 
 
 def _check_gsi(device: DeviceConfig) -> int:

@@ -65,7 +65,7 @@ class Disposal:
         """``kept()`` returns fds of memory that is in use. Other fds of that memory are closed at once."""
         self._kept = kept
         self._pending: deque[int] = deque()
-        self._batches: deque[tuple[socket.socket, socket.socket]] = deque()
+        self._batches: deque[tuple[int, int]] = deque()
         """socket pairs; in the first one's queue are eventfds"""
         self._is_running = False
         self._lock = threading.Lock()  # never held while an fd is closed
@@ -136,8 +136,10 @@ class Disposal:
                 if not self._batches or not _has_sent(self._batches[-1][1], rights):
                     if len(self._batches) == _MAX_BATCHES:
                         return False
-                    self._batches.append(socket.socketpair())
-                    self._batches[-1][1].sendmsg([b"\0"], rights, socket.MSG_DONTWAIT)
+                    first, second = socket.socketpair()
+                    self._batches.append((first.detach(), second.detach()))
+                    if not _has_sent(self._batches[-1][1], rights):
+                        return False
             except OSError:
                 return False
             for fd in eventfds:
@@ -162,9 +164,7 @@ class Disposal:
             with self._lock:
                 batch = self._batches.popleft() if self._batches else ()
                 fds = [self._pending[0]] if self._pending else []
-            for end in batch:
-                end.close()
-            for fd in fds:
+            for fd in (*batch, *fds):
                 with contextlib.suppress(OSError):  # the fd is closed all the same (close(2))
                     os.close(fd)
             with self._lock:
@@ -175,12 +175,15 @@ class Disposal:
                     return
 
 
-def _has_sent(sock: socket.socket, rights: Sequence[tuple[int, int, array.array[int]]]) -> bool:
+def _has_sent(end: int, rights: Sequence[tuple[int, int, array.array[int]]]) -> bool:
     """Whether the queue had room. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=end)
     try:
         sock.sendmsg([b"\0"], rights, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
+    finally:
+        sock.detach()
     return True
 
 

@@ -260,7 +260,7 @@ def test_another_function_at_the_same_socket_is_refused(board: Board) -> None:
     board.remote = RemoteThread(Path(board.remote.path("a")).parent)
     board.remote.add(Other, "a", parse_devfn(IDS["a"]))
     board.remote.start()
-    with pytest.raises(ProtocolError, match="another function"):
+    with pytest.raises(ProtocolError, match="not the same function"):
         board.proxies["a"].connect()
     assert board.config_read(IDS["a"], 0x00) == 0xFFFFFFFF
 

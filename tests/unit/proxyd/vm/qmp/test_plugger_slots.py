@@ -54,6 +54,8 @@ class Bench:
 
     def run(self, talk: Talk) -> None:
         """Runs a proxyd until ``talk`` is over; it must end by itself then."""
+        self.loop.close()
+        self.loop = Loop()
         asyncio.run(self._main(talk))
 
     def hold(self, name: str) -> Client:

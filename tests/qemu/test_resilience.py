@@ -69,7 +69,7 @@ def test_200_kills(remoted: Remoted, tmp_path: Path) -> None:
         before = raised(remoted)
         with start_hammer(remoted) as qemu, pytest.raises(subprocess.TimeoutExpired):
             qemu.process.wait(rng.uniform(0, 2 * startup))
-        assert remoted.count_idle_fds(HAMMER_ADDR) == fds
+        wait_until(lambda: remoted.count_idle_fds(HAMMER_ADDR) == fds, "all of the link's fds are closed")
         interrupted += raised(remoted) > before
     assert 0 < interrupted < 200
     assert "warning" not in remoted.log
@@ -86,7 +86,7 @@ def test_quit_during_traffic(remoted: Remoted, tmp_path: Path) -> None:
                 wait_for_traffic(remoted)
                 monitor.execute("quit")
             assert qemu.process.wait(PATIENCE) == 0
-        assert remoted.count_idle_fds(HAMMER_ADDR) == fds
+        wait_until(lambda: remoted.count_idle_fds(HAMMER_ADDR) == fds, "all of the link's fds are closed")
     assert "warning" not in remoted.log
 
 
@@ -105,7 +105,9 @@ def test_reset_with_lines_high(remoted: Remoted, tmp_path: Path, seabios: bool, 
             guest.console.wait_ready(PATIENCE)
             assert not any(remoted.status(addr)["level"] for addr in (SERIAL, EDU))
             check_interrupts(guest)
-    assert [remoted.count_idle_fds(addr) for addr in (SERIAL, EDU)] == fds
+    wait_until(
+        lambda: [remoted.count_idle_fds(addr) for addr in (SERIAL, EDU)] == fds, "all of the links' fds are closed"
+    )
 
 
 def test_stop_and_cont_with_a_line_high(remoted: Remoted, tmp_path: Path) -> None:

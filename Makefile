@@ -102,6 +102,7 @@ $(VENV)/demo.stamp $(VENV)/install.stamp $(VENV)/test.stamp: pyproject.toml
 		command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86
 		builds_systemd_python || echo libsystemd-dev pkg-config python3-dev
 		command -v dh >/dev/null || echo debhelper
+		dpkg-query --show build-essential >/dev/null 2>&1 || echo build-essential
 		for tool in lintian mandoc zsh; do
 			command -v $$tool >/dev/null || echo $$tool
 		done

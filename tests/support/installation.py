@@ -39,8 +39,12 @@ def missing_for_install() -> str | None:
 
 def missing_for_deb() -> str | None:
     """Why no Debian package can be built here; None if it can."""
-    absent = [tool for tool in ("dpkg-buildpackage", "dh") if shutil.which(tool) is None]
-    return f"needs {', '.join(absent)}: apt-get install debhelper" if absent else missing_for_install()
+    absent = [tool for tool in ("dpkg-buildpackage", "dpkg-checkbuilddeps") if shutil.which(tool) is None]
+    if absent:
+        return f"needs {', '.join(absent)}: apt-get install dpkg-dev"
+    check = ["dpkg-checkbuilddeps", str(ROOT / "systemd/debian/control")]
+    checked = subprocess.run(check, capture_output=True, text=True, check=False)
+    return checked.stderr.strip() if checked.returncode else missing_for_install()
 
 
 def make(target: str, *variables: str) -> str:

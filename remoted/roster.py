@@ -88,17 +88,13 @@ class Roster:
         assert self._config is not None
         config = self._config
         for device, server in list(self.devices):
-            log = RateLimited(device_log(self._program, device.id, device.devfn))
             if server not in self._leaving and not _is_wanted(device, server, config):
                 self._leaving.append(server)
-                server.stop_listening()
-                if server.session is not None:
-                    log.info("is removed when its client has gone", peer=server.session.client)
+                server.retire()
             if server in self._leaving and server.session is None:
                 self._leaving.remove(server)
                 self.devices.remove((device, server))
                 server.discard()
-                log.info("removed")
         present = [device for device, _ in self.devices]
         for device in config.devices:
             if not any(other.id == device.id or other.devfn == device.devfn for other in present):

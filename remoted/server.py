@@ -118,12 +118,19 @@ class DeviceServer:
             self._listener.close()
             self._listener = None
 
+    def retire(self) -> None:
+        """Takes no further client; the device is to be removed when the present one has gone."""
+        self.stop_listening()
+        if self.session is not None:
+            self._log.info("is removed when its client has gone", peer=self.session.client)
+
     def discard(self) -> None:
         """Closes the device for good, with its line low; nothing of it is kept. It must have no client."""
         self.function.full_reset()
         if self._keeper is not None:
             self._keeper.discard()
         self.close()
+        self._log.info("removed")
 
     def hang_up(self) -> None:
         """Ends the session and unlinks the socket. A link that is kept goes on in the next process."""

@@ -60,6 +60,8 @@ class Bench:
         self.results: Mapping[str, Any] = {}
         """what commands result in, if not in nothing"""
         self.servers: Mapping[str, PeerCredentials | None] = {}
+        self.errors: Mapping[str, str] = {}
+        """what commands are refused with: the class of a QMP error"""
         self.unanswered = ""
         """a command that gets no answer"""
         self._asked: dict[str, asyncio.Event] = {}
@@ -100,8 +102,10 @@ class Bench:
             message = json.loads(data)
             command = message["execute"]
             if command != self.unanswered:
-                result = self.results.get(command, {})
-                answers = [{"return": result, "id": message.get("id")}, *self.after.get(command, [])]
+                outcome: dict[str, Any] = {"return": self.results.get(command, {})}
+                if command in self.errors:
+                    outcome = {"error": {"class": self.errors[command], "desc": "refused"}}
+                answers = [{**outcome, "id": message.get("id")}, *self.after.get(command, [])]
                 writer.write(b"".join(json.dumps(answer).encode() + b"\r\n" for answer in answers))
             self._asked.setdefault(command, asyncio.Event()).set()
         writer.close()
@@ -363,3 +367,62 @@ def test_a_remote_that_ends_before_it_is_adopted_has_left_no_link(
     assert caplog.messages == [
         f"the link to pid {process.pid} has ended: QEMU's proxy can't take a new one, the guest reads all ones"
     ]
+
+
+def test_what_qemu_has_plugged_elsewhere_is_not_taken_for_plugged(bench: Bench, remote: RemoteThread) -> None:
+    assert remote.servers
+    bench.results = {
+        **LISTED,
+        "query-pci": [{"bus": 0, "devices": [{"slot": 6, "function": 0, "qdev_id": "dev0"}]}],
+    }
+    reasons = []
+
+    async def meanwhile() -> None:
+        await bench.asked("query-pci")
+        async with asyncio.timeout(HANGS):
+            while not bench.function.reason.startswith("QEMU refuses"):
+                await asyncio.sleep(0)
+        reasons.append(bench.function.reason)
+
+    bench.run(NOTHING, meanwhile)
+    assert reasons == [
+        "QEMU refuses to plug it: QEMU took device_add, but has no function at 05.0",
+    ]
+
+
+@pytest.mark.parametrize(("error", "is_left"), [("DeviceNotFound", False), ("GenericError", True)])
+def test_only_what_qemu_does_not_know_counts_as_unplugged(bench: Bench, error: str, is_left: bool) -> None:
+    """Any other error may mean that the guest has been asked before: the device is still there."""
+    bench.errors = {"device_del": error}
+    plugged = []
+
+    async def meanwhile() -> None:
+        await bench.asked("device_del")
+        for _ in range(40):
+            await asyncio.sleep(0)
+        plugged.append(bench.function.is_plugged)
+
+    bench.run(PLUGGED, meanwhile)
+    assert plugged == [is_left]
+
+
+def test_a_guest_that_does_not_eject_is_asked_ever_more_rarely(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot, "CONSENT_SECONDS", 0.01)
+    monkeypatch.setattr(slot, "_LAST_CONSENT_SECONDS", 0.04)
+    unplug, waits = Slot.unplug, list[float]()
+    many = asyncio.Event()
+
+    async def noted(self: Slot, monitor: Monitor, seconds: float) -> list[Function]:
+        waits.append(seconds)
+        if len(waits) == 5:
+            many.set()
+        return await unplug(self, monitor, seconds)
+
+    async def meanwhile() -> None:
+        await many.wait()
+
+    monkeypatch.setattr(Slot, "unplug", noted)
+    bench.run(PLUGGED, meanwhile)
+    assert waits[:5] == [0.01, 0.02, 0.04, 0.04, 0.04]

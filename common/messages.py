@@ -74,6 +74,10 @@ class Event(StrEnum):
     """the state of the previous process doesn't fit"""
     STATE_NOT_KEPT = "1e44039efb59474abdc45b883d7c6716"
     """a device's state doesn't outlive the process"""
+    STORE_SILENT = "2fe74b615c3f47348c01f9bc09fe8330"
+    """the service manager doesn't answer: what it is to keep may be lost"""
+    STORE_ANSWERS = "8e38504e6bbc4f36b20b9e535fdca006"
+    """the service manager answers again"""
     KILLED_WHILE_BUSY = "82e72a7328fd49b0b573f9f39798f57d"
     """a daemon was ended by a second signal"""
 

@@ -62,7 +62,7 @@ class Remoted:
                 signal.signal(signum, self._on_signal)
             log_stray_errors(log)
             self._watchdog.start()
-            self._store = FdStore.open(self._loop, os.environ)
+            self._store = FdStore.open(self._loop, self._log, os.environ)
             path = str(config.runtime_dir / "remoted.varlink")
             interface = RemotedService(config.name, self._roster.devices, self._loop.polling)
             self._control = ControlServer(self._loop, path, interface, log)

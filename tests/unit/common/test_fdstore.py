@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -12,9 +13,14 @@ from pathlib import Path
 import pytest
 
 from common.fdstore import FdStore
+from common.journal import RateLimited
 from common.loop import Loop
 from tests.support.fds import identity, no_fd_is_left
 from tests.support.storemanager import StoreManager
+
+LOG = RateLimited(logging.getLogger("test.fdstore"))
+PATIENCE = 10.0
+"""seconds after which nothing waits for the manager any more"""
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def manager(tmp_path: Path) -> Iterator[StoreManager]:
 
 @pytest.fixture
 def store(manager: StoreManager, loop: Loop) -> Iterator[FdStore]:
-    with closing(FdStore(loop, manager.address, {})) as store:
+    with closing(FdStore(loop, LOG, manager.address, {})) as store:
         yield store
 
 
@@ -93,6 +99,85 @@ def test_a_manager_that_is_gone_holds_up_nobody(
     assert done == [True]
 
 
+class SilentManager:
+    """A manager that reads nothing, and time that passes when a test lets it."""
+
+    def __init__(self, manager: StoreManager) -> None:
+        self.manager = manager
+        self.now = 0.0
+        self.loop = Loop(lambda: self.now)
+        self.store = FdStore(self.loop, RateLimited(logging.getLogger("test.fdstore")), manager.address, {})
+        self.done: list[str] = []
+
+    def ask(self, name: str) -> None:
+        self.store.barrier(lambda: self.done.append(name))
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.loop.step()
+
+    def close(self) -> None:
+        self.store.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def silent(manager: StoreManager) -> Iterator[SilentManager]:
+    with closing(SilentManager(manager)) as silent:
+        yield silent
+
+
+def test_a_silent_manager_is_waited_for_once(silent: SilentManager, caplog: pytest.LogCaptureFixture) -> None:
+    silent.ask("first")
+    silent.ask("second")
+    silent.wait(1.0)
+    assert silent.done == []
+    silent.wait(PATIENCE)
+    assert silent.done == ["first", "second"]
+    silent.ask("third")
+    silent.wait(0.0)
+    assert silent.done == ["first", "second", "third"]
+    assert len(caplog.messages) == 1
+    assert "has not answered for" in caplog.text
+
+
+def test_a_manager_that_answers_again_is_waited_for_again(
+    silent: SilentManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    silent.ask("first")
+    silent.wait(PATIENCE)
+    silent.manager.serve()
+    silent.wait(0.0)
+    assert silent.done == ["first"]
+    assert caplog.messages[1:] == ["the service manager answers again"]
+    silent.ask("second")
+    silent.wait(1.0)
+    assert silent.done == ["first"]
+    silent.manager.serve()
+    silent.wait(0.0)
+    assert silent.done == ["first", "second"]
+
+
+def test_an_answer_in_time_leaves_no_timer(silent: SilentManager, caplog: pytest.LogCaptureFixture) -> None:
+    silent.ask("first")
+    silent.manager.serve()
+    silent.wait(0.0)
+    silent.wait(PATIENCE)
+    assert silent.done == ["first"]
+    assert not caplog.messages
+
+
+def test_what_a_silent_manager_is_given_is_bounded(silent: SilentManager, memfd: int) -> None:
+    """Otherwise a client that sends eventfds again and again could make the daemon run out of fds."""
+    silent.ask("first")
+    silent.wait(PATIENCE)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3000):
+        silent.store.put("28.irqfd-1", memfd)
+    assert len(os.listdir("/proc/self/fd")) - before < 2000
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"FDSTORE": ""}, {"FDSTORE": "0"}, {"NOTIFY_SOCKET": None}],
@@ -100,7 +185,7 @@ def test_a_manager_that_is_gone_holds_up_nobody(
 )
 def test_no_store(manager: StoreManager, loop: Loop, changes: dict[str, str | None]) -> None:
     environ = {"NOTIFY_SOCKET": manager.address, "FDSTORE": "16"} | changes
-    assert FdStore.open(loop, {name: value for name, value in environ.items() if value is not None}) is None
+    assert FdStore.open(loop, LOG, {name: value for name, value in environ.items() if value is not None}) is None
 
 
 def test_environment_of_another_process_is_ignored(manager: StoreManager, loop: Loop) -> None:
@@ -112,7 +197,7 @@ def test_environment_of_another_process_is_ignored(manager: StoreManager, loop: 
         "LISTEN_FDNAMES": "28.state",
         "PATH": "/",
     }
-    store = FdStore.open(loop, environ)
+    store = FdStore.open(loop, LOG, environ)
     assert store is not None
     assert store.take("28.state") == []
     assert environ == {"NOTIFY_SOCKET": manager.address, "PATH": "/"}, "children are not to find it"
@@ -121,7 +206,7 @@ def test_environment_of_another_process_is_ignored(manager: StoreManager, loop: 
 
 def test_take_and_drop_of_what_was_inherited(manager: StoreManager, loop: Loop) -> None:
     first, second, third = (os.memfd_create(name) for name in "abc")
-    store = FdStore(loop, manager.address, {"a": [first], "b": [second, third]})
+    store = FdStore(loop, LOG, manager.address, {"a": [first], "b": [second, third]})
     assert store.take("a") == [first]
     assert store.take("a") == []
     assert store.drop_inherited() == ["b"]
@@ -136,7 +221,7 @@ def test_take_and_drop_of_what_was_inherited(manager: StoreManager, loop: Loop) 
 def test_abstract_address(loop: Loop, memfd: int) -> None:
     with no_fd_is_left(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0iohub-test-{os.getpid()}")
-        store = FdStore(loop, f"@iohub-test-{os.getpid()}", {})
+        store = FdStore(loop, LOG, f"@iohub-test-{os.getpid()}", {})
         store.remove("28.state")
         assert manager.recv(100) == b"FDSTOREREMOVE=1\nFDNAME=28.state"
         store.close()

@@ -15,6 +15,7 @@ import pytest
 from common import pci
 from common.fdstore import FdStore
 from common.fields import register
+from common.journal import RateLimited
 from common.mpqemu import BAR, SYSMEM, Command, request_frame
 from remoted.device import Bar, BarKind, PciFunction
 from remoted.host import Host
@@ -106,7 +107,7 @@ class KeptBench(RemoteBench):
 
     def _start(self, directory: Path, model: type[PciFunction], inherited: dict[str, list[int]]) -> None:
         super().__init__(directory)
-        self.store = FdStore(self.loop, self.manager.address, inherited)
+        self.store = FdStore(self.loop, RateLimited(self.log.logger), self.manager.address, inherited)
         ram_files = RamFiles(self.store)
         for name, devfn in DEVFNS.items():
             pirq = self.hub.pirqs[devfn]

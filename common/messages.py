@@ -34,6 +34,8 @@ class Event(StrEnum):
     """a client could not be served for want of file descriptors or memory"""
     CONTROL_BROKE_PROTOCOL = "f8ac2b3e8d7e49d8803763e294ce502b"
     """a client of a control socket broke the Varlink protocol"""
+    CONTROL_NOT_LOADED = "cfa849811523444cbeaefa30f8db3087"
+    """what answers calls at a control socket can't be loaded"""
 
     # A device's code, in remoted.
     DEVICE_RESET = "a798d607fa9e49188c7547138d3c1315"

@@ -9,10 +9,11 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from common import eventsignal
 from common.config import VmConfig, parse_remoted
-from common.control import ControlServer
+from common.controlsocket import ControlServer
 from common.errors import IohubError, UsageError
 from common.fdstore import FdStore
 from common.journal import RateLimited, report_failure, setup
@@ -21,15 +22,15 @@ from common.messages import Event
 from common.output import OutputError, complain
 from common.privilege import renounce
 from common.reload import reload_on_sighup
-from common.remoted_interface import Stalled
 from common.service import dump_stacks_on_crash, feed_watchdog, freeze_heap, notify, raise_fd_limit
 from common.stdio import flush_stdio
 from common.trust import TRUST
-from remoted.control import RemotedService
 from remoted.guard import log_stray_errors
-from remoted.modellist import describe_models
 from remoted.roster import Roster
 from remoted.watchdog import Doing, Watchdog
+
+if TYPE_CHECKING:
+    from remoted.control import RemotedService
 
 __all__ = ["main"]
 
@@ -64,8 +65,7 @@ class Remoted:
             self._watchdog.start()
             self._store = FdStore.open(self._loop, self._log, os.environ)
             path = str(config.runtime_dir / "remoted.varlink")
-            interface = RemotedService(config.name, self._roster.devices, self._loop.polling)
-            self._control = ControlServer(self._loop, path, interface, log)
+            self._control = ControlServer(self._loop, path, self._make_interface, log)
             self._watchdog.while_stalled = self._refuse_calls
             self._roster.start(config, self._store)
         except BaseException:
@@ -101,6 +101,12 @@ class Remoted:
         for server in self._roster.servers:
             server.hang_up()
 
+    def _make_interface(self) -> RemotedService:
+        """What answers calls at the control socket, which is loaded when the first one comes."""
+        from remoted.control import RemotedService
+
+        return RemotedService(self._config.name, self._roster.devices, self._loop.polling)
+
     def _describe(self) -> str:
         """The state in one line, with the interrupts of the time since the line before."""
         pirqs = [server.pirq for server in self._roster.servers]
@@ -112,11 +118,19 @@ class Remoted:
 
     def _refuse_calls(self, doing: Doing, seconds: float) -> None:
         """Says at the control socket what keeps the loop from answering there; in the watchdog's thread."""
-        guard, control = doing[0], self._control
+        guard = doing[0]
         hosts = [server.function.host for server in self._roster.servers]
         names = [host.name for host in hosts if host.guard is guard]
-        if control is not None:
-            control.refuse(Stalled(device="".join(names), reason=guard.describe_stall(doing, seconds)))
+
+        def reply() -> bytes:
+            from common.control import encode
+            from common.remoted_interface import Stalled
+
+            error = Stalled(device="".join(names), reason=guard.describe_stall(doing, seconds))
+            return encode(error.toreply())
+
+        if self._control is not None:
+            self._control.refuse(reply)
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self._is_serving and not self._loop.is_stopped:
@@ -147,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         renounce()
         raise_fd_limit()
         eventsignal.prepare()
-        config = parse_remoted(argv, describe_models)
+        config = parse_remoted(argv, _describe_models)
         if not config.devices:
             raise UsageError("no devices: --device gives one, or --config a file with some")
         setup(PROGRAM, config.name, verbose=config.verbose)
@@ -165,3 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         remoted.close()
     return 0
+
+
+def _describe_models(as_json: bool) -> str:
+    from remoted.modellist import describe_models
+
+    return describe_models(as_json)

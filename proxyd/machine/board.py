@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 from common.config import DeviceConfig, VmConfig
-from common.control import ControlServer
+from common.controlsocket import ControlServer
 from common.errors import UsageError
 from common.journal import device_log
 from common.loop import Loop
@@ -56,7 +56,7 @@ class Board:
         self._interface = ProxydService(config.name, config.vm, "", None, self._proxies)
         with ExitStack() as opened:
             path = str(config.runtime_dir / "proxyd.varlink")
-            self._control = ControlServer(loop, path, self._interface, log)
+            self._control = ControlServer(loop, path, lambda: self._interface, log)
             opened.callback(self._control.close)
             self._keeper = LinkKeeper(loop)
             opened.callback(self._keeper.close)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from common import mpqemu, pci
 from common.amiss import Amiss
 from common.config import DeviceConfig, VmConfig
-from common.control import ControlServer
+from common.controlsocket import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log
 from common.link import Client
@@ -201,7 +201,7 @@ class Attached:
         interface = ProxydService(config.name, config.vm, "kvm", None, self._functions)
         path = str(config.runtime_dir / "proxyd.varlink")
         # Before the process is touched: it may have a daemon already.
-        self._control = ControlServer(loop, path, interface, log)
+        self._control = ControlServer(loop, path, lambda: interface, log)
         # Before any thread is started: one that doesn't block it can take the signal that says that the process
         # has stopped, and it would stand still until somebody looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

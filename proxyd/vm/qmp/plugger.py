@@ -21,7 +21,7 @@ from typing import Any
 
 from common.backoff import FIRST_SECONDS, Backoff
 from common.config import DeviceConfig, VmConfig
-from common.control import ControlServer
+from common.controlsocket import ControlServer
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log, printable
 from common.loop import Loop
@@ -80,7 +80,7 @@ class QemuPlugger:
         self._interface.amiss.add(self._health.amiss)
         self._remoted = config.runtime_dir / "remoted.varlink"
         path = str(config.runtime_dir / "proxyd.varlink")
-        self._control = ControlServer(self._loop, path, self._interface, log)
+        self._control = ControlServer(self._loop, path, lambda: self._interface, log)
         self._qemu: tuple[int, int] | None = None
         """the process that was attached last"""
 

@@ -11,6 +11,7 @@ The file, read by both daemons:
     id = "com1"
     model = "pci-serial"            # remoted's
     addr = "05.0"
+    transport = "mpqemu"            # or "vfio-user"
     chardev = "pty"                 # the model's own option
 
 The command line (common.options) wins: a ``--device`` whose id is in the file replaces the keys that it
@@ -24,8 +25,10 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
+from common.addresses import assign_addresses
 from common.configfile import ConfigFile, read_file
 from common.errors import UntrustedError, UsageError
 from common.journal import printable
@@ -43,11 +46,11 @@ from common.options import (
     parse_device,
 )
 from common.output import emit
-from common.pci import PCI_DEVFN_MAX, format_devfn, parse_devfn
 from common.trust import MAX_SOCKET_PATH, TRUST, find_user
 
 __all__ = [
     "DeviceConfig",
+    "Transport",
     "VmConfig",
     "check_name",
     "default_runtime_dir",
@@ -57,9 +60,6 @@ __all__ = [
     "remoted_parser",
 ]
 
-_FIRST_FREE_DEVFN = 0x02 << 3
-"""00 is the host bridge and 01 the ISA bridge on the boards that QEMU and proxyd make"""
-_FUNCTIONS_OF_A_SLOT = 8
 _MAX_FD = (1 << 31) - 1
 _POLL_MAX_US = 50
 """by measurement (tests/bench/README.md)"""
@@ -67,7 +67,7 @@ _LONGEST_POLL_US = 1000
 _MAX_GSI = 4095
 """the last of KVM_MAX_IRQ_ROUTES (linux/kvm_host.h)"""
 
-_GUESSED_KEYS = ("addr", "socket")
+_GUESSED_KEYS = ("addr", "socket", "transport")
 """what is made up where a device doesn't have it"""
 
 _LONGEST_NAME = "remoted.varlink"
@@ -76,6 +76,15 @@ _LONGEST_NAME = "remoted.varlink"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
 _VM = re.compile(r"embedded|soft|qmp:.+|pid:[1-9][0-9]{0,9}", re.ASCII | re.DOTALL)
+
+
+class Transport(StrEnum):
+    """What a device's clients speak; the value is that of ``transport=``."""
+
+    MPQEMU = "mpqemu"
+    """QEMU's multi-process protocol: any QEMU since 6.0"""
+    VFIO_USER = "vfio-user"
+    """vfio-user: QEMU since 10.1 and other VMMs"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,8 @@ class DeviceConfig:
     """for proxyd with ``pid:``, since nothing else tells it there"""
     properties: dict[str, str]
     """the model's own options; booleans of the file are ``on`` and ``off``"""
+    transport: Transport = Transport.MPQEMU
+    """the protocol that its clients speak"""
 
 
 @dataclass(frozen=True)
@@ -314,7 +325,7 @@ def _override(devices: dict[str, Keys], given: Iterable[Keys]) -> None:
 
 
 def _build(role: Role, devices: Mapping[str, Keys]) -> tuple[DeviceConfig, ...]:
-    addresses = _addresses(devices)
+    addresses = assign_addresses(devices)
     built = []
     for device_id, keys in devices.items():
         if role.has_models and not keys.get("model", Value("", "")).text:
@@ -329,45 +340,25 @@ def _build(role: Role, devices: Mapping[str, Keys]) -> tuple[DeviceConfig, ...]:
                 socket=_path(keys["socket"], "socket: ") if "socket" in keys else None,
                 fd=_number(keys["fd"], "fd: ", _MAX_FD) if "fd" in keys else None,
                 gsi=_number(keys["gsi"], "gsi: ", _MAX_GSI) if "gsi" in keys else None,
+                transport=_transport(keys["transport"]) if "transport" in keys else Transport.MPQEMU,
                 properties={key: value.text for key, value in keys.items() if key not in COMMON_KEYS},
             )
         )
     return tuple(built)
 
 
-def _addresses(devices: Mapping[str, Keys]) -> dict[str, int]:
-    """Each device's devfn: those that are given first, then free slots in the order of the devices."""
-    owners: dict[int, str] = {}
-    for device_id, keys in devices.items():
-        if "addr" not in keys:
-            continue
-        where = f"{keys['addr'].where}: addr"
-        try:
-            devfn = parse_devfn(keys["addr"].text)
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from error
-        if devfn in owners:
-            raise UsageError(f"{where}: {format_devfn(devfn)} is taken by device {owners[devfn]!r}")
-        owners[devfn] = device_id
-    taken = {devfn // _FUNCTIONS_OF_A_SLOT for devfn in owners}
-    free = (
-        devfn
-        for devfn in range(_FIRST_FREE_DEVFN, PCI_DEVFN_MAX, _FUNCTIONS_OF_A_SLOT)
-        if devfn // _FUNCTIONS_OF_A_SLOT not in taken
-    )
-    for device_id, keys in devices.items():
-        if "addr" not in keys:
-            devfn = next(free, -1)
-            if devfn < 0:
-                raise UsageError(f"{keys['id'].where}: addr: needed, as no slot is free from 02.0 upward")
-            owners[devfn] = device_id
-    return {device_id: devfn for devfn, device_id in owners.items()}
-
-
 def _number(value: Value, key: str, maximum: int) -> int:
     if not _NUMBER.fullmatch(value.text) or int(value.text) > maximum:
         raise UsageError(f"{value.where}: {key}{value.text!r} is not an integer from 0 to {maximum}")
     return int(value.text)
+
+
+def _transport(value: Value) -> Transport:
+    try:
+        return Transport(value.text)
+    except ValueError:
+        names = " or ".join(Transport)
+        raise UsageError(f"{value.where}: transport: {value.text!r} must be {names}") from None
 
 
 def _path(value: Value, key: str = "") -> str:

@@ -38,11 +38,12 @@ __all__ = [
 ]
 
 INTEGER_KEYS = frozenset(("fd", "gsi"))
-STRING_KEYS = frozenset(("id", "model", "addr", "socket"))
+STRING_KEYS = frozenset(("id", "model", "addr", "socket", "transport"))
 DEVICE_OPTIONS = {
     "id=ID": "its name: 1 to 32 letters, digits, '-' and '_'; needed",
     "addr=SLOT.FN": "where the guest finds it (default: the first slot from 02.0 upward that is free)",
     "socket=PATH": "where it listens (default: ID.sock in the runtime directory)",
+    "transport=mpqemu|vfio-user": "what its clients speak (default: mpqemu)",
     "fd=N": "serves an inherited, connected socket instead",
 }
 """what remoted takes for a device of any model, and what it means"""
@@ -84,10 +85,11 @@ class Role(NamedTuple):
 REMOTED = Role(
     "iohub-remoted",
     "Runs a VM's PCI devices, each behind a socket of its own.",
-    "MODEL,id=ID[,addr=SLOT.FN][,socket=PATH|fd=N][,OPTION=VALUE...]",
+    "MODEL,id=ID[,addr=SLOT.FN][,transport=mpqemu|vfio-user][,socket=PATH|fd=N][,OPTION=VALUE...]",
     "a device, which listens at PATH (default: ID.sock in the runtime directory) or serves "
     "the connected socket that was inherited as fd N; addr defaults to the first slot from 02.0 upward that no "
-    "other device given here or in the file has; repeat for more; ,, is a comma in a value",
+    "other device given here or in the file has; transport is what its clients speak (default: mpqemu); repeat "
+    "for more; ,, is a comma in a value",
     """\
 models:
   NAME            edu, irq-line, pci-serial, or a model of an installed package: --models lists them
@@ -102,24 +104,25 @@ listens; 2 for invalid options or configuration
 
 example:
   iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty""",
-    frozenset(("id", "model", "addr", "socket", "fd")),
+    frozenset(("id", "model", "addr", "socket", "fd", "transport")),
     True,
 )
 
 PROXYD = Role(
     "iohub-proxyd",
     "Connects iohub-remoted's devices and their interrupt lines to a VM.",
-    "id=ID[,addr=SLOT.FN][,socket=PATH][,gsi=N]",
+    "id=ID[,addr=SLOT.FN][,transport=mpqemu|vfio-user][,socket=PATH][,gsi=N]",
     "a device of iohub-remoted, which listens at PATH (default: ID.sock in the runtime directory); addr "
     "defaults to the first slot from 02.0 upward that no other device given here or in the file has, even if "
-    "QEMU has a device there; gsi is required with pid:PID; repeat for more; ,, is a comma in a value",
+    "QEMU has a device there; transport is as for iohub-remoted (default: mpqemu); gsi is required with pid:PID; "
+    "repeat for more; ,, is a comma in a value",
     """\
 exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has exited; 1 when the embedded
 guest died; 2 for invalid options, configuration or VM
 
 example:
   iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm qmp:/tmp/vm1/qmp.sock --device id=com1,addr=05.0""",
-    frozenset(("id", "addr", "socket", "gsi")),
+    frozenset(("id", "addr", "socket", "gsi", "transport")),
     False,
 )
 

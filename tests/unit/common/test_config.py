@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import VmConfig, default_runtime_dir, parse_proxyd, parse_remoted
+from common.config import Transport, VmConfig, default_runtime_dir, parse_proxyd, parse_remoted
 from common.errors import UntrustedError, UsageError
 from common.pci import format_devfn
 from remoted.devices.edu import Edu
@@ -93,6 +93,19 @@ def test_proxyd_takes_a_device_without_a_model() -> None:
     argv = ["--name", "vm1", "--vm", "pid:1", "--device", "id=com1,addr=05.0,gsi=4095,socket=/tmp/com1"]
     [device] = parse_proxyd(argv).devices
     assert (device.model, device.devfn, device.gsi, device.socket) == (None, 40, 4095, "/tmp/com1")
+
+
+def test_both_daemons_know_a_devices_transport(tmp_path: Path) -> None:
+    path = tmp_path / "vm1.toml"
+    path.write_text(
+        'name = "vm1"\n[[device]]\nid = "a"\nmodel = "edu"\ntransport = "vfio-user"\n'
+        '[[device]]\nid = "b"\nmodel = "edu"\n'
+    )
+    for parse in (parse_remoted, parse_proxyd):
+        config = parse(["--config", str(path)])
+        assert [device.transport for device in config.devices] == [Transport.VFIO_USER, Transport.MPQEMU]
+    assert remoted("edu,id=a,transport=vfio-user").devices[0].transport is Transport.VFIO_USER
+    assert proxyd("id=a,transport=mpqemu").devices[0].transport is Transport.MPQEMU
 
 
 @pytest.mark.parametrize("given", ["0", "1000"])
@@ -316,6 +329,7 @@ def test_allow_users_of_the_file_and_of_the_command_line_which_wins(tmp_path: Pa
         (["edu,id=a,fd=" + "9" * 5000], ["fd"]),
         (["edu,id=a,fd=3,socket=/tmp/a"], ["fd and socket"]),
         (["edu,id=a,fd=3", "edu,id=b,fd=3"], ["--device 'edu,id=b", "fd 3", "'a'"]),
+        (["edu,id=a,transport=vfio"], ["transport: 'vfio'", "mpqemu or vfio-user"]),
         (["edu,id=a,socket="], ["socket", "''"]),
         (["edu,id=a,socket=/x", "edu,id=b,socket=/x"], ["--device 'edu,id=b", "/x", "'a'"]),
         (["edu,id=a,socket=" + "x" * 108], ["108 bytes", "at most 107"]),
@@ -337,6 +351,7 @@ def test_bad_device_of_remoted(devices: list[str], names: list[str]) -> None:
         ("id=a,fd=3", ["unknown key 'fd'"]),
         ("id=a,model=edu", ["unknown key 'model'"]),
         ("id=a,chardev=pty", ["unknown key 'chardev'", "iohub-proxyd takes id=ID"]),
+        ("id=a,transport=", ["transport: ''", "mpqemu or vfio-user"]),
         ("id=a,gsi=4096", ["gsi", "'4096'", "4095"]),
     ],
 )

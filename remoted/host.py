@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable
@@ -24,7 +25,8 @@ __all__ = ["GuardedLoop", "Host", "PeriodicTimer"]
 _PROBE_EVERY = 256
 """after so many calls of an fd's handler it is checked whether there was anything to handle"""
 _MAX_IDLE_CALLS = 64
-"""so many calls in a row at the end of a stream make the fd edge-triggered"""
+"""so many calls in a row that change nothing make the fd edge-triggered"""
+_COUNT = re.compile(r"^(?:eventfd-count|ticks): *([0-9a-f]+)$", re.MULTILINE)
 _MIN_PERIOD = 0.001
 _MAX_SECONDS = 1e6
 """epoll_wait(2) takes at most 2**31 ms"""
@@ -52,24 +54,29 @@ class _Watched:
 
     def on_ready(self, ready: int) -> None:
         self._calls += 1
+        count = 0
         if self._idle_calls or self._calls >= _PROBE_EVERY:
             self._calls = 0
             if not self.events & EPOLLET:  # an edge is reported only when something happens
-                self._probe(ready)
+                count = _count(self.fd)
+                if not count:
+                    self._note(_is_at_end(self.fd, ready), "the end of fd {}, which it should remove")
         with self.loop.guard.running(self._doing) as run:
             self.callback(ready)
         if run.failed:
             # It may have removed the fd before it failed.
             with contextlib.suppress(KeyError, OSError):
                 self.loop.remove(self.fd)
+        elif count and self.loop.watches(self):
+            self._note(_count(self.fd) == count, "fd {}, which it should read")
 
-    def _probe(self, ready: int) -> None:
-        """Counts calls for the end of a stream, which a handler is to answer by removing the fd.
+    def _note(self, is_idle: bool, what: str) -> None:
+        """Counts calls that change nothing: at the end of a stream, or by what reads neither eventfd nor timerfd.
 
-        As a level it would call the handler in each pass of the loop for ever. As an edge it does so only when
-        something happens, and that something makes it a level again.
+        As a level such an fd would call the handler in each pass of the loop for ever. As an edge it does so only
+        when something happens, and that something makes it a level again.
         """
-        if not _is_at_end(self.fd, ready):
+        if not is_idle:
             self._idle_calls = 0
             if self._is_edge_triggered:
                 self._is_edge_triggered = False
@@ -80,9 +87,7 @@ class _Watched:
         if self._idle_calls >= _MAX_IDLE_CALLS and not self._is_edge_triggered:
             self._is_edge_triggered = True
             self.loop.inner.modify(self.fd, self.events | EPOLLET)
-            self.loop.guard.spins(
-                self.fd, f"{_name(self.callback)}() ignores the end of fd {self.fd}, which it should remove"
-            )
+            self.loop.guard.spins(self.fd, f"{_name(self.callback)}() ignores {what.format(f'{self.fd}')}")
 
 
 class GuardedLoop:
@@ -116,6 +121,10 @@ class GuardedLoop:
         del self._watched[fd]
         self.guard.spinning.pop(fd, None)
         self.inner.remove(fd)
+
+    def watches(self, watched: _Watched) -> bool:
+        """Whether the fd has still been given to this callback, and to no other."""
+        return self._watched.get(watched.fd) is watched
 
     def time(self) -> float:
         """As Loop.time()."""
@@ -226,6 +235,16 @@ def _is_at_end(fd: int, ready: int) -> bool:
         return count_unread(fd) == 0
     except OSError:
         return False
+
+
+def _count(fd: int) -> int:
+    """What an eventfd has counted, or a timerfd; 0 for any other fd (fs/eventfd.c, fs/timerfd.c)."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+            found = _COUNT.search(lines.read())
+    except OSError:
+        return 0
+    return int(found[1], 16 if found[0].startswith("e") else 10) if found else 0
 
 
 def _is_stream(fd: int) -> bool:

@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import select
 import socket
+import struct
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from select import EPOLLET, EPOLLIN, EPOLLOUT
@@ -21,6 +26,7 @@ from remoted.host import GuardedLoop
 from remoted.watchdog import Watchdog
 from tests.support.fds import count_fds
 from tests.support.remotebench import Clock, Recorder
+from tests.support.wait import wait_until
 
 ERRORS = [ZeroDivisionError, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
 
@@ -167,6 +173,68 @@ def test_handler_that_ignores_the_end_of_its_stream_is_called_no_more(
     assert len(stream.calls) == before
     bench.guarded.remove(stream.ours.fileno())
     assert list(bench.guard.amiss()) == []
+
+
+@contextmanager
+def expired_timerfd() -> Iterator[int]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+    libc.timerfd_settime(fd, 0, struct.pack("4q", 0, 0, 0, 1), None)
+    wait_until(lambda: bool(select.select([fd], [], [], 0)[0]), "it has expired")
+    yield fd
+    os.close(fd)
+
+
+@contextmanager
+def raised_eventfd() -> Iterator[int]:
+    fd = os.eventfd(0xAB, os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("ready_fd", [raised_eventfd, expired_timerfd])
+def test_handler_that_does_not_read_its_counter_is_called_no_more(
+    bench: Bench, ready_fd: Callable[[], AbstractContextManager[int]]
+) -> None:
+    with ready_fd() as fd:
+        calls: list[int] = []
+        bench.guarded.add(fd, calls.append)
+        run(bench)
+        assert len(calls) < PASSES / 4
+        (line,) = bench.log.messages
+        assert line.endswith(f"() ignores fd {fd}, which it should read")
+        assert list(bench.guard.amiss()) == [line]
+        calls.clear()
+        run(bench)
+        assert calls == []
+        bench.guarded.remove(fd)
+        assert list(bench.guard.amiss()) == []
+
+
+def test_a_counter_that_is_read_again_is_a_level_again(bench: Bench) -> None:
+    reads: list[int] = []
+    is_reading = False
+
+    def handle(_events: int) -> None:
+        if is_reading:
+            reads.append(os.eventfd_read(bench.fd))
+
+    bench.guarded.add(bench.fd, handle)
+    run(bench)
+    is_reading = True
+    for _ in range(PASSES):
+        os.eventfd_write(bench.fd, 1)
+        bench.loop.step()
+    assert reads == [2] + [1] * (PASSES - 1)
+    assert list(bench.guard.amiss()) == []
+    is_reading = False
+    os.eventfd_write(bench.fd, 1)
+    reads.clear()
+    bench.loop.step()
+    is_reading = True
+    bench.loop.step()
+    assert reads == [1], "what one call has left is offered to the next"
+    bench.guarded.remove(bench.fd)
 
 
 def test_a_pipe_that_is_opened_again_is_read_again(bench: Bench, tmp_path: Path) -> None:

@@ -4,11 +4,8 @@
 Link is the end that answers (the remote device): it never blocks. Client is the end that asks (the proxy):
 every round trip has a deadline.
 
-Which frame do fds belong to? recvmsg never reads past bytes that carried fds, so within one read they belong
-to its last bytes, but the kernel doesn't say where these begin. A read asks for 40 bytes at most, the size of
-the longest request that is answered, so it can reach into the next header. Of the frames in it the first one
-that may carry fds is the only one that can claim them without being wrong anyway. Once a header has begun, a
-read asks for its rest alone: two reads could otherwise bring the fds of two frames.
+A read of the answering end asks for 40 bytes at most, the size of the longest request that is answered, so it can
+reach into the next header.
 """
 
 from __future__ import annotations
@@ -19,107 +16,42 @@ import select
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, receive_urgent_inline, received_fds, refuse_fds
-from common.errors import PeerGone, PeerTooSlow, ProtocolError, ShortageError, UntrustedError
+from common.errors import PeerGone, PeerTooSlow, ProtocolError, UntrustedError
+from common.framelink import FrameLink
 from common.mpqemu import HEADER, Command
 from common.peer import peer_credentials
 from common.trust import TRUST
 
 __all__ = ["Client", "Link"]
 
-_Ancillary = list[tuple[int, int, bytes]]
-
 # As ints: an operator of IntFlag is a function in Python.
 _FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _HEADER_SIZE = HEADER.size
-_READ_AHEAD = HEADER.size + mpqemu.BAR.size
-_LENGTHS = {command: HEADER.size + rule.size for command, rule in mpqemu.RULES.items()}
-"""of whole requests"""
-_unpack_header: Callable[[bytearray], tuple[int, int]] = HEADER.unpack_from
 _pack_value = mpqemu.RET.pack_into
 _RET_SIZE = HEADER.size + mpqemu.RET.size
 
 
-class Link:
-    """The answering end of one link.
+class Link(FrameLink):
+    """The answering end of one link."""
 
-    ``payload`` is a view of the buffer that holds the last received frame's payload, valid until the next
-    receive(); ``fds`` are its file descriptors: a handler takes them with take_fds(), what is left is closed.
-    """
+    HEADER_SIZE = HEADER.size
+    READ_AHEAD = HEADER.size + mpqemu.BAR.size
+    CAPACITY = HEADER.size + mpqemu.MAX_PAYLOAD
+    MAX_FDS = mpqemu.MAX_FDS
+    COMMAND_AND_SIZE = HEADER
+    SIZES: ClassVar[Mapping[int, int]] = {command: rule.size for command, rule in mpqemu.RULES.items()}
+    EXTRA = HEADER.size
 
     def __init__(self, sock: socket.socket, disposal: Disposal) -> None:
         """Takes ownership of a connected UNIX stream socket; ``disposal`` closes it, and fds that came over it."""
-        sock.setblocking(False)
-        receive_urgent_inline(sock)
-        self._disposal = disposal
-        self._sock = sock
-        self._send = sock.send
-        self._recvmsg_into = sock.recvmsg_into
-        self._buffer = bytearray(_HEADER_SIZE + mpqemu.MAX_PAYLOAD)
-        self._view = memoryview(self._buffer)
-        self._whole = [self._view[:_READ_AHEAD]]
-        self.payload = self._view[_HEADER_SIZE:]
-        self._have = 0  # bytes in the buffer
-        self._frame = 0  # length of the frame last handed out, still in the buffer
+        super().__init__(sock, disposal)
         self._reply = bytearray(mpqemu.reply_frame(0))
-        self.fds: list[int] = []
-        self.closed = False
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a frame has begun but not ended: the peer owes its rest."""
-        return self._have > self._frame
-
-    def receive(self) -> int:
-        """The command of the next whole frame, or -1 when it isn't here yet. Never blocks.
-
-        Raises ProtocolError and ShortageError (after which the stream is out of step) and PeerGone.
-        """
-        if self._frame:
-            if self._have == self._frame:
-                self._have = 0
-            else:
-                self._consume()
-            self._frame = 0
-            if self.fds and not self._have:
-                self.discard(self.take_fds())
-        if not self._have:
-            buffers = self._whole
-        else:
-            command, missing = self._parse()
-            if not missing:
-                return command
-            buffers = [self._view[self._have : self._have + missing]]
-        try:
-            count, ancillary, flags, _ = self._recvmsg_into(buffers, ANCILLARY_SIZE, _FLAGS)
-        except BlockingIOError:
-            return -1
-        except OSError as error:
-            raise PeerGone(f"reading the link: {error.strerror}") from error
-        if not (ancillary or flags & _TRUNCATED or self._have) and count >= _HEADER_SIZE:
-            # Nearly always: the bytes are one whole request.
-            command, size = _unpack_header(self._buffer)
-            if count == _HEADER_SIZE + size == _LENGTHS.get(command):
-                self._have = self._frame = count
-                return command
-        if ancillary:
-            self._take_ancillary(ancillary, wanted=self._have < _HEADER_SIZE)
-        if flags & _TRUNCATED:
-            # The control buffer takes all that fit into a message, so there was no fd left for the rest.
-            raise ShortageError("a message's file descriptors are lost: too many files are open here")
-        if not count:
-            raise PeerGone("the peer closed the link" + (" within a frame" if self._have else ""))
-        self._have += count
-        command, missing = self._parse()
-        return -1 if missing else command
 
     def reply(self, value: int) -> None:
         """Sends a RET with a u64.
@@ -134,54 +66,10 @@ class Link:
         except OSError as error:
             raise PeerGone(f"writing the link: {error.strerror}") from error
 
-    def take_fds(self) -> list[int]:
-        """The fds of the last received frame, now the caller's."""
-        fds, self.fds = self.fds, []
-        return fds
-
-    def discard(self, fds: Sequence[int]) -> None:
-        """Closes fds that came over the link.
-
-        Raises ProtocolError for one that may take long, when too many such are still to be closed.
-        """
-        if self._disposal.close_fds(fds) and self._disposal.is_full:
-            raise ProtocolError("too many file descriptors that take long to close")
-
-    def close(self) -> None:
-        """Ends the link, and closes every fd that nobody took; a second call does nothing."""
-        self.closed = True
-        self._disposal.close_fds(self.take_fds())
-        self._disposal.hang_up(self._sock)
-
-    def _parse(self) -> tuple[int, int]:
-        """The command of the frame in the buffer (-1 without a header) and how many bytes to ask for."""
-        have = self._have
-        if have < _HEADER_SIZE:
-            return -1, _HEADER_SIZE - have
+    def _check_header(self) -> tuple[int, int, bool]:
         command, size = HEADER.unpack_from(self._buffer)
         rule = mpqemu.check_request(command, size)
-        length = _HEADER_SIZE + size
-        if have < length:
-            return command, length - have
-        if self.fds and not rule.max_fds and have == length:
-            # No bytes of the next frame are here, so the fds belong to this one.
-            self.discard(self.take_fds())
-        self._frame = length
-        return command, 0
-
-    def _consume(self) -> None:
-        rest = self._have - self._frame
-        self._buffer[:rest] = self._buffer[self._frame : self._have]
-        self._have = rest
-
-    def _take_ancillary(self, ancillary: _Ancillary, *, wanted: bool) -> None:
-        received = received_fds(ancillary)
-        if not wanted:  # they came with a payload's bytes
-            self.discard(received)
-            return
-        self.fds.extend(received)
-        if len(self.fds) > mpqemu.MAX_FDS:
-            raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
+        return command, _HEADER_SIZE + size, rule.max_fds > 0
 
 
 class Client:

@@ -23,19 +23,17 @@ from common.loop import Loop
 from common.notifier import EventNotifier
 from common.pci import PCI_DEVFN_MAX
 
-__all__ = ["NB_PIRQS", "IoHub", "Pirq"]
+__all__ = ["NB_PIRQS", "IoHub", "Line", "Pirq"]
 
 NB_PIRQS = PCI_DEVFN_MAX
 
 
-class Pirq:
-    """One interrupt line: its level, its eventfds, and what happened on it."""
+class Line:
+    """One interrupt line, whatever its transport: its level, who uses which eventfd, and what happened on it."""
 
     __slots__ = (
-        "_irqfd",
         "_loop",
         "_owners",
-        "_resamplefd",
         "close_fds",
         "level",
         "owes_assert",
@@ -44,12 +42,10 @@ class Pirq:
         "resamples",
     )
 
-    def __init__(self, loop: Loop, owners: dict[str, Pirq]) -> None:
-        """``owners`` is shared by all pirqs: the pirq that uses an eventfd, by the eventfd's identity."""
+    def __init__(self, loop: Loop, owners: dict[str, Line]) -> None:
+        """``owners`` is shared by all lines: the line that uses an eventfd, by the eventfd's identity."""
         self._loop = loop
         self._owners = owners
-        self._irqfd: EventNotifier | None = None
-        self._resamplefd: EventNotifier | None = None
         self.close_fds: Callable[[Iterable[int]], object] = _close_now
         """closes eventfds; where peers have them as well, it is to be one that never waits (common.disposal)"""
         self.level = 0
@@ -57,11 +53,31 @@ class Pirq:
         self.raised = 0
         """effective rises"""
         self.resamples = 0
-        """EOIs that KVM reported"""
+        """EOIs that were reported"""
         self.reasserts = 0
-        """how often the irqfd was signalled for a level that was high already"""
+        """how often the line was asserted for a level that was high already"""
         self.owes_assert: bytearray | memoryview = bytearray(1)
-        """not 0 from before an EOI is read until the irqfd is written again; kept where state is kept"""
+        """not 0 from before an EOI is read until the line is asserted again; kept where state is kept"""
+
+    @property
+    def has_irqfd(self) -> bool:
+        """Whether there is an eventfd that asserts the line in the guest."""
+        raise NotImplementedError
+
+    def is_foreign(self, identity: str) -> bool:
+        """Whether the eventfd is in use by another line."""
+        return self._owners.get(identity, self) is not self
+
+
+class Pirq(Line):
+    """The line of a function on mpqemu, with an irqfd and a resamplefd."""
+
+    __slots__ = ("_irqfd", "_resamplefd")
+
+    def __init__(self, loop: Loop, owners: dict[str, Line]) -> None:
+        super().__init__(loop, owners)
+        self._irqfd: EventNotifier | None = None
+        self._resamplefd: EventNotifier | None = None
 
     @property
     def has_irqfd(self) -> bool:
@@ -71,10 +87,6 @@ class Pirq:
     def resamplefd(self) -> int:
         """The fd of the resamplefd, or -1."""
         return -1 if self._resamplefd is None else self._resamplefd.fd
-
-    def is_foreign(self, identity: str) -> bool:
-        """Whether the eventfd is in use by another pirq."""
-        return self._owners.get(identity, self) is not self
 
     def set_irq(self, asserted: bool) -> None:
         """One source asserts the line, or no longer asserts it."""
@@ -160,8 +172,9 @@ class IoHub:
     """The 256 pirqs of one daemon."""
 
     def __init__(self, loop: Loop) -> None:
-        owners: dict[str, Pirq] = {}
-        self.pirqs = tuple(Pirq(loop, owners) for _ in range(NB_PIRQS))
+        self.owners: dict[str, Line] = {}
+        """the line that uses an eventfd, by the eventfd's identity, for lines of other transports"""
+        self.pirqs = tuple(Pirq(loop, self.owners) for _ in range(NB_PIRQS))
 
     @staticmethod
     def map_irq(devfn: int, _pin: int) -> int:

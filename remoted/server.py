@@ -136,10 +136,7 @@ class DeviceServer:
         """Ends the session and unlinks the socket. A link that is kept goes on in the next process."""
         self.stop_listening()
         if self.session is not None:
-            if self._keeper is None:
-                self.session.close()
-            else:
-                self.session.leave()
+            self.session.leave()
 
     def close(self) -> None:
         """Ends the session, unlinks the socket and closes the device."""
@@ -176,9 +173,8 @@ class DeviceServer:
             )
         self._disposal.hang_up(sock)
 
-    def _on_end(self, session: Session) -> None:
-        self._rejected += session.rejected
-        self._accesses += session.accesses
+    def _on_end(self) -> None:
+        self._rejected, self._accesses = self.rejected, self.accesses
         self.session = None
         self._on_idle()
 

@@ -22,26 +22,25 @@ class Identity(Protocol):
     SUBSYSTEM_VENDOR_ID: ClassVar[int]
     SUBSYSTEM_ID: ClassVar[int]
     INTERRUPT_PIN: ClassVar[int]
-    BARS: ClassVar[Mapping[int, Bar]]
 
 
-def power_on_config(function: Identity) -> bytearray:
-    """The 256 bytes after power-on."""
-    config = bytearray(pci.PCI_CONFIG_SIZE)
+def power_on_config(function: Identity, bars: Mapping[int, Bar], size: int) -> bytearray:
+    """The ``size`` (256 or 4096) bytes after power-on, without capabilities."""
+    config = bytearray(size)
     _put(config, pci.PCI_VENDOR_ID, 2, function.VENDOR_ID)
     _put(config, pci.PCI_DEVICE_ID, 2, function.DEVICE_ID)
     _put(config, pci.PCI_REVISION_ID, 4, function.CLASS_CODE << 8 | function.REVISION)
     _put(config, pci.PCI_SUBSYSTEM_VENDOR_ID, 2, function.SUBSYSTEM_VENDOR_ID)
     _put(config, pci.PCI_SUBSYSTEM_ID, 2, function.SUBSYSTEM_ID)
     config[pci.PCI_INTERRUPT_PIN] = function.INTERRUPT_PIN
-    for number, bar in function.BARS.items():
+    for number, bar in bars.items():
         config[pci.PCI_BASE_ADDRESS_0 + 4 * number] = pci.bar_flags(bar)
     return config
 
 
-def write_masks(bars: Mapping[int, Bar]) -> bytearray:
-    """For each of the 256 bytes the bits that the guest can write."""
-    wmask = bytearray(pci.PCI_CONFIG_SIZE)
+def write_masks(bars: Mapping[int, Bar], size: int) -> bytearray:
+    """For each of the ``size`` bytes the bits that the guest can write, without capabilities."""
+    wmask = bytearray(size)
     _put(
         wmask,
         pci.PCI_COMMAND,

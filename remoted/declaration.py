@@ -12,6 +12,7 @@ from common import pci
 from common.errors import UsageError
 from common.options import COMMON_KEYS, KEY
 from common.pci import Bar, BarKind
+from remoted.msi import Msi, Msix
 from remoted.options import Option
 
 __all__ = ["check_declaration", "check_options"]
@@ -50,6 +51,16 @@ _RESERVED = (
     "shut_down",
     "is_multifunction",
     "set_multifunction",
+    "raise_irq",
+    "lower_irq",
+    "vectors",
+    "release_pending",
+    "bars",
+    "config_size",
+    "config_written",
+    "decode_bars",
+    "region_read",
+    "region_write",
     "bus_config_read",
     "bus_config_write",
     "bus_read",
@@ -94,6 +105,7 @@ def check_declaration(function: object, base: type) -> None:
         raise UsageError(f"PARTS {_shown(parts)} is not a tuple of attribute names")
     bars: Any = getattr(function, "BARS", None)
     _check_bars(bars)
+    _check_messages(function)
     _check_registers(getattr(function, "REGISTERS", None), bars)
     check_options(getattr(function, "OPTIONS", None))
 
@@ -120,6 +132,21 @@ def _check_bars(bars: Any) -> None:
         if occupied & taken or not occupied <= set(range(pci.PCI_NUM_BARS)):
             raise UsageError(f"BAR {number} has no room among the {pci.PCI_NUM_BARS} BARs")
         taken |= occupied
+
+
+def _check_messages(function: object) -> None:
+    declared = 0
+    for name, kind in (("MSI", Msi), ("MSIX", Msix)):
+        value = getattr(function, name, None)
+        if isinstance(value, kind):
+            value.check()
+            declared += 1
+        elif value is not None:
+            raise UsageError(f"{name} {_shown(value)} is not {kind.__name__}(...) or None")
+    if type(needs := getattr(function, "NEEDS_MESSAGES", None)) is not bool:
+        raise UsageError(f"NEEDS_MESSAGES {_shown(needs)} is neither True nor False")
+    if needs and not declared:
+        raise UsageError("NEEDS_MESSAGES is True, but the class declares neither MSI nor MSIX")
 
 
 def _check_registers(registers: Any, bars: Mapping[int, Bar]) -> None:

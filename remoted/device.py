@@ -14,6 +14,7 @@ from common.pci import Bar, BarKind
 from remoted.function import PciFunction
 from remoted.host import Host, PeriodicTimer
 from remoted.memory import DmaError, GuestMemory
+from remoted.msi import Msi, Msix
 from remoted.options import Option
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "EventLoop",
     "GuestMemory",
     "Host",
+    "Msi",
+    "Msix",
     "Option",
     "PciFunction",
     "PeriodicTimer",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The PCI function: config space, BARs, INTx. What device authors subclass.
+"""The PCI function: config space, BARs, interrupts. What device authors subclass.
 
-A subclass declares its identity and BARs as class attributes, and overrides reset(), bar_read() and
-bar_write(); it drives its line by set_intx(). Everything else is here: the config space, the decoding of BAR
-addresses, the interrupt status bit, and INTX_DISABLE. The line that reaches the IOHub is a boolean,
-``level and not INTX_DISABLE``: QEMU's remote counts calls instead, and a line that counts wrong storms or loses
+A subclass declares its identity, BARs and capabilities as class attributes, and overrides reset(), bar_read() and
+bar_write(); it interrupts by raise_irq() or set_intx(). The base class does everything else: config space, the
+decoding of BAR addresses, MSI and MSI-X, the interrupt status bit, and INTX_DISABLE. The line that reaches the
+transport is a boolean: QEMU's remote counts calls instead, and a line that counts wrong storms or loses
 interrupts.
 
 The daemon calls a function only by what declaration.py reserves. These methods guard the subclass's code; it can't
@@ -18,25 +18,32 @@ from typing import Any, ClassVar
 
 from common import pci
 from common.amiss import Amiss
+from common.errors import UsageError
 from common.fields import fields_of, set_to_reset_values
 from common.pci import Bar
+from remoted.access import BusTarget
+from remoted.capabilities import Capability, add_capabilities
 from remoted.configspace import power_on_config, write_masks
 from remoted.declaration import check_declaration
-from remoted.guard import CONFIG_SPACE, DEVICE_ERRORS, GuardedAmiss, as_int
+from remoted.guard import GuardedAmiss
 from remoted.host import Host, PeriodicTimer
+from remoted.interrupts import Interrupts
+from remoted.msi import Msi, Msix, VectorKind, place_msix
 from remoted.options import Option, parse_options
-from remoted.windows import Window, decode, is_cut
 
 __all__ = ["PciFunction"]
 
-ALL_ONES = 0xFFFFFFFFFFFFFFFF
-_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
-"""of the sizes that an access may have"""
-_CONFIG_SIZES = frozenset((1, 2, 4))
 _BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
+_RESET_SPANS = (
+    (pci.PCI_COMMAND, 2),
+    (pci.PCI_CACHE_LINE_SIZE, 1),
+    (pci.PCI_BASE_ADDRESS_0, 4 * pci.PCI_NUM_BARS),
+    (pci.PCI_INTERRUPT_LINE, 1),
+)
+"""offsets and lengths, in the header, of what a reset sets to power-on values"""
 
 
-class PciFunction:
+class PciFunction(BusTarget):
     """One PCI function of header type 0.
 
     A subclass may raise from any of the methods it overrides, and from its callbacks: the request is answered
@@ -54,6 +61,10 @@ class PciFunction:
     """0: none, 1 to 4: INTA to INTD"""
     BARS: ClassVar[Mapping[int, Bar]] = {}
     """by BAR number, 0 to 5; one of kind MEM64 occupies the next number too"""
+    MSI: ClassVar[Msi | None] = None
+    MSIX: ClassVar[Msix | None] = None
+    NEEDS_MESSAGES: ClassVar[bool] = False
+    """whether the device is of no use with its INTx line alone"""
     REGISTERS: ClassVar[Mapping[int, Mapping[int, str]]] = {}
     """names by BAR number and offset, for the log; not every register needs one"""
     OPTIONS: ClassVar[Sequence[Option]] = ()
@@ -73,48 +84,44 @@ class PciFunction:
         """the value of each of OPTIONS by name: what was given, or else the default"""
         self.__host = host
         self.__guard = host.guard
-        self.__watchdog = host.guard.watchdog
         self.__amiss = GuardedAmiss(host.guard)
-        self.__level = False
-        self.__asserted = False
-        self.__has_config_read = type(self).config_read is not PciFunction.config_read
-        self.__has_pin = self.INTERRUPT_PIN != 0
-        self.__bars = dict(self.BARS)
-        self.__windows: list[Window] = []
         self.__timers: list[PeriodicTimer] = []
         host.guard.names = {
             (bar, offset): name for bar, names in self.REGISTERS.items() for offset, name in names.items()
         }
-        self.__wmask = write_masks(self.__bars)
-        self.__config = power_on_config(self)
+        port = host.vectors
+        if self.NEEDS_MESSAGES and port is None:
+            raise UsageError("it needs MSI or MSI-X, which mpqemu does not carry: use transport=vfio-user")
+        bars, msix = dict(self.BARS), self.MSIX
+        if msix is not None and (msix.bar is not None or port is not None):
+            msix, bars = place_msix(msix, bars)
+        self.__wmask = write_masks(bars, pci.PCI_CONFIG_SIZE)
+        self.__config = power_on_config(self, bars, pci.PCI_CONFIG_SIZE)
+        self.__interrupts = Interrupts(host, self.__config, self.INTERRUPT_PIN, self.MSI, msix)
+        shown: list[Capability] = (
+            [] if port is None else [each for each in (self.MSI, msix) if each is not None]
+        )
+        offsets = add_capabilities(shown, self.__config, self.__wmask)
+        for capability, offset in zip(shown, offsets, strict=True):
+            if port is not None and isinstance(capability, Msi):
+                self.__interrupts.show_msi(capability, port, offset)
+            elif port is not None and isinstance(capability, Msix):
+                self.__interrupts.show_msix(capability, port, offset)
+        areas = {}
+        if msix is not None and msix.bar is not None:
+            areas[msix.bar] = sorted(self.__interrupts.areas, key=lambda area: area.start)
+        watched_end = pci.PCI_CONFIG_SIZE if shown else _BARS_END
+        self.__power_on = bytes(self.__config)
+        self.__reset_spans = [
+            *_RESET_SPANS,
+            *((offset, 2 + len(each.body())) for offset, each in zip(offsets, shown, strict=True)),
+        ]
+        super().__init__(host.guard, self.__config, self.__wmask, bars, areas, watched_end)
         host.memory.is_bus_master = False
         set_to_reset_values(self)
 
     def reset(self) -> None:
         """Sets the device's registers to their power-on values. The line is low already."""
-
-    def bar_read(self, bar: int, offset: int, size: int) -> int:
-        """The little-endian value of ``size`` (1, 2, 4 or 8) bytes at an offset that lies within the BAR."""
-        raise LookupError(f"no register at offset {offset:#x} of BAR {bar}")
-
-    def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
-        """Writes ``size`` (1, 2, 4 or 8) bytes at an offset that lies within the BAR."""
-        raise LookupError(f"no register at offset {offset:#x} of BAR {bar}")
-
-    def config_read(self, addr: int, size: int) -> int:
-        """``size`` (1, 2 or 4) bytes of config space, which lie within its 256."""
-        return int.from_bytes(self.__config[addr : addr + size], "little")
-
-    def config_write(self, addr: int, size: int, value: int) -> None:
-        """Writes ``size`` (1, 2 or 4) bytes of config space, within its 256, through their write masks."""
-        config, wmask = self.__config, self.__wmask
-        for offset in range(addr, addr + size):
-            byte = value & 0xFF
-            mask = wmask[offset]
-            config[offset] = config[offset] & ~mask | byte & mask
-            value >>= 8
-        if addr < _BARS_END and addr + size > pci.PCI_COMMAND:
-            self.__config_changed()
 
     def close(self) -> None:
         """Releases what the device opened. Called once, at the end of the daemon."""
@@ -131,15 +138,28 @@ class PciFunction:
         return {}
 
     def set_intx(self, level: bool) -> None:
-        """Drives the INTx line; setting the level that it has does nothing."""
+        """Drives the INTx line; setting the level that it has does nothing.
+
+        For devices that declare neither MSI nor MSIX: no message is sent.
+        """
         level = bool(level)
-        if level is not self.__level:
-            self.__level = level
-            if level:
-                self.__config[pci.PCI_STATUS] |= pci.PCI_STATUS_INTERRUPT
-            else:
-                self.__config[pci.PCI_STATUS] &= ~pci.PCI_STATUS_INTERRUPT
-            self.__update_line()
+        if level is not self.__interrupts.level:
+            self.__interrupts.set_level(level)
+
+    def raise_irq(self, vector: int = 0) -> None:
+        """Interrupts by a vector: 0 to what the class declares, less one; 0 if it declares none.
+
+        While the guest has enabled MSI-X or MSI, each call sends a message, or keeps it pending while it can't
+        be sent. Else the INTx line is high until all vectors are lowered. Raises ValueError.
+        """
+        self.__interrupts.raise_irq(vector)
+
+    def lower_irq(self, vector: int = 0) -> None:
+        """The cause of a vector's interrupt is gone: ends its share in the INTx line, and what is pending of it.
+
+        Messages that were sent are not affected. Raises ValueError.
+        """
+        self.__interrupts.lower_irq(vector)
 
     def call_every(self, seconds: float, callback: Callable[[], None]) -> PeriodicTimer:
         """Calls ``callback()`` every so many seconds (0.001 or more), until the timer's cancel() or a reset.
@@ -164,13 +184,8 @@ class PciFunction:
 
     @property
     def intx_level(self) -> bool:
-        """The level that the device drives, whatever INTX_DISABLE says; status bit 3."""
-        return self.__level
-
-    @property
-    def is_decoded(self) -> bool:
-        """Whether the guest has placed and enabled one of its BARs, without which no driver reaches the device."""
-        return bool(self.__windows) or not self.__bars
+        """The level that the device drives, whatever the guest has enabled; status bit 3."""
+        return self.__interrupts.is_high
 
     @property
     def amiss(self) -> Amiss:
@@ -206,21 +221,17 @@ class PciFunction:
         """What a conventional reset does: lowers the line, config space to power-on values, then reset().
 
         False when the device's own code failed. The order is that of pci_do_device_reset() in QEMU's
-        hw/pci/pci.c; device-specific config space (0x40 and up) is left alone there too.
+        hw/pci/pci.c; config space from 0x40 on is left alone there too, but for capabilities.
         """
         self.__guard.forgive()
         for timer in self.__timers:
             timer.cancel()
         is_lowered = self.drive_intx(False)
-        PciFunction.set_intx(self, False)
-        for start, length in (
-            (pci.PCI_COMMAND, 2),
-            (pci.PCI_CACHE_LINE_SIZE, 1),
-            (pci.PCI_BASE_ADDRESS_0, 4 * pci.PCI_NUM_BARS),
-            (pci.PCI_INTERRUPT_LINE, 1),
-        ):
+        self.__interrupts.reset()
+        config, wmask = self.__config, self.__wmask
+        for start, length in self.__reset_spans:
             for offset in range(start, start + length):
-                self.__config[offset] &= ~self.__wmask[offset]
+                config[offset] = config[offset] & ~wmask[offset] | self.__power_on[offset] & wmask[offset]
         self.__config_changed()
         set_to_reset_values(self)
         with self.__guard.running("reset") as run:
@@ -233,20 +244,23 @@ class PciFunction:
         return bool(self.PARTS or fields_of(type(self))) or type(self).reset is PciFunction.reset
 
     @property
-    def state(self) -> tuple[bytearray, bool]:
-        """Config space and the level that the device drives: what resume() takes, besides the fields."""
-        return self.__config, self.__level
+    def state(self) -> tuple[bytearray, bytearray, bool]:
+        """Config space, vectors and the level of set_intx(): what resume() takes, besides the fields.
 
-    def resume(self, config: bytes, level: bool) -> bool:
-        """Restores config space and level of the previous process, whose values the fields have already.
+        The lengths of the first two never change.
+        """
+        return self.__config, self.__interrupts.state, self.__interrupts.level
 
-        Drives no line, and calls no code of the device; that is for go_on(). Returns the level that was asserted.
+    def resume(self, config: bytes, vectors: bytes, level: bool) -> bool:
+        """Restores the state of the previous process, whose values the fields have already.
+
+        Drives no line, sends nothing, and calls no code of the device; that is for go_on() and release_pending().
+        Returns the level that was asserted.
         """
         self.__config[:] = config
         self.__decode()
-        self.__level = level
-        self.__asserted = self.__effective_level()
-        return self.__asserted
+        self.__interrupts.resume(vectors, level)
+        return self.__interrupts.is_asserted
 
     def go_on(self) -> None:
         """After resume(): the device goes on, or starts from reset if its class doesn't keep its registers."""
@@ -254,7 +268,7 @@ class PciFunction:
             if self.keeps_registers:
                 self.restored()
             else:
-                PciFunction.set_intx(self, False)
+                self.__interrupts.reset()
                 self.reset()
 
     def shut_down(self) -> None:
@@ -277,116 +291,23 @@ class PciFunction:
         """Tells guests that the slot has other functions (PCI Local Bus 3.0, 6.2.1); for each of them."""
         self.__config[pci.PCI_HEADER_TYPE] |= pci.PCI_HEADER_TYPE_MULTIFUNCTION
 
-    def bus_config_read(self, addr: int, size: int) -> int:
-        """Reads config space; all ones when the bytes don't lie within its 256, or the device's code failed."""
-        if size not in _CONFIG_SIZES or addr + size > pci.PCI_CONFIG_SIZE:
-            return ALL_ONES
-        if not self.__has_config_read:
-            return int.from_bytes(self.__config[addr : addr + size], "little")
-        watchdog = self.__watchdog
-        watchdog.doing = (self.__guard, "reading", CONFIG_SPACE, addr, size)
-        if watchdog.is_parked:
-            watchdog.unpark()
-        try:
-            value = self.config_read(addr, size)
-            if type(value) is not int:
-                value = as_int(value)
-            return value & _MASKS[size]
-        except DEVICE_ERRORS:
-            self.__guard.report(self.__guard.access("reading", CONFIG_SPACE, addr, size))
-            return ALL_ONES
-        finally:
-            watchdog.doing = None
+    def vectors(self, kind: VectorKind) -> int:
+        """How many vectors of a kind config space shows; 0 if it doesn't have the capability."""
+        return self.__interrupts.vectors(kind)
 
-    def bus_config_write(self, addr: int, size: int, value: int) -> bool:
-        """Writes config space; False when the bytes don't lie within its 256, or the device's code failed."""
-        if size not in _CONFIG_SIZES or addr + size > pci.PCI_CONFIG_SIZE:
-            return False
-        watchdog = self.__watchdog
-        watchdog.doing = (self.__guard, "writing", CONFIG_SPACE, addr, size)
-        if watchdog.is_parked:
-            watchdog.unpark()
-        try:
-            self.config_write(addr, size, value)
-            return True
-        except DEVICE_ERRORS:
-            self.__guard.report(self.__guard.access("writing", CONFIG_SPACE, addr, size))
-            return False
-        finally:
-            watchdog.doing = None
+    def release_pending(self, kind: VectorKind, start: int, count: int) -> None:
+        """Sends what is pending: the transport has attached or unmasked these vectors."""
+        with self.__guard.running("sending what is pending"):
+            self.__interrupts.release_pending(kind, start, count)
 
-    def bus_read(self, memory: bool, addr: int, size: int) -> int:
-        """Reads at a bus address; all ones where the function decodes nothing, or the device's code failed."""
-        for window in self.__windows:
-            if window.start <= addr < window.end and window.memory is memory:
-                mask = _MASKS.get(size)
-                if mask is not None and addr + size <= window.end:
-                    offset = addr - window.start
-                    watchdog = self.__watchdog
-                    watchdog.doing = (self.__guard, "reading", window.bar, offset, size)
-                    if watchdog.is_parked:
-                        watchdog.unpark()
-                    try:
-                        value = self.bar_read(window.bar, offset, size)
-                        if type(value) is not int:
-                            value = as_int(value)
-                        return value & mask
-                    except DEVICE_ERRORS:
-                        self.__guard.report(self.__guard.access("reading", window.bar, offset, size))
-                        return ALL_ONES
-                    finally:
-                        watchdog.doing = None
-                break
-        if not memory and size in _MASKS and is_cut(self.__windows, addr, size):
-            half = size // 2
-            ones = (1 << 8 * half) - 1
-            low, high = (self.bus_read(memory, part, half) & ones for part in (addr, addr + half))
-            return high << 8 * half | low
-        return ALL_ONES
-
-    def bus_write(self, memory: bool, addr: int, size: int, value: int) -> bool:
-        """Writes at a bus address; False where the function decodes nothing, or the device's code failed."""
-        for window in self.__windows:
-            if window.start <= addr < window.end and window.memory is memory:
-                mask = _MASKS.get(size)
-                if mask is not None and addr + size <= window.end:
-                    offset = addr - window.start
-                    watchdog = self.__watchdog
-                    watchdog.doing = (self.__guard, "writing", window.bar, offset, size)
-                    if watchdog.is_parked:
-                        watchdog.unpark()
-                    try:
-                        self.bar_write(window.bar, offset, size, value & mask)
-                        return True
-                    except DEVICE_ERRORS:
-                        self.__guard.report(self.__guard.access("writing", window.bar, offset, size))
-                        return False
-                    finally:
-                        watchdog.doing = None
-                break
-        if not memory and size in _MASKS and is_cut(self.__windows, addr, size):
-            half = size // 2
-            low = self.bus_write(memory, addr, half, value)
-            high = self.bus_write(memory, addr + half, half, value >> 8 * half)
-            return low or high
-        return False
+    def config_written(self, addr: int, size: int) -> None:
+        """Command, a BAR or a capability may have been written: lets it take effect."""
+        self.__config_changed()
 
     def __config_changed(self) -> None:
-        """Command or a BAR was written: decode anew, and let bus mastering and INTX_DISABLE take effect."""
         self.__decode()
-        self.__update_line()
+        self.__interrupts.config_changed(is_awake=True)
 
     def __decode(self) -> None:
-        self.__windows = decode(self.__config, self.__bars)
+        self.decode_bars(is_awake=True)
         self.__host.memory.is_bus_master = self.is_bus_master
-
-    def __update_line(self) -> None:
-        """Hands the effective level to the IOHub when it changed."""
-        asserted = self.__effective_level()
-        if asserted is not self.__asserted:
-            self.__asserted = asserted
-            self.__host.set_irq(asserted)
-
-    def __effective_level(self) -> bool:
-        disabled = self.__config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
-        return self.__level and not disabled and self.__has_pin

@@ -18,6 +18,7 @@ from common.journal import Log
 from common.loop import EventLoop, Timer
 from remoted.guard import DEVICE_ERRORS, Guard
 from remoted.memory import GuestMemory
+from remoted.msi import VectorPort
 from remoted.watchdog import Watchdog
 
 __all__ = ["GuardedLoop", "Host", "PeriodicTimer"]
@@ -201,6 +202,8 @@ class Host:
     set_irq: Callable[[bool], None]
     """for the daemon: drives the function's pirq; devices use set_intx()"""
     watchdog: InitVar[Watchdog | None] = None
+    vectors: VectorPort | None = None
+    """for the daemon: sends MSI and MSI-X; None where the transport carries none. Devices use raise_irq()"""
     guard: Guard = field(init=False)
     """for the daemon: whatever it calls of the device runs in this"""
 

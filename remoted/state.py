@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The state of a function that outlives the process: config space, INTx level, registers, reply to a request.
+"""The state of a function that outlives the process: config space, interrupts, registers, reply to a request.
 
 It lies in two banks of a memfd that the service manager keeps. After each request, timer or fd handler the whole
 state is written into the inactive bank, and a single byte then makes that bank the active one. A process that is
@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
-from common import mpqemu, pci
+from common import mpqemu
 from common.errors import IohubError
 from common.fields import Buffer, Register, fields_of
 from remoted.function import PciFunction
+from remoted.msi import VectorKind
 
 __all__ = ["FunctionState", "StateMismatch"]
 
-_MAGIC = b"iohub\x00\x00\x01"
+_MAGIC = b"iohub\x00\x00\x02"
 _DIGEST = hashlib.sha256
 _ACTIVE = len(_MAGIC) + _DIGEST().digest_size
 _CONSUMED = _ACTIVE + 1
@@ -41,8 +42,6 @@ _NAME_SIZE = 32
 _TABLE_SIZE = mpqemu.SYSMEM.size + mpqemu.MAX_FDS * _NAME_SIZE
 _BANKS = _TABLES + 2 * _TABLE_SIZE + -2 * _TABLE_SIZE % 8
 
-_FIXED = struct.Struct(f"<{pci.PCI_CONFIG_SIZE}s?B6xQ")
-"""config space, INTx level, the serial number of the last request, its reply"""
 
 
 class StateMismatch(IohubError):
@@ -80,13 +79,16 @@ class FunctionState:
         """
         self._function = function
         self._on_void = on_void
+        config, vectors, _ = function.state
+        self._fixed = struct.Struct(f"<{len(config)}s{len(vectors)}s?B6xQ")
+        """config space, vectors, INTx level, the serial number of the last request, its reply"""
         fields = list(_fields(function))
         registers = [(name, field) for name, field in fields if isinstance(field, Register)]
         self._values = _getter([name for name, _ in registers])
         self._names = [name for name, _ in registers]
         self._registers = struct.Struct("<" + "".join(_code(field) for _, field in registers))
         self._buffers = [(attrgetter(name), field) for name, field in fields if isinstance(field, Buffer)]
-        content = _FIXED.size + self._registers.size + sum(4 + each.capacity for _, each in self._buffers)
+        content = self._fixed.size + self._registers.size + sum(4 + each.capacity for _, each in self._buffers)
         self._bank_size = content + -content % 8
         size = _BANKS + 2 * self._bank_size
         head = _MAGIC + _digest(function, fields)
@@ -106,7 +108,7 @@ class FunctionState:
         self.reply = 0
         """the reply to it"""
         if not self.is_new:
-            self.serial, self.reply = self._load_fixed()[2:]
+            self.serial, self.reply = self._load_fixed()[3:]
 
     def close(self) -> None:
         """Unmaps and closes the file; a second call does nothing."""
@@ -133,8 +135,8 @@ class FunctionState:
 
         Returns the level that was asserted.
         """
-        config, level, _, _ = self._load_fixed()
-        offset = self._bank() + _FIXED.size
+        *state, _, _ = self._load_fixed()
+        offset = self._bank() + self._fixed.size
         for name, value in zip(self._names, self._registers.unpack_from(self._map, offset), strict=True):
             owner, _, attribute = name.rpartition(".")
             setattr(attrgetter(owner)(self._function) if owner else self._function, attribute, value)
@@ -143,7 +145,7 @@ class FunctionState:
             length = int.from_bytes(self._map[offset : offset + 4], "little")
             content(self._function)[:] = self._map[offset + 4 : offset + 4 + min(length, field.capacity)]
             offset += 4 + field.capacity
-        return self._function.resume(config, level)
+        return self._function.resume(*state)
 
     @property
     def ram_table(self) -> tuple[bytes, list[str]]:
@@ -166,7 +168,7 @@ class FunctionState:
         return _BANKS + (self._map[_ACTIVE] & 1) * self._bank_size
 
     def _load_fixed(self) -> tuple[Any, ...]:
-        return _FIXED.unpack_from(self._map, self._bank())
+        return self._fixed.unpack_from(self._map, self._bank())
 
     def _store(self, serial: int, reply: int) -> None:
         if not self._is_void:
@@ -182,8 +184,8 @@ class FunctionState:
         function, state = self._function, self._map
         bank = 1 - state[_ACTIVE]
         offset = _BANKS + bank * self._bank_size
-        _FIXED.pack_into(state, offset, *function.state, serial, reply)
-        offset += _FIXED.size
+        self._fixed.pack_into(state, offset, *function.state, serial, reply)
+        offset += self._fixed.size
         self._registers.pack_into(state, offset, *self._values(function))
         offset += self._registers.size
         for content, field in self._buffers:
@@ -218,5 +220,7 @@ def _code(field: Register) -> str:
 
 def _digest(function: PciFunction, fields: list[tuple[str, Register | Buffer]]) -> bytes:
     kind = type(function)
-    layout = (function.host.name, kind.__module__, kind.__qualname__, sorted(kind.BARS.items()), fields)
+    bars = sorted(function.bars.items())
+    shown = [function.vectors(each) for each in VectorKind]
+    layout = (function.host.name, kind.__module__, kind.__qualname__, bars, kind.MSI, kind.MSIX, shown, fields)
     return _DIGEST(repr(layout).encode()).digest()

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from common import pci
 from common.pci import Bar, BarKind
 
-__all__ = ["Window", "decode", "is_cut"]
+__all__ = ["Area", "Window", "decode", "is_cut", "without_areas"]
 
 _MEM64_END = (1 << 64) - 1
 _MEM32_END = (1 << 32) - 1
@@ -23,6 +24,26 @@ class Window:
     start: int
     end: int
     bar: int
+    base: int
+    """the address of the BAR's offset 0; the window may be a part of the BAR"""
+
+
+class Area(Protocol):
+    """A part of a memory BAR that the base class serves, not the device's code: its offsets within the BAR."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    def read(self, offset: int, size: int) -> int:
+        """The value of an access that lies within the area; the offset is that in the BAR."""
+        ...
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """As read()."""
+        ...
 
 
 def decode(config: bytearray, bars: Mapping[int, Bar]) -> list[Window]:
@@ -41,8 +62,20 @@ def decode(config: bytearray, bars: Mapping[int, Bar]) -> list[Window]:
         start = int.from_bytes(config[offset : offset + (8 if is_wide else 4)], "little") & ~(bar.size - 1)
         end = start + bar.size
         if start and end <= (_MEM64_END if is_wide else _MEM32_END):
-            windows.append(Window(memory, start, end, number))
+            windows.append(Window(memory, start, end, number, start))
     return windows
+
+
+def without_areas(windows: Sequence[Window], areas: Mapping[int, Sequence[Area]]) -> Iterator[Window]:
+    """The parts of the windows that the device's code serves; the areas of each BAR are in order of offset."""
+    for window in windows:
+        start = window.base
+        for area in areas.get(window.bar, ()):
+            if window.base + area.start > start:
+                yield Window(window.memory, start, window.base + area.start, window.bar, window.base)
+            start = window.base + area.end
+        if start < window.end:
+            yield Window(window.memory, start, window.end, window.bar, window.base)
 
 
 def is_cut(windows: Sequence[Window], addr: int, size: int) -> bool:

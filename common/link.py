@@ -127,6 +127,28 @@ class Client:
         except UntrustedError as error:
             raise PeerGone(f"{path}: {error}") from error
 
+    @classmethod
+    def resume(cls, sock: socket.socket, path: str, deadline: float) -> Client:
+        """Goes on with the connection of an earlier process to a device's socket, in which no answer is due.
+
+        Takes ownership of it. Raises PeerGone, and has closed it then, if it leads elsewhere or has ended.
+        """
+        disposal = cls._disposals[path]
+        try:
+            if sock.getpeername() != path:
+                raise PeerGone(f"{path}: the connection of the process before leads elsewhere")
+            TRUST.check_peer(sock)
+            return cls(sock, deadline, disposal)
+        except OSError as error:
+            disposal.hang_up(sock)
+            raise PeerGone(f"{path}: {error.strerror}") from error
+        except UntrustedError as error:
+            disposal.hang_up(sock)
+            raise PeerGone(f"{path}: {error}") from error
+        except PeerGone:
+            disposal.hang_up(sock)
+            raise
+
     def fileno(self) -> int:
         return self._sock.fileno()
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -11,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from common import eventsignal
 from common.config import VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
+from common.fdstore import FdStore
 from common.journal import RateLimited, device_log, report_failure, setup
 from common.loop import Loop
 from common.messages import Event
@@ -47,9 +49,11 @@ class ReloadableVm(Vm, Protocol):
         """Makes the devices those of the configuration. Raises UsageError."""
 
 
-def open_vm(config: VmConfig, loop: Loop) -> Vm:
-    """The way that --vm names. Raises UsageError, OSError."""
+def open_vm(config: VmConfig, loop: Loop, store: FdStore | None) -> Vm:
+    """The way that --vm names. ``store`` is that of the unit. Raises UsageError, OSError."""
     kind, _, _argument = config.vm.partition(":")
+    if kind != "pid" and store is not None:
+        store.drop_inherited()  # the unit's VM was another one
     # Each way is imported alone: none needs what the others are made of.
     if kind == "embedded":
         from proxyd.vm.embedded.embedded import Embedded
@@ -64,10 +68,10 @@ def open_vm(config: VmConfig, loop: Loop) -> Vm:
         logging.getLogger("pyroute2.netlink.rtnl.tcmsg").setLevel(logging.ERROR)
         from proxyd.vm.qmp.plugger import QemuPlugger
 
-        return QemuPlugger(PROGRAM, config, loop)
+        return QemuPlugger(PROGRAM, config, loop, has_store=store is not None)
     from proxyd.vm.pid.attached import Attached
 
-    return Attached(PROGRAM, config, loop)
+    return Attached(PROGRAM, config, loop, store)
 
 
 def _tell_unseen(config: VmConfig) -> None:
@@ -107,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell_unseen(config)
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.stop_on_signal(signum)
-        vm = open_vm(config, loop)
+        store = FdStore.open(loop, RateLimited(logging.getLogger(PROGRAM)), os.environ)
+        vm = open_vm(config, loop, store)
     except OutputError as error:
         complain(PROGRAM, error)
         loop.close()
@@ -129,4 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         notify("STOPPING=1")
         vm.close()
+        if store is not None:
+            store.close()
         loop.close()

@@ -97,11 +97,16 @@ class LinkKeeper:
     def start(self, ends: Iterable[Linked]) -> None:
         """Makes the first attempts and runs the loop until all of them have ended, for two seconds at most.
 
-        So a guest that is started next finds its devices. Links that could not be made are tried again later.
+        So a guest that is started next finds its devices. Links that could not be made are tried again later. An
+        end that has its link already keeps it.
         """
         for end in ends:
-            self._links[end] = _Link(end)
-            self._connect(self._links[end])
+            link = self._links[end] = _Link(end)
+            if end.fileno() == -1:
+                self._connect(link)
+            else:
+                link.is_tried = True
+                self._watch_end(link)
         expires = self._loop.time() + _START_SECONDS
         while not (self._loop.is_stopped or all(link.is_tried for link in self._links.values())):
             remaining = expires - self._loop.time()

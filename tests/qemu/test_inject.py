@@ -343,3 +343,23 @@ def test_a_vm_that_was_closed_is_noticed(guest: CountGuest, target: Target) -> N
     target._vm_fd = next(fd for fd, what in guest.fds().items() if what == "anon_inode:[eventfd]")
     with pytest.raises(PeerGone, match="its VM is gone"):
         target.attach(GSI)
+
+
+def test_another_process_goes_on_with_a_line(guest: CountGuest, target: Target) -> None:
+    line = target.attach(GSI)
+    fds = guest.fds()
+    successor = Target.open(guest.pid, check_irqchip=False)
+    adopted = successor.adopt(GSI, os.dup(line.irqfd.fd), os.dup(line.resamplefd.fd))
+    line.close()
+    serve_one(guest, adopted)
+    successor.detach(adopted)
+    successor.close()
+    assert guest.fds() == fds
+
+
+def test_a_line_that_is_in_no_vm_is_not_adopted(target: Target) -> None:
+    fds = os.eventfd(1), os.eventfd(0)
+    with pytest.raises(IohubError, match="no VM takes the events of the irqfd for GSI 5"):
+        target.adopt(GSI, *fds)
+    for fd in fds:
+        os.close(fd)

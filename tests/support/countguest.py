@@ -47,6 +47,11 @@ class CountGuest(Qemu):
 
     def requested(self) -> int:
         """The PICs' interrupt request registers, bit n for IRQ n: a level-triggered line that is high."""
-        text = self.qmp("human-monitor-command", **{"command-line": "info pic"})
-        irr = {int(pic): int(value, 16) for pic, value in re.findall(r"pic(\d): irr=([0-9a-f]+)", text)}
-        return irr[0] | irr[1] << 8
+        return requested(self._monitor)
+
+
+def requested(monitor: Monitor) -> int:
+    """The PICs' interrupt request registers, bit n for IRQ n: a level-triggered line that is high."""
+    text = monitor.execute("human-monitor-command", **{"command-line": "info pic"})
+    irr = {int(pic): int(value, 16) for pic, value in re.findall(r"pic(\d): irr=([0-9a-f]+)", text)}
+    return irr[0] | irr[1] << 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 from common import mpqemu, pci
@@ -16,6 +17,7 @@ from common.amiss import Amiss
 from common.config import DeviceConfig, VmConfig
 from common.controlsocket import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
+from common.fdstore import FdStore
 from common.journal import RateLimited, device_log
 from common.link import Client
 from common.loop import Loop
@@ -27,6 +29,7 @@ from proxyd.control import ProxydService
 from proxyd.kvm.kvm_h import KVM_IOAPIC_NUM_PINS
 from proxyd.pci.links import LinkKeeper
 from proxyd.vm.pid.inject import Line, Target
+from proxyd.vm.pid.keptlines import KeptLines
 from proxyd.vm.procstat import is_stopped
 
 __all__ = ["Attached"]
@@ -59,6 +62,8 @@ class _Function:
         """why there is no link, or was none before this one"""
         self.amiss = Amiss()
         self.pin: int | None = None
+        self.kept: KeptLines | None = None
+        """where line and link are kept for the next process"""
         self.log = RateLimited(log)
         self._gsi = gsi
         self.path = path
@@ -70,11 +75,12 @@ class _Function:
         self._aborted = False
         self._was_linked = False
         self._line: Line | None = None
+        self._detaching: threading.Thread | None = None
         self._peer = ""  # who is or was linked last, as the log has it: its name goes with the process
 
     @property
     def gsi(self) -> int | None:
-        return None if self._line is None else self._gsi
+        return None if self._client is None else self._gsi
 
     @property
     def remote(self) -> PeerCredentials | None:
@@ -83,39 +89,67 @@ class _Function:
     def fileno(self) -> int:
         return -1 if self._client is None else self._client.fileno()
 
+    def adopt(self, kept: KeptLines) -> None:
+        """Goes on with the line and the link of the process before this one, if they are there.
+
+        A line whose link has ended meanwhile is taken out of the VM.
+        """
+        self.kept = kept
+        try:
+            self._line, self._client = kept.take(self.devfn, self._gsi, self.path, _ROUND_TRIP_SECONDS)
+        except IohubError as error:
+            self.log.warning("its line can't be used again: %s", error, event=Event.RESUME_FAILED)
+        if self._client is not None:
+            self._peer = str(self._client.peer)
+            self._was_linked = True
+            text = "goes on with GSI %d of pid:%d and the link of the previous process"
+            self.log.info(text, self._gsi, self._target.pid, event=Event.TAKEN_UP, peer=self._peer)
+        elif self._line is not None:
+            self._give_up_line()
+
     def connect(self) -> None:
-        """Connects, and looks at the pin. Raises PeerGone and ProtocolError."""
+        """Connects, looks at the pin, and has the process make and assign the irqfd.
+
+        Raises PeerGone, also when the process refuses, and ProtocolError.
+        """
+        if self._detaching is not None:
+            self._detaching.join()
         client = Client.connect(self.path, _ROUND_TRIP_SECONDS)
         self._connecting = client
-        if self._aborted:
-            raise PeerGone("the daemon ends")
+        self._refuse_aborted()
         pin = client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(pci.PCI_INTERRUPT_PIN, 0, 1)) & 0xFF
         if not 1 <= pin <= 4:
             raise ProtocolError(f"the device has no interrupt pin (register {pin})")
         self.pin = pin
-
-    def attach(self) -> None:
-        """Has the process make and assign the irqfd, then kicks, then sends it.
-
-        Raises PeerGone, also when the process refuses, and ProtocolError.
-        """
-        client = self._connecting
-        if client is None:
-            raise PeerGone("not connected")
-        self._peer = str(client.peer)
-        try:
+        with self._target.turn:
+            self._refuse_aborted()
             try:
                 self._line = self._target.attach(self._gsi)
             except IohubError as error:
                 raise PeerGone(str(error)) from error
+
+    def attach(self) -> None:
+        """Kicks, then sends the pair that connect() has brought. Raises PeerGone and ProtocolError."""
+        client, line = self._connecting, self._line
+        if client is None or line is None:
+            raise PeerGone("not connected")
+        self._peer = str(client.peer)
+        self._tell(Event.VM_ATTACHED, "attached to", line.seconds, " (interrupts only)")
+        try:
             # The kick first: if the other end looks at it only when it has asserted a level that is high, it does
             # so twice.
-            self._line.resamplefd.set()
-            client.send(Command.SET_IRQFD, fds=(self._line.irqfd.fd, self._line.resamplefd.fd))
+            line.resamplefd.set()
+            client.send(Command.SET_IRQFD, fds=(line.irqfd.fd, line.resamplefd.fd))
         except BaseException:
-            self.detach()
+            self._give_up_line()
             raise
-        self._tell(Event.VM_ATTACHED, "attached to", self._line.seconds, " (interrupts only)")
+        if self.kept is not None:
+            try:
+                self.kept.keep(self.devfn, line, client)
+            except OSError as error:
+                self.log.warning(
+                    "its line won't outlive this process: %s", error.strerror, event=Event.STATE_NOT_KEPT
+                )
         self._client, self._connecting = client, None
         self.reconnects += self._was_linked
         self._was_linked = True
@@ -136,7 +170,7 @@ class _Function:
             self.reason = f"link lost: {error}"
             self.log.warning("%s", self.reason, event=Event.LINK_LOST, peer=self._peer)
             self._lost, self._client = self._client, None
-            self.detach()
+            self._give_up_line()
             self._on_lost(self)
 
     def reap(self) -> None:
@@ -147,26 +181,66 @@ class _Function:
             if client is not None:
                 client.close()
 
-    def close(self, *, exited: bool) -> None:
-        """Takes the line out of the VM, and closes the link."""
-        self.detach(exited=exited)
+    def leave(self) -> None:
+        """Closes what this process has of line and link, which are kept for a successor."""
+        self.reap()
+        client, self._client = self._client, None
+        line, self._line = self._line, None
+        if client is not None:
+            client.close_own_copy()
+        if line is not None:
+            line.close()
+
+    def close(self, *, detach: bool) -> bool:
+        """Takes the line out of the VM, and closes the link. Returns whether the process has let it.
+
+        Without ``detach``, the last close of the irqfd takes it out.
+        """
+        if self._detaching is not None:
+            self._detaching.join()
+        line, self._line = self._line, None
+        done = True
+        if line is not None and detach:
+            done = self._detach(line)
+        elif line is not None:
+            line.close()
         self._lost, self._client = self._client or self._lost, None
         self.reap()
+        return done
 
-    def detach(self, *, exited: bool = False) -> None:
-        """Has the process deassign the irqfd; if it can't, having exited say, the last close of it does."""
+    def _give_up_line(self) -> None:
+        """Has a thread take the line out of the VM: the process may take its time."""
         line, self._line = self._line, None
-        if line is not None and exited:
+        if line is None:
+            return
+        if self.kept is not None:
+            self.kept.forget(self.devfn, self._gsi)
+        thread = threading.Thread(target=self._detach, args=(line,), name=f"detach {self.name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no room for one more
             line.close()
-        elif line is not None:
-            try:
+            self._warn_not_detached(error)
+        else:
+            self._detaching = thread
+
+    def _detach(self, line: Line) -> bool:
+        """Has the process deassign the irqfd; if it can't, having exited say, the last close of it does."""
+        try:
+            with self._target.turn:
                 seconds = self._target.detach(line)
-            except IohubError as error:
-                self.log.warning(
-                    "not detached in order: %s", error, event=Event.DETACH_FAILED, peer=self._peer
-                )
-            else:
-                self._tell(Event.VM_DETACHED, "detached from", seconds)
+        except IohubError as error:
+            self._warn_not_detached(error)
+            return False
+        self._tell(Event.VM_DETACHED, "detached from", seconds)
+        return True
+
+    def _warn_not_detached(self, error: Exception) -> None:
+        self.log.warning("not detached in order: %s", error, event=Event.DETACH_FAILED, peer=self._peer)
+
+    def _refuse_aborted(self) -> None:
+        if self._aborted:
+            raise PeerGone("the daemon ends")
 
     def _tell(self, event: Event, what: str, seconds: float, remark: str = "") -> None:
         text = "%s GSI %d of pid:%d%s, which stood still for %.0f us"
@@ -190,8 +264,11 @@ def _check_gsi(device: DeviceConfig) -> int:
 class Attached:
     """The daemon beside one process."""
 
-    def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
-        """Raises UsageError, one line that says what is in the way; the process is what it was then."""
+    def __init__(self, program: str, config: VmConfig, loop: Loop, store: FdStore | None = None) -> None:
+        """``store`` is where lines are kept for the next process.
+
+        Raises UsageError, one line that says what is in the way; the process is what it was then.
+        """
         log = logging.getLogger(program)
         self._log = RateLimited(log)
         self._loop = loop
@@ -206,7 +283,7 @@ class Attached:
         # has stopped, and it would stand still until somebody looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         try:
-            self._target = Target.open(int(config.vm.partition(":")[2]))
+            self._target, self._kept = _open(int(config.vm.partition(":")[2]), store)
         except BaseException:
             self._control.close()
             raise
@@ -227,16 +304,25 @@ class Attached:
 
     def run(self) -> int:
         """Attaches, and serves until the loop is stopped or the process exits. Returns the exit status."""
+        if self._kept is not None:
+            for function in self._functions:
+                function.adopt(self._kept)
+            self._kept.begin()
         self._keeper.start(self._functions)
         notify("READY=1")
         self._loop.run()
         return 0
 
     def close(self) -> None:
-        """Takes every line out of the VM, and closes the process's pidfd."""
+        """Takes every line out of the VM, unless it is kept, and closes the process's pidfd."""
         self._keeper.close()
+        detach = not self._exited
         for function in self._functions:
-            function.close(exited=self._exited)
+            if self._kept is not None and not self._exited:
+                function.leave()
+            else:
+                # A process that doesn't let one line be taken out is not waited for again.
+                detach = function.close(detach=detach) and detach
         self._control.close()
         self._loop.remove(self._target.fileno())
         self._target.close()
@@ -249,3 +335,18 @@ class Attached:
         self._log.info("pid:%d has exited", self._target.pid, event=Event.VM_EXITED)
         self._exited = True
         self._loop.stop()
+
+
+def _open(pid: int, store: FdStore | None) -> tuple[Target, KeptLines | None]:
+    """The process, and what is kept of its lines. Raises UsageError."""
+    if store is None:
+        return Target.open(pid), None
+    target = Target.open(pid, check_irqchip=False)
+    try:
+        kept = KeptLines(store, target)
+        if not kept.is_same:
+            target.check_irqchip()
+    except BaseException:
+        target.close()
+        raise
+    return target, kept

@@ -22,6 +22,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from ctypes import Structure, c_int, c_size_t, c_uint64, sizeof
@@ -109,11 +110,10 @@ class Target:
     """A running process with one VM; made by open()."""
 
     def __init__(self, process: Process) -> None:
-        """Raises UsageError, one line that says what is in the way; the process is what it was then.
-
-        Stops the process once, to ask KVM what irqchip its VM has.
-        """
+        """Raises UsageError, one line that says what is in the way; the process isn't touched."""
         self._process = process
+        self.turn = threading.Lock()
+        """to be held for attach() and detach(): a process can be traced by one thread only"""
         self._lines: list[Line] = []
         self._disposal = Disposal()
         status = process.refuse_unfit()
@@ -121,19 +121,21 @@ class Target:
             self._vm_fd, self._landmarks = run_bounded(
                 f"look at process {process.pid}", _LOOK_SECONDS, lambda: _look_at(process, status)
             )
-            self._run(self._check_irqchip)
         except IohubError as error:
             raise UsageError(str(error)) from error
 
     @classmethod
-    def open(cls, pid: int) -> Self:
-        """The target with this process id. Raises UsageError as the constructor does."""
+    def open(cls, pid: int, *, check_irqchip: bool = True) -> Self:
+        """The target with this process id. Raises UsageError as the constructor and check_irqchip() do."""
         process = Process(pid)
         try:
-            return cls(process)
+            target = cls(process)
+            if check_irqchip:
+                target.check_irqchip()
         except BaseException:
             process.close()
             raise
+        return target
 
     @property
     def pid(self) -> int:
@@ -142,6 +144,27 @@ class Target:
     def fileno(self) -> int:
         """A pidfd: readable once the process has exited."""
         return self._process.pidfd
+
+    def check_irqchip(self) -> None:
+        """Stops the process, to ask KVM what irqchip its VM has. Raises UsageError if devices can't use it."""
+        try:
+            self._run(self._check_irqchip)
+        except IohubError as error:
+            raise UsageError(str(error)) from error
+
+    def adopt(self, gsi: int, irqfd: int, resamplefd: int) -> Line:
+        """The line that an earlier process has attached. Owns the fds of its pair then.
+
+        Raises IohubError for a pair that isn't in the VM, as far as that can be seen, with the fds still the
+        caller's.
+        """
+        notifiers = adopt_pair(irqfd, resamplefd, self._is_in_use)
+        # KVM takes each event at once (irqfd_wakeup() of virt/kvm/eventfd.c), as long as there is the VM.
+        if notifiers[0].is_set():
+            for notifier in notifiers:
+                notifier.release()
+            raise IohubError(f"pid:{self.pid}: no VM takes the events of the irqfd for GSI {gsi}")
+        return self._add_line(gsi, *notifiers, 0.0)
 
     def attach(self, gsi: int) -> Line:
         """Has the process make a pair of eventfds and assign them to ``gsi`` with RESAMPLE.
@@ -153,9 +176,7 @@ class Target:
         if not 0 <= gsi < KVM_IOAPIC_NUM_PINS:
             raise UsageError(f"pid:{self.pid}: GSI {gsi} isn't one of 0 to {KVM_IOAPIC_NUM_PINS - 1}")
         (irqfd, resamplefd), seconds = self._run(lambda thread: self._assign(thread, gsi), self._discard)
-        line = Line(gsi, irqfd, resamplefd, seconds, self._disposal)
-        self._lines = [other for other in self._lines if not other.is_closed] + [line]
-        return line
+        return self._add_line(gsi, irqfd, resamplefd, seconds)
 
     def detach(self, line: Line) -> float:
         """Has the process deassign the irqfd, whoever holds a copy of it, and closes the line in any case.
@@ -169,6 +190,13 @@ class Target:
     def close(self) -> None:
         """Closes the process's pidfd; lines stay as they are."""
         self._process.close()
+
+    def _add_line(
+        self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier, seconds: float
+    ) -> Line:
+        line = Line(gsi, irqfd, resamplefd, seconds, self._disposal)
+        self._lines = [other for other in self._lines if not other.is_closed] + [line]
+        return line
 
     def _is_in_use(self, identity: str) -> bool:
         """Whether an eventfd is one of another line."""

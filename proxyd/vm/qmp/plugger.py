@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -57,11 +56,13 @@ _POLL_SECONDS = 2.0
 class QemuPlugger:
     """The daemon beside one stock QEMU at a time."""
 
-    def __init__(self, program: str, config: VmConfig, loop: Loop) -> None:
-        """Raises UsageError."""
+    def __init__(self, program: str, config: VmConfig, loop: Loop, *, has_store: bool = False) -> None:
+        """``has_store``: the service manager keeps remoted's links, as it has an fd store for this unit.
+
+        Raises UsageError.
+        """
         self._socket = config.vm.partition(":")[2]
-        self._has_store = os.environ.get("FDSTORE", "0") not in ("", "0")
-        """whether the service manager keeps links: that of remoted's unit as well as this one"""
+        self._has_store = has_store
         self._unplug_on_exit = config.unplug_on_exit
         log = logging.getLogger(program)
         self._event_log = RateLimited(log)

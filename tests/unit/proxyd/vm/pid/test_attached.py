@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,12 +22,12 @@ def test_a_long_stop_is_a_warning_of_its_own(
     seconds: float, is_long: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = DeviceConfig("edu0", None, 0x28, None, 10, None, {})
-    target: Any = SimpleNamespace(pid=77, detach=lambda _line: seconds)
+    target: Any = SimpleNamespace(pid=77, turn=threading.Lock(), detach=lambda _line: seconds)
     log = device_log("tests.attached", "edu0", 0x28)
     function = _Function(device, 10, "/nowhere", cast(Target, target), log, lambda _function: None)
     function._line = cast(Any, object())
     with caplog.at_level(logging.INFO):
-        function.detach()
+        function.close(detach=True)
     told = [(record.levelname, vars(record)["event"], vars(record)["device"]) for record in caplog.records]
     expected = [("INFO", Event.VM_DETACHED, "edu0"), ("WARNING", Event.VM_STOOD_LONG, "edu0")]
     assert told == expected[: 1 + is_long]

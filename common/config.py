@@ -24,9 +24,8 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
+from typing import NamedTuple
 
 from common.addresses import assign_addresses
 from common.configfile import ConfigFile, read_file
@@ -87,8 +86,7 @@ class Transport(StrEnum):
     """vfio-user: QEMU since 10.1 and other VMMs"""
 
 
-@dataclass(frozen=True)
-class DeviceConfig:
+class DeviceConfig(NamedTuple):
     """One device, as both daemons see it."""
 
     id: str
@@ -109,12 +107,11 @@ class DeviceConfig:
     """the protocol that its clients speak"""
 
 
-@dataclass(frozen=True)
-class VmConfig:
+class VmConfig(NamedTuple):
     """A VM with its devices, in the order of the file and then of the command line."""
 
     name: str
-    runtime_dir: Path
+    runtime_dir: str
     vm: str
     """``embedded``, ``soft``, ``qmp:PATH`` or ``pid:N``"""
     devices: tuple[DeviceConfig, ...]
@@ -131,18 +128,20 @@ class VmConfig:
 
     def socket_path(self, device: DeviceConfig) -> str:
         """Where the device listens: its ``socket=``, or ID.sock in the runtime directory."""
-        return device.socket or str(self.runtime_dir / f"{device.id}.sock")
+        return device.socket or self.own_socket_path(f"{device.id}.sock")
+
+    def own_socket_path(self, name: str) -> str:
+        """Where the daemon has a socket that is no device's."""
+        return os.path.join(self.runtime_dir, name)
 
     def make_runtime_dir(self) -> None:
         """Makes the runtime directory if it isn't there, and those above it, writable by their owner only.
 
-        Raises UsageError, and UntrustedError for one that untrusted users can change.
+        Raises UsageError, and UntrustedError if other users can change the directory.
         """
-        where = f"--runtime-dir {printable(str(self.runtime_dir))}"
+        where = f"--runtime-dir {printable(self.runtime_dir)}"
         try:
-            for directory in (*reversed(self.runtime_dir.parents), self.runtime_dir):
-                if not directory.is_dir():
-                    directory.mkdir(0o755, exist_ok=True)  # the process's umask may be 0
+            _make_directory(self.runtime_dir)
             TRUST.check_directory(self.runtime_dir)
         except FileExistsError as error:
             raise UsageError(f"{where}: {printable(error.filename)} exists and is not a directory") from error
@@ -175,7 +174,7 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
     Raises UsageError.
     """
     options = proxyd_parser().parse_args(argv)
-    config = replace(_load(PROXYD, options), unplug_on_exit=options.unplug_on_exit)
+    config = _load(PROXYD, options)._replace(unplug_on_exit=options.unplug_on_exit)
     if config.unplug_on_exit and not config.vm.startswith("qmp:"):
         raise UsageError(f"--unplug-on-exit: only for --vm qmp:SOCKET, this is {config.vm}")
     return config
@@ -223,14 +222,28 @@ def check_name(name: str) -> str:
     return name
 
 
-def default_runtime_dir(name: str, uid: int, environ: Mapping[str, str]) -> Path:
+def default_runtime_dir(name: str, uid: int, environ: Mapping[str, str]) -> str:
     """Where the sockets of a VM are unless told otherwise. Raises UsageError when there is no such place."""
     if uid == 0:
-        return Path("/run/iohub", name)
+        return f"/run/iohub/{name}"
     base = environ.get("XDG_RUNTIME_DIR", "")
     if not base.startswith("/"):
         raise UsageError("--runtime-dir: needed, as XDG_RUNTIME_DIR is not set")
-    return Path(base, "iohub", name)
+    return os.path.join(base, "iohub", name)
+
+
+def _make_directory(path: str) -> None:
+    """Makes a directory, and those above it, unless they are there. Raises OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent:
+        _make_directory(parent)
+    try:
+        os.mkdir(path, 0o755)  # the process's umask may be 0
+    except FileExistsError:
+        if not os.path.isdir(path):  # otherwise somebody else has made it meanwhile
+            raise
 
 
 def _load(role: Role, options: argparse.Namespace) -> VmConfig:
@@ -259,7 +272,7 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
     return config
 
 
-def _top_level(top: Keys, file: str | None) -> tuple[str, Path, str]:
+def _top_level(top: Keys, file: str | None) -> tuple[str, str, str]:
     if "name" not in top:
         place = f"as name in {printable(file)}" if file else "in a file, by --config"
         raise UsageError(f"--name: the VM needs a name: give it here, or {place}")
@@ -272,10 +285,10 @@ def _top_level(top: Keys, file: str | None) -> tuple[str, Path, str]:
         raise UsageError(f"{vm.where}: {vm.text!r} is neither embedded, soft, qmp:SOCKET nor pid:PID")
     _check_length(vm.text.removeprefix("qmp:"), vm.where)
     if "runtime-dir" in top:
-        runtime_dir, where = Path(_path(top["runtime-dir"])), top["runtime-dir"].where
+        runtime_dir, where = _path(top["runtime-dir"]).rstrip("/") or "/", top["runtime-dir"].where
     else:
         runtime_dir, where = default_runtime_dir(name, os.geteuid(), os.environ), "--runtime-dir"
-    _check_length(str(runtime_dir / _LONGEST_NAME), where)
+    _check_length(os.path.join(runtime_dir, _LONGEST_NAME), where)
     return name, runtime_dir, vm.text
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,6 +29,8 @@ class ConfigFile(NamedTuple):
 
 def read_file(name: str) -> ConfigFile:
     """Reads a file, and checks its keys and their types. Raises UsageError."""
+    import tomllib  # takes longer than a start without a file needs for everything before it
+
     where = printable(name)
     try:
         with open(name, "rb") as file:

@@ -13,24 +13,21 @@ does. set_to_reset_values() must have run before the first access.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 __all__ = ["Buffer", "Register", "buffer", "fields_of", "register", "set_to_reset_values"]
 
 _MAX_BUFFER = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Register:
+class Register(NamedTuple):
     """An unsigned number: its width in bits, and its value after a reset."""
 
     bits: int
     reset: int
 
 
-@dataclass(frozen=True, slots=True)
-class Buffer:
+class Buffer(NamedTuple):
     """A bytearray of at most ``capacity`` bytes, and its content after a reset."""
 
     capacity: int

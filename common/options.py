@@ -8,7 +8,6 @@ the model first. ``,,`` stands for a comma in a value.
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -237,4 +236,6 @@ def check_id(keys: Keys, where: str) -> None:
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
     """The name that a misspelt word is meant to be; None if it is like none of them."""
+    import difflib  # for a user's error only
+
     return next(iter(difflib.get_close_matches(word.lower(), list(names), 1, _LEAST_LIKENESS)), None)

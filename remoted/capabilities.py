@@ -14,7 +14,12 @@ __all__ = ["Capability", "add_capabilities"]
 class Capability:
     """A structure in config space that a class declares. Its subclasses are what a device author uses."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """As in the class's source, with all values: errors show it, and kept state is told apart by it."""
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"{type(self).__name__}({values})"
 
     @property
     def cap_id(self) -> int:

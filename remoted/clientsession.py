@@ -13,7 +13,7 @@ import abc
 import socket
 from collections.abc import Callable, Mapping
 from select import EPOLLET, EPOLLHUP, EPOLLIN, EPOLLRDHUP
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError, ShortageError
@@ -22,7 +22,9 @@ from common.loop import Loop, Timer
 from common.messages import Event
 from common.peer import peer_credentials
 from remoted.function import PciFunction
-from remoted.keeper import Keeper
+
+if TYPE_CHECKING:
+    from remoted.keeper import Keeper
 
 __all__ = ["ClientLink", "ClientSession"]
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +27,8 @@ _NUMBERS = (
     ("SUBSYSTEM_ID", 16),
 )
 """class attributes that config space shows, and their bits"""
+_NOT_CALLED = 0x20 | 0x80 | 0x200
+"""flags of generators, coroutines and asynchronous generators (CO_GENERATOR etc. in Python's Include/code.h)"""
 _METHODS = ("reset", "bar_read", "bar_write", "config_read", "config_write", "set_intx", "restored", "close")
 """what a class may override"""
 _RESERVED = (
@@ -87,7 +88,7 @@ def check_declaration(function: object, base: type) -> None:
         method = getattr(function, name)
         if not callable(method):
             raise UsageError(f"{name} is {_shown(method)}, not a method")
-        if inspect.iscoroutinefunction(method) or inspect.isgeneratorfunction(method):
+        if getattr(getattr(method, "__code__", None), "co_flags", 0) & _NOT_CALLED:
             raise UsageError(f"{name}() is a coroutine or generator, which the daemon would not run")
     for name, bits in _NUMBERS:
         value = getattr(function, name, None)

@@ -10,7 +10,6 @@ import re
 import socket
 import stat
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from common.disposal import count_unread
@@ -187,30 +186,36 @@ class PeriodicTimer:
         self.callback()
 
 
-@dataclass(frozen=True, slots=True)
 class Host:
     """What the daemon gives to a device."""
 
-    name: str
-    """the device's id"""
-    loop: EventLoop
-    """timers and fds; what a callback raises is logged"""
-    log: Log
-    """its lines name the VM and the device; ``debug()`` is shown with --verbose"""
-    memory: GuestMemory
-    """the RAM of the guest that is connected, for DMA while the guest has set bus mastering"""
-    set_irq: Callable[[bool], None]
-    """for the daemon: drives the function's pirq; devices use set_intx()"""
-    watchdog: InitVar[Watchdog | None] = None
-    vectors: VectorPort | None = None
-    """for the daemon: sends MSI and MSI-X; None where the transport carries none. Devices use raise_irq()"""
-    guard: Guard = field(init=False)
-    """for the daemon: whatever it calls of the device runs in this"""
+    __slots__ = ("guard", "log", "loop", "memory", "name", "set_irq", "vectors")
 
-    def __post_init__(self, watchdog: Watchdog | None) -> None:
-        guard = Guard(self.log, watchdog or Watchdog())
-        object.__setattr__(self, "guard", guard)
-        object.__setattr__(self, "loop", GuardedLoop(self.loop, guard))
+    def __init__(
+        self,
+        name: str,
+        loop: EventLoop,
+        log: Log,
+        memory: GuestMemory,
+        set_irq: Callable[[bool], None],
+        watchdog: Watchdog | None = None,
+        vectors: VectorPort | None = None,
+    ) -> None:
+        """``loop`` and ``watchdog`` are the daemon's."""
+        self.name = name
+        """the device's id"""
+        self.guard = Guard(log, watchdog or Watchdog())
+        """for the daemon: whatever it calls of the device runs in this"""
+        self.loop: EventLoop = GuardedLoop(loop, self.guard)
+        """timers and fds; what a callback raises is logged"""
+        self.log = log
+        """its lines name the VM and the device; ``debug()`` is shown with --verbose"""
+        self.memory = memory
+        """the RAM of the guest that is connected, for DMA while the guest has set bus mastering"""
+        self.set_irq = set_irq
+        """for the daemon: drives the function's pirq; devices use set_intx()"""
+        self.vectors = vectors
+        """for the daemon: sends MSI and MSI-X; None where the transport carries none. Devices use raise_irq()"""
 
 
 def _name(callback: Callable[..., None]) -> str:

@@ -64,7 +64,7 @@ class Remoted:
             log_stray_errors(log)
             self._watchdog.start()
             self._store = FdStore.open(self._loop, self._log, os.environ)
-            path = str(config.runtime_dir / "remoted.varlink")
+            path = config.own_socket_path("remoted.varlink")
             self._control = ControlServer(self._loop, path, self._make_interface, log)
             self._watchdog.while_stalled = self._refuse_calls
             self._roster.start(config, self._store)

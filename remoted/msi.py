@@ -7,7 +7,6 @@ The registers are those of the PCI Local Bus Specification 3.0, chapter 6.8.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -49,12 +48,14 @@ class VectorPort(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class Msi(Capability):
     """MSI with a 64-bit address: 1, 2, 4, 8, 16 or 32 vectors, with or without per-vector masking."""
 
-    vectors: int = 1
-    maskable: bool = True
+    __slots__ = ("maskable", "vectors")
+
+    def __init__(self, vectors: int = 1, maskable: bool = True) -> None:
+        self.vectors = vectors
+        self.maskable = maskable
 
     @property
     def cap_id(self) -> int:
@@ -82,7 +83,6 @@ class Msi(Capability):
             raise UsageError(f"MSI: maskable {self.maskable!r} is neither True nor False")
 
 
-@dataclass(frozen=True, slots=True)
 class Msix(Capability):
     """MSI-X with 1 to 2048 vectors.
 
@@ -91,10 +91,13 @@ class Msix(Capability):
     bar_read() and bar_write() are not called for them.
     """
 
-    vectors: int
-    bar: int | None = None
-    table: int = 0
-    pba: int | None = None
+    __slots__ = ("bar", "pba", "table", "vectors")
+
+    def __init__(self, vectors: int, bar: int | None = None, table: int = 0, pba: int | None = None) -> None:
+        self.vectors = vectors
+        self.bar = bar
+        self.table = table
+        self.pba = pba
 
     @property
     def cap_id(self) -> int:
@@ -146,7 +149,7 @@ def place_msix(msix: Msix, bars: Mapping[int, Bar]) -> tuple[Msix, dict[int, Bar
         free = [number for number in range(pci.PCI_NUM_BARS) if number not in occupied]
         if not free:
             raise UsageError("MSIX: no BAR is free for its table: bar= places it in one of the class")
-        placed = replace(msix, bar=free[-1], pba=msix.table_size)
+        placed = Msix(msix.vectors, free[-1], msix.table, msix.table_size)
         return placed, {**bars, free[-1]: Bar(BarKind.MEM32, size)}
     bar = bars.get(msix.bar) if type(msix.bar) is int else None
     if bar is None or bar.kind is BarKind.IO:
@@ -157,4 +160,4 @@ def place_msix(msix: Msix, bars: Mapping[int, Bar]) -> tuple[Msix, dict[int, Bar
         raise UsageError(f"MSIX: table and pba overlap at {parts[1][0]:#x} of BAR {msix.bar}")
     if parts[1][1] > bar.size:
         raise UsageError(f"MSIX: table and pba end at {parts[1][1]:#x}, behind the end of BAR {msix.bar}")
-    return replace(msix, pba=pba), dict(bars)
+    return Msix(msix.vectors, msix.bar, msix.table, pba), dict(bars)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from common.config import DeviceConfig, VmConfig
 from common.errors import IohubError, ModelError, UsageError
-from common.fdstore import FdStore
 from common.journal import RateLimited, device_log
 from common.loop import Loop
 from common.messages import Event
@@ -23,9 +23,12 @@ from remoted.host import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.models import find_model, hidden_models
-from remoted.ramfiles import RamFiles
 from remoted.server import DeviceServer, adopt_connection
 from remoted.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from common.fdstore import FdStore
+    from remoted.ramfiles import RamFiles
 
 __all__ = ["Roster"]
 
@@ -59,6 +62,8 @@ class Roster:
         """
         self._config, self._store = config, store
         if store is not None:
+            from remoted.ramfiles import RamFiles
+
             self._ram_files = RamFiles(store)
         for device in config.devices:
             self.devices.append((device, self._create(config, device)))

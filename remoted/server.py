@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from common.disposal import Disposal
 from common.errors import IohubError, ShortageError, UsageError
-from common.fdstore import FdStore
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.loop import Loop
@@ -17,9 +17,12 @@ from common.messages import Event
 from common.peer import peer_credentials
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
-from remoted.keeper import Keeper
-from remoted.ramfiles import RamFiles
 from remoted.session import Session
+
+if TYPE_CHECKING:
+    from common.fdstore import FdStore
+    from remoted.keeper import Keeper
+    from remoted.ramfiles import RamFiles
 
 __all__ = ["DeviceServer", "adopt_connection"]
 
@@ -95,6 +98,8 @@ class DeviceServer:
 
         It resets the function if nothing was left. Raises OSError.
         """
+        from remoted.keeper import Keeper  # only where there is a store
+
         self._keeper = Keeper(store, ram_files, devfn, self.function, self.pirq, self._disposal)
         sock = self._keeper.take_socket()
         if sock is not None:

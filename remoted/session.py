@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from common.disposal import Disposal
 from common.errors import ProtocolError, ShortageError
@@ -22,8 +23,10 @@ from common.notifier import adopt_pair
 from remoted.clientsession import ClientLink, ClientSession
 from remoted.function import PciFunction
 from remoted.iohub import Pirq
-from remoted.keeper import Keeper
-from remoted.keptlink import KeptLink
+
+if TYPE_CHECKING:
+    from remoted.keeper import Keeper
+    from remoted.keptlink import KeptLink
 
 __all__ = ["Session"]
 

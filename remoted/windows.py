@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from common import pci
@@ -16,16 +15,18 @@ _MEM64_END = (1 << 64) - 1
 _MEM32_END = (1 << 32) - 1
 
 
-@dataclass(slots=True)
 class Window:
-    """Where a BAR is decoded at present."""
+    """Where a BAR is decoded at present: from ``start`` to before ``end``."""
 
-    memory: bool
-    start: int
-    end: int
-    bar: int
-    base: int
-    """the address of the BAR's offset 0; the window may be a part of the BAR"""
+    __slots__ = ("bar", "base", "end", "memory", "start")
+
+    def __init__(self, memory: bool, start: int, end: int, bar: int, base: int) -> None:
+        """``base`` is the address of the BAR's offset 0; the window may be a part of the BAR."""
+        self.memory = memory
+        self.start = start
+        self.end = end
+        self.bar = bar
+        self.base = base
 
 
 class Area(Protocol):

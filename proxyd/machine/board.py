@@ -55,14 +55,14 @@ class Board:
         log = logging.getLogger(program)
         self._interface = ProxydService(config.name, config.vm, "", None, self._proxies)
         with ExitStack() as opened:
-            path = str(config.runtime_dir / "proxyd.varlink")
+            path = config.own_socket_path("proxyd.varlink")
             self._control = ControlServer(loop, path, lambda: self._interface, log)
             opened.callback(self._control.close)
             self._keeper = LinkKeeper(loop)
             opened.callback(self._keeper.close)
             self._proxies += [self._create_proxy(device) for device in config.devices]
             self.host = PciHost(irqchip, self._proxies)
-            path = str(config.runtime_dir / "proxyd.console")
+            path = config.own_socket_path("proxyd.console")
             self.console = Console(loop, path, self._set_console_irq, log)
             opened.pop_all()
 

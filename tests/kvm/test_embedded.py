@@ -41,7 +41,7 @@ SOURCE, TARGET = 0x80_0000, 0x90_0123
 
 def config_in(directory: Path) -> VmConfig:
     device = DeviceConfig("edu0", None, EDU, None, None, None, {})
-    return VmConfig("vm", directory, "embedded", (device,))
+    return VmConfig("vm", str(directory), "embedded", (device,))
 
 
 def test_a_console_that_is_in_use(tmp_path: Path) -> None:

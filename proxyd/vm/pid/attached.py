@@ -276,7 +276,7 @@ class Attached:
         gsis = {device.id: _check_gsi(device) for device in config.devices}
         self._functions: list[_Function] = []
         interface = ProxydService(config.name, config.vm, "kvm", None, self._functions)
-        path = str(config.runtime_dir / "proxyd.varlink")
+        path = config.own_socket_path("proxyd.varlink")
         # Before the process is touched: it may have a daemon already.
         self._control = ControlServer(loop, path, lambda: interface, log)
         # Before any thread is started: one that doesn't block it can take the signal that says that the process

@@ -79,8 +79,8 @@ class QemuPlugger:
         self._interface.reason = "looking for QEMU"
         self._health = Health()
         self._interface.amiss.add(self._health.amiss)
-        self._remoted = config.runtime_dir / "remoted.varlink"
-        path = str(config.runtime_dir / "proxyd.varlink")
+        self._remoted = config.own_socket_path("remoted.varlink")
+        path = config.own_socket_path("proxyd.varlink")
         self._control = ControlServer(self._loop, path, lambda: self._interface, log)
         self._qemu: tuple[int, int] | None = None
         """the process that was attached last"""

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 from asyncvarlink import VarlinkErrorReply
 
@@ -29,7 +28,7 @@ _SUCCESSOR_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 
 
-async def find_servers(control: Path, paths: Mapping[str, str]) -> dict[str, PeerCredentials | None]:
+async def find_servers(control: str, paths: Mapping[str, str]) -> dict[str, PeerCredentials | None]:
     """Who serves each device, by its id; None for one that is serving nobody.
 
     ``control`` is remoted's control socket, ``paths`` are the devices' sockets by id. Takes four seconds at most,
@@ -41,7 +40,7 @@ async def find_servers(control: Path, paths: Mapping[str, str]) -> dict[str, Pee
     return servers | dict(zip(others, found, strict=True))
 
 
-async def wait_for_remoted(control: Path) -> dict[str, PeerCredentials | None]:
+async def wait_for_remoted(control: str) -> dict[str, PeerCredentials | None]:
     """What remoted says of its devices, as soon as it answers; nothing if it doesn't within five seconds."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_SUCCESSOR_SECONDS):
@@ -51,7 +50,7 @@ async def wait_for_remoted(control: Path) -> dict[str, PeerCredentials | None]:
     return {}
 
 
-async def find_successor(control: Path, name: str) -> PeerCredentials | None:
+async def find_successor(control: str, name: str) -> PeerCredentials | None:
     """The remoted that goes on with a device's link after the one before it has ended; None if none does.
 
     Its first answer tells: it takes its links from the fd store before it answers at its control socket.
@@ -59,13 +58,13 @@ async def find_successor(control: Path, name: str) -> PeerCredentials | None:
     return (await wait_for_remoted(control)).get(name)
 
 
-def _ask_remoted(control: Path) -> dict[str, PeerCredentials | None]:
+def _ask_remoted(control: str) -> dict[str, PeerCredentials | None]:
     """What remoted says of its devices, nothing if it doesn't answer."""
 
     def ask() -> dict[str, PeerCredentials | None]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(_REMOTED_SECONDS)
-            sock.connect(str(control))
+            sock.connect(control)
             remoted = peer_credentials(sock)
         functions = call(control, "org.iohub.Remoted.Status")["functions"]
         return {

@@ -100,7 +100,7 @@ def test_the_guest_of_ones_own_is_the_default() -> None:
 @pytest.mark.parametrize("parse", [parse_remoted, parse_proxyd])
 def test_one_file_serves_both(parse: Parse, file: str) -> None:
     config = parse(["--config", file])
-    assert (config.name, config.runtime_dir, config.vm) == ("vm1", Path("/tmp/vm1"), "pid:1")
+    assert (config.name, config.runtime_dir, config.vm) == ("vm1", "/tmp/vm1", "pid:1")
     com1, edu0 = config.devices
     assert com1.properties == {"chardev": "pty", "speed": "9600", "loud": "on", "quiet": "off"}
     assert (com1.model, com1.devfn) == ("pci-serial", 40)
@@ -134,7 +134,7 @@ def test_the_command_line_wins(file: str) -> None:
             "edu,id=com1,chardev=null,speed=1",
         ]
     )
-    assert (config.name, config.runtime_dir) == ("vm2", Path("/tmp/vm2"))
+    assert (config.name, config.runtime_dir) == ("vm2", "/tmp/vm2")
     assert [device.id for device in config.devices] == ["com1", "edu0", "com2"]
     com1 = config.devices[0]
     assert (com1.model, com1.devfn) == ("edu", 40), "the address is the file's, the model isn't"
@@ -182,8 +182,8 @@ def test_every_address_can_be_given() -> None:
 
 
 def test_default_runtime_dir() -> None:
-    assert default_runtime_dir("vm1", 0, {"XDG_RUNTIME_DIR": "/run/user/0"}) == Path("/run/iohub/vm1")
-    assert default_runtime_dir("vm1", 7, {"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/iohub/vm1")
+    assert default_runtime_dir("vm1", 0, {"XDG_RUNTIME_DIR": "/run/user/0"}) == "/run/iohub/vm1"
+    assert default_runtime_dir("vm1", 7, {"XDG_RUNTIME_DIR": "/run/user/7"}) == "/run/user/7/iohub/vm1"
     for environ in ({}, {"XDG_RUNTIME_DIR": ""}, {"XDG_RUNTIME_DIR": "run"}):
         with pytest.raises(UsageError, match="--runtime-dir"):
             default_runtime_dir("vm1", 7, environ)

@@ -49,7 +49,7 @@ class Bench:
             DeviceConfig(name, None, parse_devfn(addr), None, None, None, {})
             for name, addr in ADDRESSES.items()
         )
-        config = VmConfig("vm1", directory, "soft", devices)
+        config = VmConfig("vm1", str(directory), "soft", devices)
         self.board = Board("iohub-proxyd", config, self.loop, self._irqchip)
 
     def status(self) -> dict[str, Any]:

@@ -330,7 +330,7 @@ def test_an_unknown_device_is_an_error_of_the_interface(bench: Bench, name: str)
 
 
 def daemon_of(directory: Path, *devices: DeviceConfig) -> Remoted:
-    return Remoted(VmConfig("vm1", directory, "embedded", devices))
+    return Remoted(VmConfig("vm1", str(directory), "embedded", devices))
 
 
 def test_the_daemon_answers_in_its_runtime_directory_until_it_is_closed(tmp_path: Path) -> None:

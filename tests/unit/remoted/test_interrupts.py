@@ -303,3 +303,9 @@ def test_a_device_that_needs_messages_is_refused_without_them() -> None:
     Board(Needy)
     with pytest.raises(UsageError, match="it needs MSI or MSI-X, which mpqemu does not carry: use transport="):
         Board(Needy, has_messages=False)
+
+
+def test_a_declaration_is_shown_with_its_values_and_the_same_in_every_process() -> None:
+    """The layout of kept state is told apart by it."""
+    assert repr(Msix(5, bar=2)) == "Msix(bar=2, pba=None, table=0, vectors=5)"
+    assert repr(Msi(8)) == "Msi(maskable=True, vectors=8)"

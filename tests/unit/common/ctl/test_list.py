@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
         "line0", "remoted.devices.irq_line:IrqLine", parse_devfn("05.0"), None, None, None, {}
     )
     with ExitStack() as stack:
-        remoted = Remoted(VmConfig("vm1", root / "vm1", "soft", (device,)))
+        remoted = Remoted(VmConfig("vm1", str(root / "vm1"), "soft", (device,)))
         stack.callback(remoted.close)
         stack.enter_context(running(remoted._loop))
         yield root

@@ -50,7 +50,7 @@ class Vm:
             DeviceConfig(name, model, parse_devfn(addr), None, None, None, {})
             for (name, model), addr in zip(self._models.items(), ("05.0", "06.0"), strict=True)
         )
-        self._config = VmConfig("vm1", directory, "soft", devices, poll_max_us=0)
+        self._config = VmConfig("vm1", str(directory), "soft", devices, poll_max_us=0)
 
     def __enter__(self) -> Self:
         remoted = Remoted(self._config)

@@ -148,7 +148,7 @@ def test_its_end_waits_for_qemu_no_longer_than_it_may(
     monkeypatch.setattr(qmp, "_LEAVE_SECONDS", 0.0)
     path = str(tmp_path / "qmp")
     peer = SilentQemu(loop, path)
-    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", tmp_path, f"qmp:{path}", ()), loop)
+    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", str(tmp_path), f"qmp:{path}", ()), loop)
     try:
         with caplog.at_level(logging.WARNING):
             assert plugger.run() == 0
@@ -169,7 +169,7 @@ def test_its_end_lets_no_other_slot_begin(
     path = str(tmp_path / "qmp")
     peer = SlowQemu(loop, path)
     devices = tuple(DeviceConfig(name, None, devfn, None, None, None, {}) for name, devfn in devfns.items())
-    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", tmp_path, f"qmp:{path}", devices), loop)
+    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", str(tmp_path), f"qmp:{path}", devices), loop)
     functions = plugger._slots.functions
     peer.is_full = lambda: all(function.handover is not None for function in functions)
     try:
@@ -198,7 +198,7 @@ def test_devices_that_hang_hold_up_no_other(
     remote = RemoteThread(tmp_path)
     remote.add(LineDevice, last.id, last.devfn)
     remote.start()
-    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", tmp_path, f"qmp:{path}", devices), loop)
+    plugger = QemuPlugger("iohub-proxyd", VmConfig("test", str(tmp_path), f"qmp:{path}", devices), loop)
     guard = loop.call_later(HANGS, loop.stop)
     with ExitStack() as stack:
         stack.callback(remote.close)

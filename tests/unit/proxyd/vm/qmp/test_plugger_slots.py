@@ -96,7 +96,7 @@ class Bench:
             DeviceConfig(name, None, devfn, None, None, None, {}) for name, devfn in self.devfns.items()
         )
         self.plugger = QemuPlugger(
-            "tests.plugger", VmConfig("test", self.directory, f"qmp:{path}", devices), self.loop
+            "tests.plugger", VmConfig("test", str(self.directory), f"qmp:{path}", devices), self.loop
         )
         running = asyncio.create_task(self.plugger._main())
         try:

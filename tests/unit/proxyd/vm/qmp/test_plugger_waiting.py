@@ -44,7 +44,7 @@ class Waiting:
         self.path = directory / "qmp"
         self.loop = Loop()
         self.plugger = QemuPlugger(
-            "tests.waiting", VmConfig("test", directory, f"qmp:{self.path}", ()), self.loop
+            "tests.waiting", VmConfig("test", str(directory), f"qmp:{self.path}", ()), self.loop
         )
         self.loop.remove(self.plugger._uevents.fileno())
         self.loop.add(self.plugger._uevents.fileno(), self._ignore)

@@ -9,6 +9,7 @@ packages from its own folder before anything imports them. sys.path stays as it 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -57,6 +58,8 @@ def iohubctl() -> int:
 
 
 def _run(program: str) -> int:
+    if program != "iohubctl":
+        gc.disable()  # it would run dozens of times while modules are loaded; freeze_heap() enables it
     load_packages()
     return int(importlib.import_module(_PROGRAMS[program]).main())
 

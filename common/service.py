@@ -126,9 +126,10 @@ def raise_fd_limit() -> None:
 
 
 def freeze_heap() -> None:
-    """Exempts what exists now from garbage collection: it lives as long as the daemon does.
+    """Exempts what exists now from garbage collection, which begins now: it lives as long as the daemon does.
 
     A collection that includes it takes milliseconds, in which no interrupt is sent, or an attached VM is stopped.
+    What a start leaves that is no longer used is 0.1 MiB; not even once is it worth those milliseconds.
     """
-    gc.collect()
     gc.freeze()
+    gc.enable()

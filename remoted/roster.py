@@ -8,6 +8,7 @@ long as the guest has it plugged. One whose configuration differs is removed fir
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,9 @@ class Roster:
         self._ram_files: RamFiles | None = None
         self._on_idle = on_idle
         self._config: VmConfig | None = None
-        self._leaving: list[DeviceServer] = []
+        self._leaving: set[DeviceServer] = set()
+        self._is_settling = False
+        """whether _settle() is due"""
 
     @property
     def servers(self) -> list[DeviceServer]:
@@ -65,8 +68,9 @@ class Roster:
             from remoted.ramfiles import RamFiles
 
             self._ram_files = RamFiles(store)
+        crowded = _crowded_slots(config)
         for device in config.devices:
-            self.devices.append((device, self._create(config, device)))
+            self.devices.append((device, self._create(config, device, crowded)))
         if self._store is not None and self._ram_files is not None:
             self._ram_files.end_of_start()
             for name in self._store.drop_inherited():
@@ -91,32 +95,41 @@ class Roster:
     def _settle(self) -> None:
         """Does of the last change() what can be done now."""
         assert self._config is not None
-        config = self._config
-        for device, server in list(self.devices):
-            if server not in self._leaving and not _is_wanted(device, server, config):
-                self._leaving.append(server)
+        self._is_settling = False
+        config, crowded = self._config, _crowded_slots(self._config)
+        wanted = {device.id: device for device in config.devices}
+        staying, leaving = [], []
+        for device, server in self.devices:
+            is_crowded = device.devfn >> 3 in crowded
+            is_wanted = wanted.get(device.id) == device and server.function.is_multifunction == is_crowded
+            if not is_wanted and server not in self._leaving:
+                self._leaving.add(server)
                 server.retire()
             if server in self._leaving and server.session is None:
-                self._leaving.remove(server)
-                self.devices.remove((device, server))
-                server.discard()
-        present = [device for device, _ in self.devices]
+                leaving.append(server)
+            else:
+                staying.append((device, server))
+        self.devices[:] = staying
+        for server in leaving:
+            self._leaving.remove(server)
+            server.discard()
+        present = {device.id for device, _ in staying} | {device.devfn for device, _ in staying}
         for device in config.devices:
-            if not any(other.id == device.id or other.devfn == device.devfn for other in present):
+            if device.id not in present and device.devfn not in present:
                 try:
-                    self.devices.append((device, self._create(config, device)))
+                    self.devices.append((device, self._create(config, device, crowded)))
                 except (IohubError, OSError) as error:
                     log = RateLimited(device_log(self._program, device.id, device.devfn))
                     log.error("not added: %s", error, event=Event.DEVICE_NOT_ADDED)
 
     def _on_client_gone(self) -> None:
-        if self._leaving:
-            # Its session is still being closed.
-            self._loop.call_later(0, self._settle)
-        else:
+        if not self._leaving:
             self._on_idle()
+        elif not self._is_settling:
+            self._is_settling = True
+            self._loop.call_later(0, self._settle)  # its session is still being closed
 
-    def _create(self, config: VmConfig, device: DeviceConfig) -> DeviceServer:
+    def _create(self, config: VmConfig, device: DeviceConfig, crowded: set[int]) -> DeviceServer:
         log = device_log(self._program, device.id, device.devfn)
         with Guard(log, self._watchdog).watching("loading its class"):
             try:
@@ -135,7 +148,7 @@ class Roster:
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
         host = Host(device.id, self._loop, log, GuestMemory(), pirq.set_irq, self._watchdog)
         function = _power_on(model, host, device)
-        if _has_neighbours(device, config):
+        if device.devfn >> 3 in crowded:
             function.set_multifunction()
         server = DeviceServer(self._loop, function, pirq, self._on_client_gone)
         try:
@@ -154,14 +167,10 @@ class Roster:
         return server
 
 
-def _has_neighbours(device: DeviceConfig, config: VmConfig) -> bool:
-    """Whether the slot has other functions."""
-    return sum(other.devfn >> 3 == device.devfn >> 3 for other in config.devices) > 1
-
-
-def _is_wanted(device: DeviceConfig, server: DeviceServer, config: VmConfig) -> bool:
-    """Whether a device that runs is in the configuration, just as it runs."""
-    return device in config.devices and server.function.is_multifunction == _has_neighbours(device, config)
+def _crowded_slots(config: VmConfig) -> set[int]:
+    """The slots that have several functions."""
+    counts = Counter(device.devfn >> 3 for device in config.devices)
+    return {slot for slot, count in counts.items() if count > 1}
 
 
 def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> PciFunction:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from common import mpqemu
 from common.control import call
@@ -20,6 +23,7 @@ UNWANTED = (
     *("remoted.keeper", "remoted.modellist"),
 )
 DEVICE = f"""
+import gc
 import sys
 from remoted.device import PciFunction
 
@@ -27,6 +31,9 @@ class Probe(PciFunction):
     VENDOR_ID, DEVICE_ID, CLASS_CODE = 0x1234, 0x0001, 0xFF0000
 
     def config_read(self, addr, size):
+        if addr == 0x44:
+            is_uncollected = gc.get_stats()[2]["collections"] == 0
+            return gc.isenabled() | (gc.get_freeze_count() > 1000) << 1 | is_uncollected << 2
         loaded = [name in sys.modules for name in {UNWANTED}]
         return sum(is_loaded << bit for bit, is_loaded in enumerate(loaded))
 """
@@ -44,7 +51,9 @@ def loaded(client: Client) -> set[str]:
     return {name for bit, name in enumerate(UNWANTED) if bits >> bit & 1}
 
 
-def test_a_daemon_loads_only_what_it_needs(tmp_path: Path) -> None:
+@pytest.fixture
+def remoted(tmp_path: Path) -> Iterator[Client]:
+    """A client of the device above, in a daemon of its own."""
     (tmp_path / "probe.py").write_text(DEVICE)
     device = f"--device={tmp_path}/probe.py:Probe,id=probe,addr=05.0"
     child = Child("remoted", ["--name=vm", f"--runtime-dir={tmp_path}", device], tmp_path)
@@ -52,9 +61,18 @@ def test_a_daemon_loads_only_what_it_needs(tmp_path: Path) -> None:
         path = tmp_path / "probe.sock"
         wait_until(path.exists, "the device's socket is there")
         client = Client.connect(str(path), 10)
-        assert loaded(client) <= loaded_by_python()
-        assert call(tmp_path / "remoted.varlink", "org.iohub.Remoted.Status")["vm"] == "vm"
-        assert {"asyncio", "asyncvarlink", "json"} <= loaded(client)
+        yield client
         client.close()
     finally:
         child.kill()
+
+
+def test_a_daemon_loads_only_what_it_needs(remoted: Client, tmp_path: Path) -> None:
+    assert loaded(remoted) <= loaded_by_python()
+    assert call(tmp_path / "remoted.varlink", "org.iohub.Remoted.Status")["vm"] == "vm"
+    assert {"asyncio", "asyncvarlink", "json"} <= loaded(remoted)
+
+
+def test_the_collector_starts_with_the_service_and_leaves_what_there_is_alone(remoted: Client) -> None:
+    """Nothing was ever collected in full."""
+    assert remoted.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0x44, 0, 4)) == 0b111

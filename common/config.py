@@ -190,7 +190,9 @@ def remoted_parser(*, has_models: bool = True) -> Parser:
         f"0 to {_LONGEST_POLL_US}, 0 turns polling off (default: {_POLL_MAX_US})",
     )
     if has_models:
-        parser.add_argument("--models", action="store_true", help="list the models with their options and exit")
+        parser.add_argument(
+            "--models", action="store_true", help="list the models with their options and exit"
+        )
         parser.add_argument("--json", action="store_true", help="with --models: as one JSON object")
     return parser
 
@@ -262,7 +264,9 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
         vm,
         _build(role, devices),
         allow_users=tuple(_user(user) for user in users),
-        poll_max_us=_number(top["poll-max-us"], "", _LONGEST_POLL_US) if "poll-max-us" in top else _POLL_MAX_US,
+        poll_max_us=_number(top["poll-max-us"], "", _LONGEST_POLL_US)
+        if "poll-max-us" in top
+        else _POLL_MAX_US,
         verbose=options.verbose,
         is_from_file=options.config is not None,
     )

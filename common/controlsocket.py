@@ -166,7 +166,9 @@ class ControlServer:
     def _not_loaded(self, error: Exception) -> None:
         """The clients can come again, and have it tried again."""
         self._is_loading = False
-        self._log.warning("control socket: no call can be answered: %s", error, event=Event.CONTROL_NOT_LOADED)
+        self._log.warning(
+            "control socket: no call can be answered: %s", error, event=Event.CONTROL_NOT_LOADED
+        )
         for client in list(self._callers):
             client.close()
 

@@ -77,7 +77,9 @@ def prepare() -> None:
         _context()
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}"
-        raise UsageError(f"no asynchronous I/O, which signals interrupts ({reason}; see aio-max-nr)") from error
+        raise UsageError(
+            f"no asynchronous I/O, which signals interrupts ({reason}; see aio-max-nr)"
+        ) from error
 
 
 class EventSignal:

@@ -118,9 +118,7 @@ class UnixListener:
             self._trust.check_peer(sock)
         except UntrustedError as error:
             client = str(peer_credentials(sock))
-            self._log.warning(
-                "%s: refused: %s", self.path, error, event=Event.CLIENT_UNTRUSTED, peer=client
-            )
+            self._log.warning("%s: refused: %s", self.path, error, event=Event.CLIENT_UNTRUSTED, peer=client)
             self._disposal.hang_up(sock)
             return None
         return sock

@@ -91,7 +91,7 @@ REMOTED = Role(
     "for more; ,, is a comma in a value",
     """\
 models:
-  NAME            edu, irq-line, pci-serial, or a model of an installed package: --models lists them
+  NAME            edu, irq-line, nvme, pci-serial, or a model of an installed package: --models lists them
                   with their options
   PACKAGE.MODULE:CLASS
                   a subclass of remoted.device.PciFunction in a module on PYTHONPATH

@@ -239,9 +239,13 @@ def check_header(command: int, size: int, flags: int) -> None:
     either the stream can't be trusted to be in step.
     """
     if not HEADER.size <= size <= MAX_SIZE:
-        raise ProtocolError(f"{command_name(command)} of {size} bytes, {HEADER.size} to {MAX_SIZE} are possible")
+        raise ProtocolError(
+            f"{command_name(command)} of {size} bytes, {HEADER.size} to {MAX_SIZE} are possible"
+        )
     if flags & 0xF:
-        raise ProtocolError(f"{command_name(command)} of type {flags & 0xF}, where only requests are expected")
+        raise ProtocolError(
+            f"{command_name(command)} of type {flags & 0xF}, where only requests are expected"
+        )
 
 
 def capabilities(text: bytes | memoryview) -> dict[str, object]:

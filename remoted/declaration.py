@@ -128,7 +128,9 @@ def _check_bars(bars: Any) -> None:
                 f"BAR {number}: a size of {_shown(bar.size)} is not a power of two from {smallest} to {largest:#x}"
             )
         if type(bar.prefetchable) is not bool:
-            raise UsageError(f"BAR {number}: prefetchable {_shown(bar.prefetchable)} is neither True nor False")
+            raise UsageError(
+                f"BAR {number}: prefetchable {_shown(bar.prefetchable)} is neither True nor False"
+            )
         occupied = {number, number + 1} if bar.kind is BarKind.MEM64 else {number}
         if occupied & taken or not occupied <= set(range(pci.PCI_NUM_BARS)):
             raise UsageError(f"BAR {number} has no room among the {pci.PCI_NUM_BARS} BARs")
@@ -168,7 +170,9 @@ def _check_registers(registers: Any, bars: Mapping[int, Bar]) -> None:
 def check_options(options: Any) -> None:
     """Raises UsageError unless it is a sequence of Options that can be given."""
     if not isinstance(options, Sequence) or isinstance(options, str | bytes):
-        raise UsageError(f"OPTIONS {_shown(options)} is not a tuple of Options: OPTIONS = (Option(NAME, ...),)")
+        raise UsageError(
+            f"OPTIONS {_shown(options)} is not a tuple of Options: OPTIONS = (Option(NAME, ...),)"
+        )
     names: set[str] = set()
     for option in options:
         if not isinstance(option, Option):

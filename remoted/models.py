@@ -24,12 +24,21 @@ from common.options import nearest
 from remoted.function import PciFunction
 from remoted.guard import DEVICE_ERRORS, describe_error
 
-__all__ = ["BUILT_IN", "ENTRY_POINT_GROUP", "Model", "find_model", "hidden_models", "known_models", "load_class"]
+__all__ = [
+    "BUILT_IN",
+    "ENTRY_POINT_GROUP",
+    "Model",
+    "find_model",
+    "hidden_models",
+    "known_models",
+    "load_class",
+]
 
 ENTRY_POINT_GROUP = "iohub.devices"
 BUILT_IN = {
     "edu": "remoted.devices.edu:Edu",
     "irq-line": "remoted.devices.irq_line:IrqLine",
+    "nvme": "remoted.devices.nvme.controller:Nvme",
     "pci-serial": "remoted.devices.pci_serial:PciSerial",
 }
 _OUR_PACKAGES = ("common", "proxyd", "remoted")
@@ -184,7 +193,9 @@ def _hidden(module: str | None) -> str:
         if spec is not None and not is_iohub:
             for place in [spec.origin] if spec.origin else spec.submodule_search_locations or ():
                 if not os.path.realpath(place).startswith(f"{ours}/"):
-                    return f": {name!r} is a package of iohub, which hides {printable(place)}: rename that one"
+                    return (
+                        f": {name!r} is a package of iohub, which hides {printable(place)}: rename that one"
+                    )
     return ""
 
 

@@ -114,7 +114,9 @@ class DeviceServer:
                     peer=client,
                 )
             else:
-                self._log.info("continues the link of the previous process", event=Event.TAKEN_UP, peer=client)
+                self._log.info(
+                    "continues the link of the previous process", event=Event.TAKEN_UP, peer=client
+                )
         self._keeper.go_on()
 
     def stop_listening(self) -> None:

@@ -86,7 +86,9 @@ class FunctionState:
         self._names = [name for name, _ in registers]
         self._registers = struct.Struct("<" + "".join(_code(field) for _, field in registers))
         self._buffers = [(attrgetter(name), field) for name, field in fields if isinstance(field, Buffer)]
-        content = self._fixed.size + self._registers.size + sum(4 + each.capacity for _, each in self._buffers)
+        content = (
+            self._fixed.size + self._registers.size + sum(4 + each.capacity for _, each in self._buffers)
+        )
         self._bank_size = content + -content % 8
         size = _BANKS + 2 * self._bank_size
         head = _MAGIC + _digest(function, fields)
@@ -221,5 +223,14 @@ def _digest(function: PciFunction, fields: list[tuple[str, Register | Buffer]]) 
     kind = type(function)
     bars = sorted(function.bars.items())
     shown = [function.vectors(each) for each in VectorKind]
-    layout = (function.host.name, kind.__module__, kind.__qualname__, bars, kind.MSI, kind.MSIX, shown, fields)
+    layout = (
+        function.host.name,
+        kind.__module__,
+        kind.__qualname__,
+        bars,
+        kind.MSI,
+        kind.MSIX,
+        shown,
+        fields,
+    )
     return zlib.crc32(repr(layout).encode()).to_bytes(4, "little")

@@ -241,5 +241,7 @@ def _check_readable() -> None:
                     return
                 denied = name
     if denied is None:
-        raise IohubError(f"this host has no journal in {' or '.join(_JOURNALS)}: is systemd-journald running?")
+        raise IohubError(
+            f"this host has no journal in {' or '.join(_JOURNALS)}: is systemd-journald running?"
+        )
     raise IohubError(f"{denied}: permission denied: be root, or in the group systemd-journal")

@@ -176,7 +176,9 @@ def make_ctl_parser(argv: Sequence[str]) -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     status = _add_command(commands, "status", "show each function's line, counters and links", _STATUS_EPILOG)
     status.add_argument(
-        "--json", action="store_true", help="print one JSON object: what each daemon answered, and what is amiss"
+        "--json",
+        action="store_true",
+        help="print one JSON object: what each daemon answered, and what is amiss",
     )
     status.add_argument("addr", metavar="ADDR", nargs="?", help=_ADDR_HELP)
     status.set_defaults(run=_status)
@@ -274,9 +276,7 @@ def _log(options: argparse.Namespace) -> int:
 
     since = None if options.since is None else parse_since(options.since, time.time())
     show_log(
-        Query(
-            check_name(options.vm), options.addr, since, options.follow, options.explain, options.json
-        ),
+        Query(check_name(options.vm), options.addr, since, options.follow, options.explain, options.json),
         _trust(options),
     )
     return 0

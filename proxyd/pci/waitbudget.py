@@ -50,9 +50,7 @@ class WaitBudget:
     One thread at a time may wait. The times may be asked for by any thread.
     """
 
-    def __init__(
-        self, clock: Callable[[], float] = time.monotonic, hung: set[int] | None = None
-    ) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, hung: set[int] | None = None) -> None:
         """``hung``: pids of the processes that have missed a deadline; the functions of a VM share the set."""
         self._clock = clock
         self._hung = set() if hung is None else hung

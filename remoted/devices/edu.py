@@ -44,9 +44,7 @@ class Edu(PciFunction):
     REVISION = 0x10
     CLASS_CODE = 0x00FF00
     BARS: ClassVar = {0: Bar(BarKind.MEM32, 1 << 20)}
-    OPTIONS = (
-        Option("dma_mask", int, DEFAULT_MASK, "what DMA can address", minimum=0, maximum=_ALL_ONES),
-    )
+    OPTIONS = (Option("dma_mask", int, DEFAULT_MASK, "what DMA can address", minimum=0, maximum=_ALL_ONES),)
 
     PARTS = ("_dma",)
 

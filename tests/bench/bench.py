@@ -134,7 +134,10 @@ class Run:
         """Many processes side by side, all idle but one."""
         found = {}
         for candidate in chosen(ADAPTIVE, PEER):
-            with tempfile.TemporaryDirectory(dir=self.directory) as directory, self.part(f"many {candidate.name}"):
+            with (
+                tempfile.TemporaryDirectory(dir=self.directory) as directory,
+                self.part(f"many {candidate.name}"),
+            ):
                 found[candidate.name] = beside_others(
                     candidate, self.arguments.processes, self.plan.rounds, Path(directory)
                 )
@@ -204,7 +207,15 @@ PARTS: dict[str, Callable[[Run], None]] = {
 }
 
 
-FAILURES = (OSError, EOFError, AssertionError, RuntimeError, IohubError, subprocess.SubprocessError, struct.error)
+FAILURES = (
+    OSError,
+    EOFError,
+    AssertionError,
+    RuntimeError,
+    IohubError,
+    subprocess.SubprocessError,
+    struct.error,
+)
 """what a part may raise when a process that it measures ends or hangs; the other parts go on"""
 
 
@@ -244,7 +255,9 @@ def main() -> int:
         prog="make bench", usage='make bench ARGS="..."', description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each candidate (default: %(default)s)"
+    )
     parser.add_argument("--count", type=int, default=20_000, help="exchanges a turn (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=500, help="not counted (default: %(default)s)")
     parser.add_argument("--stops", type=int, default=500, help="of a QEMU, each kind (default: %(default)s)")
@@ -255,9 +268,7 @@ def main() -> int:
         default=[1, 10, 50, 200],
         help="how many side by side (default: 1 10 50 200)",
     )
-    parser.add_argument(
-        "--output", type=Path, default=BINARIES, help="directory of bench.json and bench.svg"
-    )
+    parser.add_argument("--output", type=Path, default=BINARIES, help="directory of bench.json and bench.svg")
     arguments = parser.parse_args()
     for part in arguments.parts:
         if part not in PARTS:

@@ -122,7 +122,9 @@ class Remote:
     def memory(self) -> dict[str, int]:
         """Resident and private bytes."""
         lines = Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines()[1:]
-        sizes = {name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)}
+        sizes = {
+            name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)
+        }
         return {"resident": sizes["Rss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}
 
 

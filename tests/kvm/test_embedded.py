@@ -158,7 +158,14 @@ def config_write(machine: Machine, offset: int, value: int) -> None:
 
 def transfer(machine: Machine, source: int, destination: int, count: int, command: int) -> None:
     """Programs the engine and waits for its end."""
-    registers = ((REG_SOURCE, source), (REG_DESTINATION, destination), (REG_COUNT, count), (REG_COMMAND, command))
+    registers = (
+        (REG_SOURCE, source),
+        (REG_DESTINATION, destination),
+        (REG_COUNT, count),
+        (REG_COMMAND, command),
+    )
     for register, value in registers:
         machine._host.mmio_write(BAR + register, 4, value)
-    wait_until(lambda: not machine._host.mmio_read(BAR + REG_COMMAND, 4) & COMMAND_RUN, "the transfer is over")
+    wait_until(
+        lambda: not machine._host.mmio_read(BAR + REG_COMMAND, 4) & COMMAND_RUN, "the transfer is over"
+    )

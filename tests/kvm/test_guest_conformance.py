@@ -16,7 +16,13 @@ from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.usefixtures("requires_kvm")
 
-MODELS = ("edu", "tests.support.remotebench:LineDevice", "pci-serial", "tests.support.oddfunctions:Huge", "edu")
+MODELS = (
+    "edu",
+    "tests.support.remotebench:LineDevice",
+    "pci-serial",
+    "tests.support.oddfunctions:Huge",
+    "edu",
+)
 """at 03.0 to 07.0; the first and the last are on one IRQ"""
 LINE, HUGE = "04.0", "06.0"
 ANSWER_SECONDS = 20.0
@@ -103,7 +109,9 @@ def test_all_functions_get_addresses_and_irqs(guests: Guests) -> None:
     assert guests.ask(f"config read 16 {LINE} 4") == ["ok value=0x3"]
     for addr, offset in ((LINE, 0x1C), (HUGE, 0x10), (HUGE, 0x14), (HUGE, 0x18), (HUGE, 0x1C)):
         (line,) = guests.ask(f"config read 32 {addr} {offset}")
-        assert int(line.rpartition("=")[2], 16) & ~0xF == 0, "no address above 4 GiB, and none that fits nowhere"
+        assert int(line.rpartition("=")[2], 16) & ~0xF == 0, (
+            "no address above 4 GiB, and none that fits nowhere"
+        )
 
 
 def test_a_function_without_a_driver_is_driven_by_hand(guests: Guests) -> None:
@@ -147,15 +155,62 @@ def test_the_listings(guests: Guests) -> None:
 
 BAD = (
     *("", " ", "nonsense", "help 1", "version 2", "lspci x", "setup 1", "stats 1", "reboot now"),
-    *("in", "in 8", "in 64 0", "in eight 0", "in 8 65536", "in 8 -1", "in 8 0x", "in 8 1 2", "in 8 1_0", "in 8 ٣"),
+    *(
+        "in",
+        "in 8",
+        "in 64 0",
+        "in eight 0",
+        "in 8 65536",
+        "in 8 -1",
+        "in 8 0x",
+        "in 8 1 2",
+        "in 8 1_0",
+        "in 8 ٣",
+    ),
     *("out 8 0x80", "out 8 0x80 256", "out 16 0x80 65536", "out 32 0x80 0x100000000", "out 8 0x80 1 2"),
-    *("read 8", "read 7 0", "read 8 0x100000000", "read 32 zero", "write 8 0xe0000000", "write 8 0xe0000000 256"),
-    *("config", "config read 8 03.0", "config peek 8 03.0 0", "config read 8 03.0 256", "config read 8 3.0 0"),
-    *("config read 32 03.0 2", "config read 16 03.0 3", "config write 8 03.0 60", "config write 8 03.0 60 256"),
+    *(
+        "read 8",
+        "read 7 0",
+        "read 8 0x100000000",
+        "read 32 zero",
+        "write 8 0xe0000000",
+        "write 8 0xe0000000 256",
+    ),
+    *(
+        "config",
+        "config read 8 03.0",
+        "config peek 8 03.0 0",
+        "config read 8 03.0 256",
+        "config read 8 3.0 0",
+    ),
+    *(
+        "config read 32 03.0 2",
+        "config read 16 03.0 3",
+        "config write 8 03.0 60",
+        "config write 8 03.0 60 256",
+    ),
     *("config read 8 03.0 0 1", "config read 8 20.0 0", "config read 8 03.8 0", "config read 9 03.0 0"),
     *("irq", "irq 03.0", "irq 1f.0", "irq nowhere", f"irq {LINE} disable", f"irq {LINE} enable now"),
-    *("run", "run 0", "run 1000001", "run ten", "run 10 held", "run 10 held 0", "run 10 hold 1", "run 1 held x"),
-    *("samples", f"samples {LINE}", "reroute 1f.0", f"reroute {LINE}", "intx", "intx 3", "hold", "release 03.0"),
+    *(
+        "run",
+        "run 0",
+        "run 1000001",
+        "run ten",
+        "run 10 held",
+        "run 10 held 0",
+        "run 10 hold 1",
+        "run 1 held x",
+    ),
+    *(
+        "samples",
+        f"samples {LINE}",
+        "reroute 1f.0",
+        f"reroute {LINE}",
+        "intx",
+        "intx 3",
+        "hold",
+        "release 03.0",
+    ),
     *("x" * 127, "x" * 128, "x" * 500, "lspci\tx", "lspci\x01"),
 )
 

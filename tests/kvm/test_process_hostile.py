@@ -22,7 +22,9 @@ from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.usefixtures("requires_kvm")
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd(2) for the kernel's accesses takes root")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="userfaultfd(2) for the kernel's accesses takes root"
+)
 
 
 class Liar:
@@ -91,9 +93,7 @@ def test_another_file_instead_of_the_socket_pair(
 
 
 @pytest.mark.parametrize("named", ["stream", "tcp", "pipe", "file"])
-def test_another_file_instead_of_an_eventfd(
-    liar: Liar, monkeypatch: pytest.MonkeyPatch, named: str
-) -> None:
+def test_another_file_instead_of_an_eventfd(liar: Liar, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     call = StoppedThread.call
 
     lies = [liar.files[named]]
@@ -121,4 +121,6 @@ def test_code_whose_pages_never_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
         assert threading.active_count() == threads + 1, "the look goes on, and nobody waits for it"
     finally:
         liar.close()
-    wait_until(lambda: threading.active_count() == threads, "the process has gone, and so the look at it ends")
+    wait_until(
+        lambda: threading.active_count() == threads, "the process has gone, and so the look at it ends"
+    )

@@ -302,7 +302,9 @@ def test_a_gsi_without_a_pin_is_refused(target: Target, gsi: int) -> None:
 @pytest.mark.parametrize("irqchip", ["split", "off"])
 def test_a_vm_without_a_full_irqchip_is_refused(irqchip: str) -> None:
     # A newer QEMU has no APIC of its own beside KVM.
-    with CountGuest(f",kernel-irqchip={irqchip}", ["-cpu", "qemu64,-apic"] if irqchip == "off" else []) as guest:
+    with CountGuest(
+        f",kernel-irqchip={irqchip}", ["-cpu", "qemu64,-apic"] if irqchip == "off" else []
+    ) as guest:
         fds = guest.fds()
         with pytest.raises(
             UsageError, match=r"no full in-kernel irqchip \(QEMU: -machine kernel-irqchip=on\)"

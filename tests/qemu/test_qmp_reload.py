@@ -23,7 +23,9 @@ class Reloaded(QmpBench):
     """remoted has all devices; proxyd has those of its file."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory, *((MODELS[name], f"id={name}", f"addr={at}") for name, at in DEVICES.items()))
+        super().__init__(
+            directory, *((MODELS[name], f"id={name}", f"addr={at}") for name, at in DEVICES.items())
+        )
         self.file = directory / "vm.toml"
 
     def write(self, *names: str) -> None:

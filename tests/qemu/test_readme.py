@@ -199,7 +199,9 @@ def test_device_works_in_a_running_vm(tmp_path: Path, shell: Shell) -> None:
             assert guest.get(f"config read 32 {ADDR} 0x00") == 0xD00B1234
             check_rings(guest)
             status = shell.run(found(r"^The guest finds 1234:d00b at 05\.0, and\s`(.*?)`"))
-            assert re.search(r"^05\.0 +low .*\n +bell: \./doorbell\.py:Doorbell,", status, re.MULTILINE), status
+            assert re.search(r"^05\.0 +low .*\n +bell: \./doorbell\.py:Doorbell,", status, re.MULTILINE), (
+                status
+            )
 
             guest.do(f"write 32 {RING:#x} 1")
             assert guest.status()
@@ -289,7 +291,9 @@ def test_both_daemons_read_the_configuration(tmp_path: Path) -> None:
 
 def shown_commands() -> list[str]:
     """Every command line in a block of the README that begins with one of the programs."""
-    lines = re.findall(r"^(?:    )?(?:\w+=\S+ )*(iohub(?:ctl|-remoted|-proxyd) .*?)(?: &)?$", README, re.MULTILINE)
+    lines = re.findall(
+        r"^(?:    )?(?:\w+=\S+ )*(iohub(?:ctl|-remoted|-proxyd) .*?)(?: &)?$", README, re.MULTILINE
+    )
     return sorted(set(lines))
 
 

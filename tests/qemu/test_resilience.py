@@ -106,7 +106,8 @@ def test_reset_with_lines_high(remoted: Remoted, tmp_path: Path, seabios: bool, 
             assert not any(remoted.status(addr)["level"] for addr in (SERIAL, EDU))
             check_interrupts(guest)
     wait_until(
-        lambda: [remoted.count_idle_fds(addr) for addr in (SERIAL, EDU)] == fds, "all of the links' fds are closed"
+        lambda: [remoted.count_idle_fds(addr) for addr in (SERIAL, EDU)] == fds,
+        "all of the links' fds are closed",
     )
 
 

@@ -87,7 +87,18 @@ def missing_for_boot() -> str | None:
     if absent:
         return f"booting a systemd needs {', '.join(absent)}"
     probe = subprocess.run(
-        ["unshare", "-m", "-p", "-f", "-C", "-u", "-i", "sh", "-c", "mount -t cgroup2 cgroup2 /sys/fs/cgroup"],
+        [
+            "unshare",
+            "-m",
+            "-p",
+            "-f",
+            "-C",
+            "-u",
+            "-i",
+            "sh",
+            "-c",
+            "mount -t cgroup2 cgroup2 /sys/fs/cgroup",
+        ],
         capture_output=True,
         text=True,
         check=False,

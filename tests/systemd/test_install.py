@@ -83,7 +83,9 @@ def test_another_prefix(tmp_path: Path) -> None:
     install(tmp_path, "/opt/iohub")
     assert {path.name for path in tmp_path.iterdir()} == {"etc", "opt"}
     outside = [path for path in (tmp_path / "etc").rglob("*") if not path.is_dir()]
-    assert outside == [tmp_path / "etc/libvirt/hooks/qemu.d/iohub"], "where libvirt looks, whatever the prefix"
+    assert outside == [tmp_path / "etc/libvirt/hooks/qemu.d/iohub"], (
+        "where libvirt looks, whatever the prefix"
+    )
     for name in ("remoted", "proxyd"):
         unit = (tmp_path / f"opt/iohub/lib/systemd/system/iohub-{name}@.service").read_text()
         assert f"ExecStart=/opt/iohub/bin/iohub-{name} " in unit

@@ -125,7 +125,9 @@ def test_kills_while_the_guest_runs(host: HostBench, units: tuple[str, ...], kil
     assert host.journal("-u", QEMU_UNIT) == said
     hertz = tsc_hertz()
     blackouts = sorted(cycles / hertz for cycles in hammer.samples if cycles > BLACKOUT * hertz)
-    print(f"\n{kills} kills of {' and '.join(units)}, {sums['served']} interrupts, {sums['spurious']} spurious")
+    print(
+        f"\n{kills} kills of {' and '.join(units)}, {sums['served']} interrupts, {sums['spurious']} spurious"
+    )
     if len(blackouts) > 1:
         cuts = quantiles(blackouts, n=100, method="inclusive")
         print(f"blackouts in {len(blackouts)} accesses that raise a line: p50 {cuts[49]:.3f} s,")

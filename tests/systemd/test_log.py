@@ -27,7 +27,9 @@ from tests.support.wait import wait_until
 
 CTL = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); "]
 CTL[-1] += "from common.ctl.main import main; sys.exit(main())"
-LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d (?P<who>[^ ]+?)(\[\d+\])?: (?P<text>.*)")
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d (?P<who>[^ ]+?)(\[\d+\])?: (?P<text>.*)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,9 @@ def test_a_stalled_journald_holds_up_nobody_and_the_loss_is_told(system: BootedS
     )
     os.kill(journald, signal.SIGSTOP)
     try:
-        system.run("systemd-run", "--no-block", "--unit=logger", sys.executable, "-P", "-c", program, timeout=20)
+        system.run(
+            "systemd-run", "--no-block", "--unit=logger", sys.executable, "-P", "-c", program, timeout=20
+        )
         wait_until((system.root / "run/logged").exists, "all is logged")
     finally:
         os.kill(journald, signal.SIGCONT)
@@ -197,7 +201,9 @@ def test_a_missing_catalog_is_one_line(system: BootedSystem) -> None:
 
 
 def test_journalctl_explains_as_well(system: BootedSystem) -> None:
-    text = system.run("journalctl", "--no-pager", "-x", "IOHUB_DEVICE=com1", f"MESSAGE_ID={Event.TAKEN_UP}").stdout
+    text = system.run(
+        "journalctl", "--no-pager", "-x", "IOHUB_DEVICE=com1", f"MESSAGE_ID={Event.TAKEN_UP}"
+    ).stdout
     assert "Subject: Device com1 of VM vm1 goes on after a restart" in text
     assert "The guest notices a pause, and at most one spurious interrupt." in text
     assert "Documentation: man:iohub-remoted(8)" in text
@@ -256,7 +262,20 @@ class Follower:
         self._output = output
         with output.open("wb") as file:
             self._process = subprocess.Popen(
-                ["nsenter", "-t", str(system.pid), "-m", "-p", "-u", "-i", "-C", *CTL, "log", "vm1", *arguments],
+                [
+                    "nsenter",
+                    "-t",
+                    str(system.pid),
+                    "-m",
+                    "-p",
+                    "-u",
+                    "-i",
+                    "-C",
+                    *CTL,
+                    "log",
+                    "vm1",
+                    *arguments,
+                ],
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )

@@ -163,7 +163,9 @@ def test_a_device_that_hangs_is_ended_and_the_guest_goes_on(stopped_host: HostBe
     records = host.command("setup").of_kind("device")
     host.send(f"write 32 {records[0].text('memory0')} 1")
     wait_until(lambda: "Fatal Python error: Aborted" in host.journal("-u", REMOTED), "its stack is logged")
-    wait_until(lambda: "stuck.py\", line 9 in bar_write" in host.journal("-u", REMOTED), "the stack has its line")
+    wait_until(
+        lambda: 'stuck.py", line 9 in bar_write' in host.journal("-u", REMOTED), "the stack has its line"
+    )
     assert host.system.show(QEMU_UNIT, "ActiveState") == "active"
 
 
@@ -173,7 +175,9 @@ def test_status_tells_what_happens_now(stopped_host: HostBench) -> None:
     host.start()
     host.command("setup")
     host.command("run 200")
-    wait_until(lambda: "2 functions, 2 of them linked" in host.system.show(REMOTED, "StatusText"), "all are told")
+    wait_until(
+        lambda: "2 functions, 2 of them linked" in host.system.show(REMOTED, "StatusText"), "all are told"
+    )
     wait_until(lambda: host.system.show(REMOTED, "StatusText").endswith(" 0 interrupts/s"), "it is idle")
     host.send("run 1000")
     wait_until(lambda: not host.system.show(REMOTED, "StatusText").endswith(" 0 interrupts/s"), "it is busy")

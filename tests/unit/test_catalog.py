@@ -84,7 +84,9 @@ def test_an_entry_is_whole(event: Event) -> None:
     headers, paragraphs = entries()[event]
     assert list(headers) == ["Subject", "Defined-By", "Documentation"]
     assert headers["Defined-By"] == "iohub"
-    assert re.fullmatch(r"man:iohub(ctl\(1\)|-proxyd\(8\)|-remoted\(8\)|\.toml\(5\))", headers["Documentation"])
+    assert re.fullmatch(
+        r"man:iohub(ctl\(1\)|-proxyd\(8\)|-remoted\(8\)|\.toml\(5\))", headers["Documentation"]
+    )
     assert len(paragraphs) == 3, "what has happened, what it means for the guest, what to do"
     assert all(paragraph.endswith((".", ").", ".`")) for paragraph in paragraphs)
     text = " ".join([headers["Subject"], *paragraphs])

@@ -114,7 +114,10 @@ def test_a_function_without_its_function_0_is_warned_of(tmp_path: Path) -> None:
     options = [f"--device={device}" for device in devices]
     result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", "--vm=soft", *options)
     warning, error = result.stderr.splitlines()
-    assert warning.partition(" ")[2] == "iohub-proxyd[vm] a: warning: 07.1: guests don't look for it without 07.0"
+    assert (
+        warning.partition(" ")[2]
+        == "iohub-proxyd[vm] a: warning: 07.1: guests don't look for it without 07.0"
+    )
     assert "01.0" in error
     result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", "--vm=pid:1", "--device=id=a,addr=07.1")
     (error,) = result.stderr.splitlines()

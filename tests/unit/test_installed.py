@@ -76,7 +76,11 @@ class Environment:
         assert result.returncode == 0, result.stdout + result.stderr
 
     def run(
-        self, program: str, *arguments: str, cwd: Path | None = None, variables: Mapping[str, str] | None = None
+        self,
+        program: str,
+        *arguments: str,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a program of the environment."""
         return subprocess.run(
@@ -93,7 +97,9 @@ class Environment:
     def refusal(self, *arguments: str, cwd: Path | None = None, path: str = "") -> str:
         """The one line of a remoted that can't start."""
         options = ("--name=vm", f"--runtime-dir={self._work}/run", *arguments)
-        result = self.run("iohub-remoted", *options, cwd=cwd, variables={"PYTHONPATH": path} if path else None)
+        result = self.run(
+            "iohub-remoted", *options, cwd=cwd, variables={"PYTHONPATH": path} if path else None
+        )
         assert result.returncode == 2, result.stderr
         (line,) = result.stderr.splitlines()
         return line
@@ -142,7 +148,9 @@ def test_a_module_beside_which_python_is_started_is_not_taken_for_ours(
 
 def test_a_package_that_ours_hides_is_named(environment: Environment, tmp_path: Path) -> None:
     lay_out(tmp_path, {"common/__init__.py": "", "common/card.py": CARD})
-    lay_out(tmp_path, {"card.py": "from common.card import RingCard\n", "old.py": "from common import tools\n"})
+    lay_out(
+        tmp_path, {"card.py": "from common.card import RingCard\n", "old.py": "from common import tools\n"}
+    )
     hint = f"'common' is a package of iohub, which hides {tmp_path}/common/__init__.py: rename that one"
     for model in ("common.card:RingCard", "card:RingCard", f"{tmp_path}/card.py:RingCard"):
         line = environment.refusal(f"--device={model},id=ring", path=str(tmp_path))
@@ -217,7 +225,9 @@ def test_type_information_is_installed(environment: Environment) -> None:
 
 def test_a_class_in_a_file(environment: Environment, tmp_path: Path) -> None:
     """It may import what is beside it. Two files of one name are two modules, whatever else has that name."""
-    lay_out(tmp_path, {"a/json.py": f"import tones\n{CARD}    CLASS_CODE = tones.A\n", "a/tones.py": "A = -1\n"})
+    lay_out(
+        tmp_path, {"a/json.py": f"import tones\n{CARD}    CLASS_CODE = tones.A\n", "a/tones.py": "A = -1\n"}
+    )
     lay_out(tmp_path, {"b/json.py": f"{CARD}    REVISION = 256\n", "b/no.txt": "", "b/fails.py": "1 / 0"})
     lay_out(tmp_path, {"b/opens.py": "open('tones.txt')\n"})
     line = environment.refusal("--device=./json.py:RingCard,id=a", cwd=tmp_path / "a")

@@ -34,9 +34,7 @@ class Reloaded:
         self.directory = directory
         self.file = directory / "vm.toml"
         self.write(a=("edu", "05.0"), b=("edu", "06.0"))
-        self.daemon = Child(
-            "remoted", [f"--config={self.file}", f"--runtime-dir={directory}"], directory
-        )
+        self.daemon = Child("remoted", [f"--config={self.file}", f"--runtime-dir={directory}"], directory)
 
     def write(self, **devices: tuple[str, str]) -> None:
         blocks = [DEVICE.format(id=name, model=model, addr=addr) for name, (model, addr) in devices.items()]

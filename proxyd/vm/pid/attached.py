@@ -248,7 +248,11 @@ class _Function:
         self.log.info(text, what, self._gsi, pid, remark, seconds * 1e6, event=event, peer=self._peer)
         if seconds > _LONG_STOP_SECONDS:
             self.log.warning(
-                "pid:%d stood still for %.0f ms", pid, seconds * 1e3, event=Event.VM_STOOD_LONG, peer=self._peer
+                "pid:%d stood still for %.0f ms",
+                pid,
+                seconds * 1e3,
+                event=Event.VM_STOOD_LONG,
+                peer=self._peer,
             )
 
 

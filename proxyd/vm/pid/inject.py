@@ -191,9 +191,7 @@ class Target:
         """Closes the process's pidfd; lines stay as they are."""
         self._process.close()
 
-    def _add_line(
-        self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier, seconds: float
-    ) -> Line:
+    def _add_line(self, gsi: int, irqfd: EventNotifier, resamplefd: EventNotifier, seconds: float) -> Line:
         line = Line(gsi, irqfd, resamplefd, seconds, self._disposal)
         self._lines = [other for other in self._lines if not other.is_closed] + [line]
         return line

@@ -93,7 +93,9 @@ class StoppedThread:
         self._mask: int | None = None  # set while its signal mask isn't its own
         self._saved: tuple[int, bytes] | None = None  # set while its memory isn't its own
         self._state_frame = 0  # address of the frame with the thread's own state
-        self._closers: dict[int, int] = {}  # by fd the addresses of the frames before that one, the last first
+        self._closers: dict[
+            int, int
+        ] = {}  # by fd the addresses of the frames before that one, the last first
         self._scratch = self._scratch_end = 0
         self._in_call = False  # stopped where the kernel is about to make the call that orig_rax names
         self._lost: IohubError | None = None  # why the thread is no longer known to be stopped

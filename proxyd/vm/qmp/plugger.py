@@ -180,7 +180,11 @@ class QemuPlugger:
 
     def _tell_absence(self, line: str) -> None:
         """Says once why no QEMU is attached."""
-        if self._qemu is not None and process_start(self._qemu[0]) == self._qemu and is_stopped(self._qemu[0]):
+        if (
+            self._qemu is not None
+            and process_start(self._qemu[0]) == self._qemu
+            and is_stopped(self._qemu[0])
+        ):
             line += f"; the QEMU that was attached last, process {self._qemu[0]}, is stopped by a signal"
         if line != self._interface.reason:
             self._interface.reason = line

@@ -68,7 +68,8 @@ def _ask_remoted(control: str) -> dict[str, PeerCredentials | None]:
             remoted = peer_credentials(sock)
         functions = call(control, "org.iohub.Remoted.Status")["functions"]
         return {
-            str(function["id"]): remoted if function["link"] == "connected" else None for function in functions
+            str(function["id"]): remoted if function["link"] == "connected" else None
+            for function in functions
         }
 
     try:

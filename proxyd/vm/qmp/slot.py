@@ -258,7 +258,9 @@ class Slot:
             raise
         inventory = await take_inventory(monitor)
         if inventory.devfns.get(function.name) != function.devfn:
-            raise CommandError(f"QEMU took device_add, but has no function at {format_devfn(function.devfn)}", "")
+            raise CommandError(
+                f"QEMU took device_add, but has no function at {format_devfn(function.devfn)}", ""
+            )
         function.plugged(handover)
         function.log.info(
             "plugged at %s: %04x:%04x",

@@ -14,7 +14,16 @@ from proxyd.vm.soft.machine import SoftMachine
 from proxyd.vm.soft.scripteddrivers import Driver
 from proxyd.vm.soft.scriptedpci import RUNNING, is_asserting
 
-__all__ = ["MASTER_VECTOR", "PIRQ_IRQS", "SLAVE_VECTOR", "SPARE_IRQ", "Device", "Function", "Interrupts", "Line"]
+__all__ = [
+    "MASTER_VECTOR",
+    "PIRQ_IRQS",
+    "SLAVE_VECTOR",
+    "SPARE_IRQ",
+    "Device",
+    "Function",
+    "Interrupts",
+    "Line",
+]
 
 PIRQ_IRQS = (10, 11, 5, 9)
 """where PIRQ A to D go at first"""

@@ -255,7 +255,9 @@ def test_proxyd_does_not_take_a_misspelt_key_for_the_models_own(tmp_path: Path, 
 
 def test_proxyd_takes_the_models_options_that_come_with_iohub(tmp_path: Path) -> None:
     path = tmp_path / "vm.toml"
-    options = "".join(f'{key} = "x"\n' for key in [option.name for option in (*PciSerial.OPTIONS, *Edu.OPTIONS)])
+    options = "".join(
+        f'{key} = "x"\n' for key in [option.name for option in (*PciSerial.OPTIONS, *Edu.OPTIONS)]
+    )
     path.write_text(f'name = "vm1"\n[[device]]\nid = "a"\n{options}')
     assert len(parse_proxyd(["--config", str(path)]).devices[0].properties) == 3
 
@@ -290,7 +292,9 @@ def test_runtime_dir_is_made_or_named_with_the_reason(tmp_path: Path) -> None:
         make(tmp_path / "a" / "b")
         assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file: /\S+/file exists and is not a directory$"):
+    with pytest.raises(
+        UsageError, match=r"^--runtime-dir /\S+/file: /\S+/file exists and is not a directory$"
+    ):
         make(tmp_path / "file")
     with pytest.raises(UsageError, match=r"^--runtime-dir /\S+/file/sub: /\S+/file exists and is not a dir"):
         make(tmp_path / "file" / "sub")
@@ -311,7 +315,9 @@ def test_runtime_dir_that_untrusted_users_can_change_is_refused(tmp_path: Path) 
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     config = parse_remoted(["--name", "vm1", "--runtime-dir", str(tmp_path / "open" / "run")])
-    with pytest.raises(UntrustedError, match=r"^--runtime-dir \S+/open/run: directory \S+/open can be written by"):
+    with pytest.raises(
+        UntrustedError, match=r"^--runtime-dir \S+/open/run: directory \S+/open can be written by"
+    ):
         config.make_runtime_dir()
 
 

@@ -185,7 +185,9 @@ def test_what_a_silent_manager_is_given_is_bounded(silent: SilentManager, memfd:
 )
 def test_no_store(manager: StoreManager, loop: Loop, changes: dict[str, str | None]) -> None:
     environ = {"NOTIFY_SOCKET": manager.address, "FDSTORE": "16"} | changes
-    assert FdStore.open(loop, LOG, {name: value for name, value in environ.items() if value is not None}) is None
+    assert (
+        FdStore.open(loop, LOG, {name: value for name, value in environ.items() if value is not None}) is None
+    )
 
 
 def test_environment_of_another_process_is_ignored(manager: StoreManager, loop: Loop) -> None:

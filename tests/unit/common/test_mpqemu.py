@@ -179,7 +179,11 @@ def test_frames_byte_by_byte() -> None:
     ("command", "payload", "text"),
     [
         (Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(0x3C, 5, 1), "PCI_CFGWRITE of 1 bytes at 0x3c"),
-        (Command.BAR_READ, mpqemu.BAR.pack(0xFEBF0008, 0, 4, True), "BAR_READ of 4 bytes at memory 0xfebf0008"),
+        (
+            Command.BAR_READ,
+            mpqemu.BAR.pack(0xFEBF0008, 0, 4, True),
+            "BAR_READ of 4 bytes at memory 0xfebf0008",
+        ),
         (Command.BAR_WRITE, mpqemu.BAR.pack(0xC010, 9, 2, False), "BAR_WRITE of 2 bytes at port 0xc010"),
         (Command.DEVICE_RESET, b"", "DEVICE_RESET"),
     ],

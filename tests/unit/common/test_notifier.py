@@ -223,7 +223,10 @@ def test_pair() -> None:
 
 def test_pair_is_refused_when_no_fd_is_left_to_examine_it() -> None:
     fds = [os.eventfd(0), os.eventfd(0)]
-    with no_more_fds(), pytest.raises(ShortageError, match="an eventfd can't be examined: Too many open files"):
+    with (
+        no_more_fds(),
+        pytest.raises(ShortageError, match="an eventfd can't be examined: Too many open files"),
+    ):
         adopt_pair(fds[0], fds[1], is_own)
     for fd in fds:
         os.close(fd)

@@ -205,7 +205,9 @@ class Unlinked:
 
 
 def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:
-    interface = ProxydService("vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")])
+    interface = ProxydService(
+        "vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")]
+    )
     functions = status_of(interface)["functions"]
     silent, loud = (function["reason"] for function in functions)
     assert silent == "not connected yet"

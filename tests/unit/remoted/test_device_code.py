@@ -80,9 +80,7 @@ class Bench:
         self.loop = Loop(self.clock)
         self.log = Recorder()
         self.lines: list[bool] = []
-        self.function = Faulty(
-            Host("dev0", self.loop, self.log.logger, GuestMemory(), self.lines.append), {}
-        )
+        self.function = Faulty(Host("dev0", self.loop, self.log.logger, GuestMemory(), self.lines.append), {})
         self.function.full_reset()
         for addr, value in ((0x10, IO_BASE), (0x14, MEM_BASE), (0x04, 0x3)):
             self.function.bus_config_write(addr, 4, value)
@@ -99,10 +97,16 @@ def bench() -> Iterator[Bench]:
 
 
 CALLS: dict[str, tuple[Callable[[PciFunction], object], object]] = {
-    "reading 4 bytes at BAR 1 + 0x8 (STATUS)": (lambda function: function.bus_read(True, MEM_BASE + 8, 4), ONES),
+    "reading 4 bytes at BAR 1 + 0x8 (STATUS)": (
+        lambda function: function.bus_read(True, MEM_BASE + 8, 4),
+        ONES,
+    ),
     "writing 1 bytes at BAR 0 + 0x0": (lambda function: function.bus_write(False, IO_BASE, 1, 0), False),
     "reading 2 bytes of config space at 0x6": (lambda function: function.bus_config_read(6, 2), ONES),
-    "writing 4 bytes of config space at 0x40": (lambda function: function.bus_config_write(0x40, 4, 0), False),
+    "writing 4 bytes of config space at 0x40": (
+        lambda function: function.bus_config_write(0x40, 4, 0),
+        False,
+    ),
     "setting the INTx line": (lambda function: function.drive_intx(True), False),
     "close": (lambda function: function.shut_down(), None),
 }
@@ -213,7 +217,14 @@ def test_value_that_is_no_integer(bench: Bench, value: object) -> None:
 
 def test_different_errors_at_one_place_are_all_logged(bench: Bench) -> None:
     function = bench.function
-    for error in (KeyError("a"), KeyError("b"), ValueError("c"), KeyError("d"), ValueError("e"), OSError("f")):
+    for error in (
+        KeyError("a"),
+        KeyError("b"),
+        ValueError("c"),
+        KeyError("d"),
+        ValueError("e"),
+        OSError("f"),
+    ):
         function.error = error
         function.bus_read(True, MEM_BASE, 4)
     kinds = [record.exc_info[0] for record in bench.log.records if record.exc_info]
@@ -319,7 +330,9 @@ def test_dma_takes_bus_mastering(bench: Bench) -> None:
         function.bus_config_write(0x04, 2, 0x3 | 0x4 * is_master)
         assert function.is_bus_master is is_master
         for attempt in attempts:
-            with pytest.raises(DmaError, match="no RAM at 0x1000" if is_master else "has not set bus mastering"):
+            with pytest.raises(
+                DmaError, match="no RAM at 0x1000" if is_master else "has not set bus mastering"
+            ):
                 attempt()
     function.bus_config_write(0x04, 2, 0x4)
     function.full_reset()

@@ -274,8 +274,14 @@ NONSENSE = {
     ),
     "no vendor": ("DEVICE_ID = 1", "its class has no VENDOR_ID"),
     "no device": ("VENDOR_ID = 1", "its class has no DEVICE_ID"),
-    "a vendor of 20 bits": ("VENDOR_ID, DEVICE_ID = 0x12345, 1", "VENDOR_ID 74565 is not a number of 16 bits"),
-    "a negative revision": ("VENDOR_ID = DEVICE_ID = 1; REVISION = -1", "REVISION -1 is not a number of 8 bits"),
+    "a vendor of 20 bits": (
+        "VENDOR_ID, DEVICE_ID = 0x12345, 1",
+        "VENDOR_ID 74565 is not a number of 16 bits",
+    ),
+    "a negative revision": (
+        "VENDOR_ID = DEVICE_ID = 1; REVISION = -1",
+        "REVISION -1 is not a number of 8 bits",
+    ),
     "an id as text": ("VENDOR_ID, DEVICE_ID = 1, '1234'", "DEVICE_ID '1234' is not a number of 16 bits"),
     "a fifth pin": ("VENDOR_ID = DEVICE_ID = 1; INTERRUPT_PIN = 5", "INTERRUPT_PIN 5 is not 0 to 4"),
     "a BAR of 100 bytes": (
@@ -394,7 +400,9 @@ def test_failing_module_is_one_line_with_its_place_and_status_2(
 
 
 def test_debug_lines_of_a_device_are_shown_with_verbose(parts: Callable[[str], Path]) -> None:
-    method = "def __init__(self, host, options):\n    super().__init__(host, options)\n    host.log.debug('ready')"
+    method = (
+        "def __init__(self, host, options):\n    super().__init__(host, options)\n    host.log.debug('ready')"
+    )
     identity = "    VENDOR_ID = DEVICE_ID = 1\n"
     directory = parts(f"{HEAD}class Thing(PciFunction):\n{identity}{indent(method, '    ')}")
     devices = ("acme.parts:Thing,id=thing", "acme.parts:Lost,id=lost")
@@ -425,7 +433,8 @@ def test_a_model_is_found_by_its_entry_point(parts: Callable[[str], Path]) -> No
     (line,) = refused(directory, "acme-jukebox,id=bell")
     assert line == (
         "iohub-remoted: device bell: model 'acme-jukebox' is unknown; "
-        "there are acme-missing, acme-scratch, edu, irq-line, pci-serial, package.module:Class and ./file.py:Class"
+        "there are acme-missing, acme-scratch, edu, irq-line, nvme, pci-serial, package.module:Class and "
+        "./file.py:Class"
     )
     (line,) = refused(directory, "./bell.py,id=bell")
     complaint = "model './bell.py' names a file without its class: ./bell.py:CLASS is needed"

@@ -166,7 +166,9 @@ def test_handler_that_ignores_the_end_of_its_stream_is_called_no_more(
     run(bench)
     assert len(stream.calls) < PASSES / 4
     (line,) = bench.log.messages
-    assert line.endswith(f"Stream.ignore() ignores the end of fd {stream.ours.fileno()}, which it should remove")
+    assert line.endswith(
+        f"Stream.ignore() ignores the end of fd {stream.ours.fileno()}, which it should remove"
+    )
     assert list(bench.guard.amiss()) == [line]
     before = len(stream.calls)
     run(bench)
@@ -309,7 +311,9 @@ def test_correct_handlers_are_called_as_often_as_they_are_due(bench: Bench, stre
 
     written: list[int] = []
     stream.theirs.shutdown(socket.SHUT_WR)
-    bench.guarded.add(stream.ours.fileno(), lambda _: written.append(stream.ours.send(b"x")), EPOLLIN | EPOLLOUT)
+    bench.guarded.add(
+        stream.ours.fileno(), lambda _: written.append(stream.ours.send(b"x")), EPOLLIN | EPOLLOUT
+    )
     for _ in range(PASSES):
         bench.loop.step()
         stream.theirs.recv(1)

@@ -141,7 +141,13 @@ START_TIMER = Command.BAR_WRITE, mpqemu.BAR.pack(BASE + 0x20, 0, 4, True)
     ],
 )
 def test_hung_handler(
-    tmp_path: Path, start: Start, where: str, how: str, request_: tuple[Command, bytes], doing: str, signum: int
+    tmp_path: Path,
+    start: Start,
+    where: str,
+    how: str,
+    request_: tuple[Command, bytes],
+    doing: str,
+    signum: int,
 ) -> None:
     process = start(where, how)
     with contextlib.closing(connect(tmp_path)) as client:

@@ -214,7 +214,9 @@ def test_the_masks_of_msi(board: Board) -> None:
     assert (board.port.take(), board.msi_pending) == ([4], 0x08)
 
 
-@pytest.mark.parametrize(("allocated", "sent"), [(0, [0, 0, 0]), (1, [1, 0, 1]), (3, [1, 6, 3]), (7, [1, 6, 3])])
+@pytest.mark.parametrize(
+    ("allocated", "sent"), [(0, [0, 0, 0]), (1, [1, 0, 1]), (3, [1, 6, 3]), (7, [1, 6, 3])]
+)
 def test_vectors_share_the_messages_that_the_guest_has_allocated(
     board: Board, allocated: int, sent: list[int]
 ) -> None:
@@ -301,7 +303,9 @@ def test_a_device_that_needs_messages_is_refused_without_them() -> None:
         NEEDS_MESSAGES = True
 
     Board(Needy)
-    with pytest.raises(UsageError, match="it needs MSI or MSI-X, which mpqemu does not carry: use transport="):
+    with pytest.raises(
+        UsageError, match="it needs MSI or MSI-X, which mpqemu does not carry: use transport="
+    ):
         Board(Needy, has_messages=False)
 
 

@@ -63,7 +63,9 @@ def mapped_pages() -> int:
 def memory_kib() -> dict[str, int]:
     """How much address space this process takes, and how much memory for its page tables, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmSize", "VmPTE"))}
+    return {
+        line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmSize", "VmPTE"))
+    }
 
 
 class Files:
@@ -387,9 +389,7 @@ class TestLink:
         peer.send(Command.SYNC_SYSMEM, payload(regions), [region.fd for region in regions])
 
     @pytest.mark.parametrize("count", range(9))
-    def test_old_fds_are_closed(
-        self, bench: RemoteBench, peer: Peer, files: Files, count: int
-    ) -> None:
+    def test_old_fds_are_closed(self, bench: RemoteBench, peer: Peer, files: Files, count: int) -> None:
         memory = bench.servers["dev0"].function.host.memory
         fd = files.create(8)
         for start in (0, 0x100000):

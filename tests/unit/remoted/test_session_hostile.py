@@ -314,7 +314,9 @@ def test_client_that_comes_again_and_again_doesnt_fill_the_log(bench: RemoteBenc
 
 
 @pytest.mark.parametrize("act", [*REJECTED.values(), *ENDING.values()], ids=[*REJECTED, *ENDING])
-def test_each_line_about_a_client_names_it(bench: RemoteBench, act: Callable[[RemoteBench, Peer], None]) -> None:
+def test_each_line_about_a_client_names_it(
+    bench: RemoteBench, act: Callable[[RemoteBench, Peer], None]
+) -> None:
     """From its connection to its end, and also who is refused meanwhile."""
     bench.log.records.clear()
     with bench.connect("dev0") as peer, bench.connect("dev0"):

@@ -118,7 +118,11 @@ def test_what_another_devices_client_sends_is_closed_meanwhile(tmp_path: Path, d
 def test_an_eventfd_whose_close_lasts_delays_nobody(
     tmp_path: Path, daemon: Child, place: str, is_replaced: bool
 ) -> None:
-    with lasting_eventfd() as eventfd, connect(tmp_path, "a.sock") as peer, connect(tmp_path, "b.sock") as other:
+    with (
+        lasting_eventfd() as eventfd,
+        connect(tmp_path, "a.sock") as peer,
+        connect(tmp_path, "b.sock") as other,
+    ):
         pair = [eventfd, os.eventfd(0)] if place == "irqfd" else [os.eventfd(0), eventfd]
         send_fds(peer, request_frame(Command.SET_IRQFD), pair)
         assert answers(peer)
@@ -166,7 +170,9 @@ def test_who_keeps_to_the_protocol_needs_no_thread_more(tmp_path: Path, daemon: 
     for _ in range(3):
         client = Client.connect(str(tmp_path / "a.sock"), SECONDS)
         for pages in (1, 2):
-            client.send(Command.SYNC_SYSMEM, SYSMEM.pack(*([0] * 8), *([pages * 4096] * 8), *([0] * 8)), [ram])
+            client.send(
+                Command.SYNC_SYSMEM, SYSMEM.pack(*([0] * 8), *([pages * 4096] * 8), *([0] * 8)), [ram]
+            )
         pair = [os.eventfd(0), os.eventfd(0)]
         client.send(Command.SET_IRQFD, fds=pair)
         client.request(Command.DEVICE_RESET)

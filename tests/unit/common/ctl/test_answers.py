@@ -143,7 +143,9 @@ WRONG: dict[str, bytes] = {
     "a count is an object": reply(status(raised={})),
     "a count has many digits": reply(status(raised=10**4000)),
     "a count is infinite": reply(status(raised=float("inf"))),
-    "a count has too many digits for Python": reply(status()).replace(b'"raised": 0', b'"raised": ' + b"9" * 5000),
+    "a count has too many digits for Python": reply(status()).replace(
+        b'"raised": 0', b'"raised": ' + b"9" * 5000
+    ),
     "amiss is a text": reply(status(amiss="much")),
     "counters are a list": reply(status(counters=[])),
     "an unknown link": reply(status(link="broken")),
@@ -175,9 +177,7 @@ def test_an_improper_answer_is_one_line(
     assert len(err) < 2000
 
 
-def test_only_trusted_users_daemons_are_asked(
-    fake: FakeRemoted, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_trusted_users_daemons_are_asked(fake: FakeRemoted, capsys: pytest.CaptureFixture[str]) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to give the socket to another user")
     os.chown(fake.directory / "remoted.varlink", 4242, -1)

@@ -68,7 +68,9 @@ def test_another_vms_daemon_in_a_directory_is_amiss(root: Path, capsys: pytest.C
     (root / "vm3").rename(root / "vm1")
 
 
-def test_a_vm_elsewhere_than_in_the_first_root_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_vm_elsewhere_than_in_the_first_root_is_told(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert show_list([root.parent / "none", root], Trust(), json=False) == 1
     assert f"vm1  (in {root})\n" in capsys.readouterr().out
 

@@ -116,7 +116,8 @@ def test_polling_is_told_with_its_cost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("remote", "line"), [({"level": True}, "masked"), ({"level": True, "asserted": True}, "high"), ({}, "low")]
+    ("remote", "line"),
+    [({"level": True}, "masked"), ({"level": True, "asserted": True}, "high"), ({}, "low")],
 )
 def test_lines(remote: dict[str, object], line: str) -> None:
     (row,) = rows_of(table_of(remote_function(**remote), proxy_function()))
@@ -157,7 +158,16 @@ def test_durations_are_short(seconds: int, text: str) -> None:
 
 def test_the_widest_values_fit_into_80_columns() -> None:
     most = (1 << 64) - 1
-    counts = ("raised", "resamples", "reasserts", "accesses", "rejected", "refused", "errors", "quiet_seconds")
+    counts = (
+        "raised",
+        "resamples",
+        "reasserts",
+        "accesses",
+        "rejected",
+        "refused",
+        "errors",
+        "quiet_seconds",
+    )
     remote = remote_function(
         **dict.fromkeys(counts, most),
         id="x" * 32,

@@ -249,7 +249,9 @@ def test_a_reset_of_the_machine_waits_for_all_functions_at_once(
         remote.start()
         remotes.append(remote)
         path, log = remote.path(f"m{slot}"), logging.getLogger("test")
-        proxies.append(PciProxy(f"m{slot}", slot << 3, path, irqchip, log, lambda _proxy: None, deadline=20.0))
+        proxies.append(
+            PciProxy(f"m{slot}", slot << 3, path, irqchip, log, lambda _proxy: None, deadline=20.0)
+        )
     for proxy in proxies:
         proxy.connect()
         proxy.attach()

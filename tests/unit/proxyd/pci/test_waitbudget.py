@@ -147,7 +147,9 @@ def test_a_reset_is_on_the_budget_as_well(bench: Bench) -> None:
     assert bench.proxy.remote is None
 
 
-def test_who_is_too_slow_while_connecting_is_not_linked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_too_slow_while_connecting_is_not_linked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.proxy._client.shutdown()  # type: ignore[union-attr]
     bench.proxy.check_link()
     monkeypatch.setattr("proxyd.pci.pcidev.WaitBudget", lambda: WaitBudget(bench.clock))

@@ -238,7 +238,9 @@ def test_dma_mask(loop: Loop, mask: str, address: int, reached: bool) -> None:
     "mask", ["", "x", "-1", "0x", "0b1", "012", "1_000", "0x10000000000000000", "18446744073709551616", "1 "]
 )
 def test_bad_dma_mask(loop: Loop, mask: str) -> None:
-    with pytest.raises(UsageError, match=r"^dma_mask=.*: must be (a whole number|at least 0$|at most 0xf{16}$)"):
+    with pytest.raises(
+        UsageError, match=r"^dma_mask=.*: must be (a whole number|at least 0$|at most 0xf{16}$)"
+    ):
         FunctionBench(Edu, loop, dma_mask=mask)
 
 

@@ -128,7 +128,9 @@ def test_a_thread_that_stays_on_a_stack_of_its_own_is_refused(monkeypatch: pytes
     monkeypatch.setattr(remotecall, "STOP_DEADLINE", 0.1)
     with TargetProcess("coroutine", "stay") as target:
         wait_until(has_left_the_main_stack, "the thread is on the stack of its own")
-        with pytest.raises(IohubError, match=f"process {target.pid} has its main thread on a stack of its own"):
+        with pytest.raises(
+            IohubError, match=f"process {target.pid} has its main thread on a stack of its own"
+        ):
             run_stopped(target.pid, find_landmarks(target.pid), two_calls)
         assert rounds(target.finish()) > 0
 

@@ -150,9 +150,7 @@ def test_the_second_answer_to_a_command_ends_the_connection(peer: Peer) -> None:
 def test_says_what_ended_the_connection(peer: Peer) -> None:
     ends = {
         b"": "query-kvm: QEMU has closed its monitor",
-        b"[]\r\n": (
-            "query-kvm: QEMU's monitor sent an invalid message: UnexpectedTypeError in a message"
-        ),
+        b"[]\r\n": ("query-kvm: QEMU's monitor sent an invalid message: UnexpectedTypeError in a message"),
     }
     for words, end in ends.items():
 

@@ -76,7 +76,9 @@ class Bench:
     async def until_sound(self) -> None:
         """Waits until all functions are plugged and linked."""
         functions = self.plugger._slots.functions
-        await self.until(lambda: all(function.is_sound for function in functions), "all is plugged and linked")
+        await self.until(
+            lambda: all(function.is_sound for function in functions), "all is plugged and linked"
+        )
 
     async def lose_link(self) -> None:
         """The first function's remote hangs up."""
@@ -247,7 +249,9 @@ def test_a_request_of_the_daemon_before_leads_to_a_new_plug(pair: Bench) -> None
     async def finds(bench: Bench) -> None:
         await bench.until_sound()
         (text,) = bench.function.amiss.texts()
-        assert text == "the guest was asked to eject it and has not done so yet; it is plugged again after that"
+        assert (
+            text == "the guest was asked to eject it and has not done so yet; it is plugged again after that"
+        )
         for client in clients:
             client.close()
         bench.qemu.eject("dev1", "dev0")
@@ -268,7 +272,9 @@ def test_what_is_ejected_before_it_is_adopted_is_plugged(bench: Bench) -> None:
     client = bench.hold("dev0")
 
     async def talk(bench: Bench) -> None:
-        await bench.until(lambda: bench.function.reason != "not known: no QEMU is attached", "it is looked at")
+        await bench.until(
+            lambda: bench.function.reason != "not known: no QEMU is attached", "it is looked at"
+        )
         assert not bench.function.is_plugged
         client.close()
         await bench.until_sound()
@@ -367,7 +373,9 @@ def test_a_line_tells_of_its_kind_of_event(bench: Bench, caplog: pytest.LogCaptu
         ]
     )
     assert parse_pid(vars(told[0][1])["peer"]) == os.getpid()
-    devices = {vars(record).get("device") for event, record in told if event.name.startswith(("PLUG", "UNPLUG"))}
+    devices = {
+        vars(record).get("device") for event, record in told if event.name.startswith(("PLUG", "UNPLUG"))
+    }
     assert devices == {"dev0"}
 
 

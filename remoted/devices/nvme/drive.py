@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a namespace's blocks are stored in: a raw image, a block device, or memory.
+
+All offsets and sizes are in bytes. Methods raise OSError, and all but try_read() may wait for a disk, or for the
+server of a filesystem: they are to be called in a thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import stat
+from collections.abc import Sequence
+
+from remoted.device import UsageError
+from remoted.devices.nvme.imagelock import lock_image
+
+__all__ = ["Drive", "open_drive"]
+
+# include/uapi/linux/falloc.h
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_FALLOC_FL_ZERO_RANGE = 0x10
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+_CHUNK = 1 << 20
+_SIZE = re.compile(r"([1-9][0-9]{0,15})([KMGT]?)", re.ASCII)
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_MAX_SIZE = 1 << 62
+_NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""what fallocate(2), or RWF_NOWAIT, is answered with where the filesystem or driver doesn't have it"""
+
+Buffers = Sequence[bytes | bytearray | memoryview]
+
+
+class Drive:
+    """An open image. Owns its fd."""
+
+    def __init__(self, fd: int, size: int, *, is_read_only: bool, is_memory: bool) -> None:
+        self._fd = fd
+        self.size = size
+        self.is_read_only = is_read_only
+        self.is_memory = is_memory
+        """whether reads and writes never wait"""
+        self._flags = 0 if is_memory else os.RWF_NOWAIT
+        self._can_try = True
+
+    def close(self) -> None:
+        """Closes the image; a second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd != -1:
+            os.close(fd)
+
+    def try_read(self, offset: int, buffers: Sequence[bytearray | memoryview], size: int) -> bool:
+        """Fills the buffers, of ``size`` bytes in all, without waiting; False if that isn't possible.
+
+        In any thread. Never raises OSError: read() tells what is wrong.
+        """
+        if not self._can_try:
+            return False
+        try:
+            return os.preadv(self._fd, buffers, offset, self._flags) == size
+        except OSError as error:
+            self._can_try = error.errno not in _NOT_SUPPORTED
+            return False
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """So many bytes."""
+        data = bytearray(size)
+        with memoryview(data) as view:
+            done = 0
+            while done < size:
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+                if not count:
+                    raise OSError(errno.EIO, "the image has become smaller")
+                done += count
+        return data
+
+    def write(self, offset: int, buffers: Buffers, *, is_durable: bool) -> None:
+        """Writes the buffers, and returns when they are on the medium if ``is_durable``."""
+        flags = os.RWF_DSYNC if is_durable and not self.is_memory else 0
+        rest = [memoryview(each) for each in buffers]
+        while rest:
+            count = os.pwritev(self._fd, rest, offset, flags)
+            if not count:
+                raise OSError(errno.EIO, "nothing was written")
+            offset += count
+            while rest and count >= len(rest[0]):
+                count -= len(rest.pop(0))
+            if count:
+                rest[0] = rest[0][count:]
+
+    def flush(self) -> None:
+        """Returns when everything that was written is on the medium."""
+        if not self.is_read_only and not self.is_memory:
+            os.fdatasync(self._fd)
+
+    def zero(self, offset: int, size: int, *, may_deallocate: bool, is_durable: bool) -> None:
+        """Makes a range read as zeros, and gives its space back if ``may_deallocate`` and the image can do it."""
+        is_done = may_deallocate and self._allocate(_FALLOC_FL_PUNCH_HOLE, offset, size)
+        if not is_done and not self._allocate(_FALLOC_FL_ZERO_RANGE, offset, size):
+            zeros = bytes(min(size, _CHUNK))
+            for start in range(0, size, _CHUNK):
+                self.write(offset + start, [zeros[: size - start]], is_durable=False)
+        if is_durable:
+            self.flush()
+
+    def deallocate(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Gives the space of ranges (offset, size) back where the image can do it; they read as zeros then."""
+        for offset, size in ranges:
+            if size and not self._allocate(_FALLOC_FL_PUNCH_HOLE, offset, size):
+                return
+
+    def _allocate(self, mode: int, offset: int, size: int) -> bool:
+        """fallocate(2); False where the image doesn't have this mode."""
+        if _fallocate(self._fd, mode | _FALLOC_FL_KEEP_SIZE, offset, size) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in _NOT_SUPPORTED:
+            return False
+        raise OSError(code, os.strerror(code))
+
+
+def open_drive(text: str) -> Drive:
+    """The drive of the option ``drive=``: ``file:PATH`` or ``memory:SIZE``. Raises UsageError."""
+    kind, _, rest = text.partition(":")
+    if kind == "memory" and rest:
+        return _create_memory(rest)
+    if kind == "file" and rest:
+        return _open_image(rest)
+    raise UsageError(f"drive={text}: must be file:PATH or memory:SIZE")
+
+
+def _create_memory(text: str) -> Drive:
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise UsageError(
+            f"drive=memory:{text}: must be a number of bytes, or one with K, M, G or T, such as 64M"
+        )
+    size = int(match[1]) << _UNITS[match[2]]
+    if size > _MAX_SIZE:
+        raise UsageError(f"drive=memory:{text}: is too large")
+    try:
+        fd = os.memfd_create("nvme", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"drive=memory:{text}: {error.strerror}") from error
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise UsageError(f"drive=memory:{text}: {error.strerror}") from error
+    return Drive(fd, size, is_read_only=False, is_memory=True)
+
+
+def _open_image(path: str) -> Drive:
+    where = f"drive=file:{path}"
+    # O_NONBLOCK is for open() alone, which would wait for the other end of a FIFO.
+    flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        is_read_only = False
+        try:
+            fd = os.open(path, os.O_RDWR | flags)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            is_read_only = True
+            fd = os.open(path, os.O_RDONLY | flags)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: {getattr(error, 'strerror', error)}") from error
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise UsageError(f"{where}: is neither a file nor a block device")
+        size = os.lseek(fd, 0, os.SEEK_END)
+        lock_image(fd, is_read_only=is_read_only)
+        os.set_blocking(fd, True)
+    except OSError as error:
+        os.close(fd)
+        raise UsageError(f"{where}: {error.strerror}") from error
+    except UsageError as error:
+        os.close(fd)
+        raise UsageError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+    return Drive(fd, size, is_read_only=is_read_only, is_memory=False)

@@ -66,11 +66,23 @@ class BarKind(Enum):
 
 
 class Bar(NamedTuple):
-    """A base address register: its kind, its size in bytes (a power of two), and the prefetchable bit."""
+    """A base address register: its kind, its size in bytes (a power of two), and the prefetchable bit.
+
+    ``shared`` makes it shared memory that the guest may map: all of it (True), or areas of it as (offset, size),
+    which are whole pages of 4096 bytes. Its registers are in the rest.
+    """
 
     kind: BarKind
     size: int
     prefetchable: bool = False
+    shared: bool | tuple[tuple[int, int], ...] = False
+
+    @property
+    def shared_areas(self) -> tuple[tuple[int, int], ...]:
+        """The areas of shared memory, in order of offset."""
+        if isinstance(self.shared, tuple):
+            return tuple(sorted(self.shared))
+        return ((0, self.size),) if self.shared else ()
 
 
 def bar_flags(bar: Bar) -> int:

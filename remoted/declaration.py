@@ -18,6 +18,9 @@ __all__ = ["check_declaration", "check_options"]
 
 _BAR_SIZES = {BarKind.IO: (4, 1 << 16), BarKind.MEM32: (16, 1 << 31), BarKind.MEM64: (16, 1 << 63)}
 """the smallest and the largest; a PC has 16 bits of I/O addresses"""
+_PAGE = 4096
+"""what a client can map: the page of x86-64"""
+_MAX_AREAS = 32
 _NUMBERS = (
     ("VENDOR_ID", 16),
     ("DEVICE_ID", 16),
@@ -55,6 +58,8 @@ _RESERVED = (
     "raise_irq",
     "lower_irq",
     "vectors",
+    "shared_memory",
+    "bar_memory",
     "release_pending",
     "bars",
     "config_size",
@@ -131,10 +136,35 @@ def _check_bars(bars: Any) -> None:
             raise UsageError(
                 f"BAR {number}: prefetchable {_shown(bar.prefetchable)} is neither True nor False"
             )
+        _check_shared(number, bar)
         occupied = {number, number + 1} if bar.kind is BarKind.MEM64 else {number}
         if occupied & taken or not occupied <= set(range(pci.PCI_NUM_BARS)):
             raise UsageError(f"BAR {number} has no room among the {pci.PCI_NUM_BARS} BARs")
         taken |= occupied
+
+
+def _check_shared(number: int, bar: Bar) -> None:
+    shared: Any = bar.shared
+    if type(shared) is bool:
+        shared = ((0, bar.size),) if shared else ()
+    if not isinstance(shared, tuple) or not all(
+        isinstance(area, tuple) and len(area) == 2 and all(map(_is_int, area)) for area in shared
+    ):
+        raise UsageError(f"BAR {number}: shared {_shown(shared)} is neither a bool nor a tuple of (OFFSET, SIZE)")
+    if shared and bar.kind is BarKind.IO:
+        raise UsageError(f"BAR {number}: an I/O BAR can't be shared memory")
+    if len(shared) > _MAX_AREAS:
+        raise UsageError(f"BAR {number}: {len(shared)} areas of shared memory are more than {_MAX_AREAS}")
+    end = 0
+    for offset, size in sorted(shared):
+        where = f"BAR {number}: the shared area ({offset:#x}, {size:#x})"
+        if offset < 0 or size <= 0 or offset % _PAGE or size % _PAGE:
+            raise UsageError(f"{where} is not whole pages of {_PAGE} bytes")
+        if offset < end:
+            raise UsageError(f"{where} overlaps another one")
+        end = offset + size
+        if end > bar.size:
+            raise UsageError(f"{where} ends behind the BAR")
 
 
 def _check_messages(function: object) -> None:

@@ -30,6 +30,8 @@ from remoted.host import Host, PeriodicTimer
 from remoted.interrupts import Interrupts
 from remoted.msi import Msi, Msix, VectorKind, place_msix
 from remoted.options import Option, parse_options
+from remoted.sharedmemory import SharedArea, SharedMemory
+from remoted.windows import Area
 
 __all__ = ["PciFunction"]
 
@@ -107,9 +109,18 @@ class PciFunction(BusTarget):
                 self.__interrupts.show_msi(capability, port, offset)
             elif port is not None and isinstance(capability, Msix):
                 self.__interrupts.show_msix(capability, port, offset)
-        areas = {}
+        self.__shared = {
+            number: SharedMemory(number, bar, host.kept_memory(number))
+            for number, bar in bars.items()
+            if bar.shared
+        }
+        areas: dict[int, list[Area]] = {
+            number: [SharedArea(memory, *area) for area in memory.areas]
+            for number, memory in self.__shared.items()
+        }
         if msix is not None and msix.bar is not None:
-            areas[msix.bar] = sorted(self.__interrupts.areas, key=lambda area: area.start)
+            areas.setdefault(msix.bar, []).extend(self.__interrupts.areas)
+            areas[msix.bar].sort(key=lambda area: area.start)
         watched_end = pci.PCI_CONFIG_SIZE if shown else _BARS_END
         self.__power_on = bytes(self.__config)
         self.__reset_spans = [
@@ -160,6 +171,17 @@ class PciFunction(BusTarget):
         Messages that were sent are not affected. Raises ValueError.
         """
         self.__interrupts.lower_irq(vector)
+
+    def bar_memory(self, bar: int) -> memoryview:
+        """The shared memory of a BAR, as long as the BAR; where it has registers, it is not used.
+
+        The guest may read and write it at any time, without bar_read() or bar_write() being called. A reset
+        leaves the contents alone. Raises LookupError for a BAR without.
+        """
+        memory = self.__shared.get(bar)
+        if memory is None:
+            raise LookupError(f"BAR {bar} is not declared with shared=")
+        return memory.view
 
     def call_every(self, seconds: float, callback: Callable[[], None]) -> PeriodicTimer:
         """Calls ``callback()`` every so many seconds (0.001 or more), until the timer's cancel() or a reset.
@@ -275,6 +297,8 @@ class PciFunction(BusTarget):
         """Lets the device close what it opened."""
         with self.__guard.running("close"):
             self.close()
+        for memory in self.__shared.values():
+            memory.unmap()
 
     def drive_intx(self, level: bool) -> bool:
         """Lets the device drive its line to a level; False when its code failed."""
@@ -294,6 +318,10 @@ class PciFunction(BusTarget):
     def vectors(self, kind: VectorKind) -> int:
         """How many vectors of a kind config space shows; 0 if it doesn't have the capability."""
         return self.__interrupts.vectors(kind)
+
+    def shared_memory(self, bar: int) -> SharedMemory | None:
+        """The memory of a BAR that a client may map; None if it has none."""
+        return self.__shared.get(bar)
 
     def release_pending(self, kind: VectorKind, start: int, count: int) -> None:
         """Sends what is pending: the transport has attached or unmasked these vectors."""

@@ -189,7 +189,7 @@ class PeriodicTimer:
 class Host:
     """What the daemon gives to a device."""
 
-    __slots__ = ("guard", "log", "loop", "memory", "name", "set_irq", "vectors")
+    __slots__ = ("guard", "kept_memory", "log", "loop", "memory", "name", "set_irq", "vectors")
 
     def __init__(
         self,
@@ -200,6 +200,7 @@ class Host:
         set_irq: Callable[[bool], None],
         watchdog: Watchdog | None = None,
         vectors: VectorPort | None = None,
+        kept_memory: Callable[[int], int] = lambda _bar: -1,
     ) -> None:
         """``loop`` and ``watchdog`` are the daemon's."""
         self.name = name
@@ -216,6 +217,8 @@ class Host:
         """for the daemon: drives the function's pirq; devices use set_intx()"""
         self.vectors = vectors
         """for the daemon: sends MSI and MSI-X; None where the transport carries none. Devices use raise_irq()"""
+        self.kept_memory = kept_memory
+        """for the daemon: the file with a BAR's shared memory that the previous process had, or -1"""
 
 
 def _name(callback: Callable[..., None]) -> str:

@@ -2,10 +2,10 @@
 """One device's files in the service manager's fd store, and what a successor makes of them.
 
 Their names begin with the device's devfn: ``28.state``, ``28.link``, ``28.reply-read``, ``28.reply-write``,
-``28.irqfd-7``, ``28.resamplefd-7``; for RAM see ramfiles.py. Each pair of eventfds, and each table of RAM regions,
-has a serial number, and counts once the state names that number, which is when the store has its files. Files of
-another number were on their way in or out. A successor doesn't take them, nor anything of a link that has ended
-meanwhile: FdStore.drop_inherited() drops what nobody takes.
+``28.irqfd-7``, ``28.resamplefd-7``, ``28.bar2`` (the shared memory of a BAR); for RAM see ramfiles.py. Each pair
+of eventfds, and each table of RAM regions, has a serial number, and counts once the state names that number, which
+is when the store has its files. Files of another number were on their way in or out. A successor doesn't take
+them, nor anything of a link that has ended meanwhile: FdStore.drop_inherited() drops what nobody takes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from remoted.function import PciFunction
 from remoted.iohub import Pirq
 from remoted.keptlink import KeptLink
 from remoted.ramfiles import RamFiles
+from remoted.sharedmemory import SharedMemory, bar_memory_name
 from remoted.state import FunctionState, StateMismatch
 
 __all__ = ["Keeper"]
@@ -60,6 +61,7 @@ class Keeper:
         self._amiss: list[str] = []
         function.amiss.add(lambda: self._amiss)
         self._state = self._open_state()
+        self._keep_bar_memory()
         if self._state.is_new:
             function.full_reset()
         else:
@@ -183,12 +185,26 @@ class Keeper:
     def discard(self) -> None:
         """Drops the state, too: the device is removed."""
         self._store.remove(self._prefix + "state")
+        for bar, _ in self._bar_memories():
+            self._store.remove(bar_memory_name(self._prefix, bar))
 
     def close(self) -> None:
         """Closes the state; the store keeps it."""
         self._function.host.guard.on_done = None
         self._pirq.owes_assert = bytearray(1)
         self._state.close()
+
+    def _keep_bar_memory(self) -> None:
+        for bar, memory in self._bar_memories():
+            if not memory.is_kept:
+                self._store.remove(bar_memory_name(self._prefix, bar))
+                self._store.put(bar_memory_name(self._prefix, bar), memory.fd)
+
+    def _bar_memories(self) -> Iterator[tuple[int, SharedMemory]]:
+        for bar in self._function.bars:
+            memory = self._function.shared_memory(bar)
+            if memory is not None:
+                yield bar, memory
 
     def _open_state(self) -> FunctionState:
         fd = self._take("state")

@@ -160,4 +160,7 @@ def place_msix(msix: Msix, bars: Mapping[int, Bar]) -> tuple[Msix, dict[int, Bar
         raise UsageError(f"MSIX: table and pba overlap at {parts[1][0]:#x} of BAR {msix.bar}")
     if parts[1][1] > bar.size:
         raise UsageError(f"MSIX: table and pba end at {parts[1][1]:#x}, behind the end of BAR {msix.bar}")
+    for start, size in bar.shared_areas:
+        if any(start < part_end and part_start < start + size for part_start, part_end in parts):
+            raise UsageError(f"MSIX: table or pba overlap the shared memory at {start:#x} of BAR {msix.bar}")
     return Msix(msix.vectors, msix.bar, msix.table, pba), dict(bars)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from common.config import DeviceConfig, VmConfig
@@ -25,6 +26,7 @@ from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.models import find_model, hidden_models
 from remoted.server import DeviceServer, adopt_connection
+from remoted.sharedmemory import take_bar_memory
 from remoted.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -146,7 +148,15 @@ class Roster:
                     event=Event.MODEL_HIDDEN,
                 )
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
-        host = Host(device.id, self._loop, log, GuestMemory(), pirq.set_irq, self._watchdog)
+        host = Host(
+            device.id,
+            self._loop,
+            log,
+            GuestMemory(),
+            pirq.set_irq,
+            self._watchdog,
+            kept_memory=partial(self._take_memory, device.devfn),
+        )
         function = _power_on(model, host, device)
         if device.devfn >> 3 in crowded:
             function.set_multifunction()
@@ -165,6 +175,9 @@ class Roster:
             raise
         log.info("%s at %s", device.model, format_devfn(device.devfn))
         return server
+
+    def _take_memory(self, devfn: int, bar: int) -> int:
+        return -1 if self._store is None else take_bar_memory(self._store, devfn, bar)
 
 
 def _crowded_slots(config: VmConfig) -> set[int]:

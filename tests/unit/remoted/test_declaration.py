@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import UsageError
 from common.loop import Loop
-from remoted.device import Bar, BarKind, Host, Option, PciFunction
+from remoted.device import Bar, BarKind, Host, Msi, Msix, Option, PciFunction
 from remoted.memory import GuestMemory
 from tests.support.remotebench import Recorder
 
@@ -19,6 +19,10 @@ SIZE: Any = "4096"
 YES: Any = "yes"
 TYPE: Any = list
 NAME: Any = 5
+
+
+def shared(areas: Any) -> Bar:
+    return Bar(BarKind.MEM32, 0x4000, shared=areas)
 
 
 def create(options: dict[str, str], **attributes: Any) -> PciFunction:
@@ -57,6 +61,53 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"BARS": {0: Bar(BarKind.IO, 0)}}, "BAR 0: a size of 0 is not a power of two"),
     ({"BARS": {0: Bar(BarKind.MEM32, -4096)}}, "BAR 0: a size of -4096 is not a power of two"),
     ({"BARS": {0: Bar(BarKind.MEM32, 4096, YES)}}, "BAR 0: prefetchable 'yes' is neither True nor False"),
+    ({"BARS": {0: Bar(BarKind.IO, 4096, shared=True)}}, "BAR 0: an I/O BAR can't be shared memory"),
+    ({"BARS": {0: shared(1)}}, "BAR 0: shared 1 is neither a bool nor a tuple of (OFFSET, SIZE)"),
+    ({"BARS": {0: shared([(0, 4096)])}}, "BAR 0: shared [(0, 4096)] is neither a bool nor"),
+    ({"BARS": {0: shared((0, 4096))}}, "BAR 0: shared (0, 4096) is neither a bool nor"),
+    ({"BARS": {0: shared(((0, True),))}}, "BAR 0: shared ((0, True),) is neither a bool nor"),
+    ({"BARS": {0: shared(((0, 0),))}}, "BAR 0: the shared area (0x0, 0x0) is not whole pages of 4096 bytes"),
+    ({"BARS": {0: shared(((2048, 4096),))}}, "BAR 0: the shared area (0x800, 0x1000) is not whole pages of 4096"),
+    ({"BARS": {0: shared(((-4096, 4096),))}}, "BAR 0: the shared area (-0x1000, 0x1000) is not whole pages"),
+    (
+        {"BARS": {0: shared(((0x2000, 0x2000), (0x1000, 0x2000)))}},
+        "BAR 0: the shared area (0x2000, 0x2000) overlaps another one",
+    ),
+    ({"BARS": {0: shared(((0x3000, 0x2000),))}}, "BAR 0: the shared area (0x3000, 0x2000) ends behind the BAR"),
+    (
+        {"BARS": {0: Bar(BarKind.MEM64, 1 << 62, shared=True)}},
+        "BAR 0: no shared memory of 0x4000000000000000 bytes: ",
+    ),
+    ({"MSI": 1}, "MSI 1 is not Msi(...) or None"),
+    ({"MSIX": Msi()}, "MSIX Msi(maskable=True, vectors=1) is not Msix(...) or None"),
+    ({"MSI": Msi(3)}, "MSI: 3 vectors are not 1, 2, 4, 8, 16 or 32"),
+    ({"MSI": Msi(64)}, "MSI: 64 vectors are not 1, 2, 4, 8, 16 or 32"),
+    ({"MSI": Msi(SIZE)}, "MSI: '4096' vectors are not 1, 2, 4, 8, 16 or 32"),
+    ({"MSI": Msi(1, YES)}, "MSI: maskable 'yes' is neither True nor False"),
+    ({"MSIX": Msix(0)}, "MSIX: 0 vectors are not 1 to 2048"),
+    ({"MSIX": Msix(2049)}, "MSIX: 2049 vectors are not 1 to 2048"),
+    ({"MSIX": Msix(True)}, "MSIX: True vectors are not 1 to 2048"),
+    ({"MSIX": Msix(4, pba=0x800)}, "MSIX: table and pba are offsets in a BAR of the class, which bar= names"),
+    ({"MSIX": Msix(4, bar=1)}, "MSIX: bar 1 is not a memory BAR of the class"),
+    ({"MSIX": Msix(4, bar=True), "BARS": {1: MEM}}, "MSIX: bar True is not a memory BAR of the class"),
+    ({"MSIX": Msix(4, bar=0), "BARS": {0: Bar(BarKind.IO, 4096)}}, "MSIX: bar 0 is not a memory BAR"),
+    ({"MSIX": Msix(4, bar=0, table=4), "BARS": {0: MEM}}, "MSIX: table 4 is not an offset that 8 divides"),
+    ({"MSIX": Msix(4, bar=0, pba=-8), "BARS": {0: MEM}}, "MSIX: pba -8 is not an offset that 8 divides"),
+    (
+        {"MSIX": Msix(4, bar=0, table=16, pba=72), "BARS": {0: MEM}},
+        "MSIX: table and pba overlap at 0x48 of BAR 0",
+    ),
+    (
+        {"MSIX": Msix(4, bar=0, table=4040), "BARS": {0: MEM}},
+        "MSIX: table and pba end at 0x1010, behind the end of",
+    ),
+    (
+        {"MSIX": Msix(4, bar=0, pba=0x1000), "BARS": {0: shared(((0x1000, 0x1000),))}},
+        "MSIX: table or pba overlap the shared memory at 0x1000 of BAR 0",
+    ),
+    ({"NEEDS_MESSAGES": 1, "MSI": Msi()}, "NEEDS_MESSAGES 1 is neither True nor False"),
+    ({"NEEDS_MESSAGES": True}, "NEEDS_MESSAGES is True, but the class declares neither MSI nor MSIX"),
+    ({"raise_irq": None}, "Thing defines raise_irq, which a device must not redefine"),
     ({"REGISTERS": {0x8: "STATUS"}}, "REGISTERS: there is no BAR 8"),
     ({"REGISTERS": ["STATUS"]}, "REGISTERS ['STATUS'] is not a dict of BAR number to names"),
     ({"BARS": {0: MEM}, "REGISTERS": {0: "STATUS"}}, "REGISTERS of BAR 0: 'STATUS' is not a dict of"),

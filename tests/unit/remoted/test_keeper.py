@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from remoted.host import Host
 from remoted.memory import GuestMemory
 from remoted.ramfiles import RamFiles
 from remoted.server import DeviceServer
+from remoted.sharedmemory import take_bar_memory
 from tests.support.fds import no_fd_is_left
 from tests.support.remotebench import IO_BASE, Pair, Peer, RemoteBench
 from tests.support.storemanager import StoreManager
@@ -73,6 +75,16 @@ class Wider(Kept):
     more: int = register(8)
 
 
+class Framebuffer(Kept):
+    """The same with memory that the guest may map."""
+
+    BARS: ClassVar = {0: Bar(BarKind.IO, 16), 2: Bar(BarKind.MEM64, 2 * PAGE, shared=True)}
+
+
+class LargerFramebuffer(Framebuffer):
+    BARS: ClassVar = {0: Bar(BarKind.IO, 16), 2: Bar(BarKind.MEM64, 4 * PAGE, shared=True)}
+
+
 class KeptBench(RemoteBench):
     """A service manager, and one remoted after the other in the same directory."""
 
@@ -111,7 +123,15 @@ class KeptBench(RemoteBench):
         ram_files = RamFiles(self.store)
         for name, devfn in DEVFNS.items():
             pirq = self.hub.pirqs[devfn]
-            function = model(Host(name, self.loop, self.log.logger, GuestMemory(), pirq.set_irq), {})
+            host = Host(
+                name,
+                self.loop,
+                self.log.logger,
+                GuestMemory(),
+                pirq.set_irq,
+                kept_memory=partial(take_bar_memory, self.store, devfn),
+            )
+            function = model(host, {})
             self.servers[name] = DeviceServer(self.loop, function, pirq, self._on_idle)
             self.servers[name].keep(self.store, ram_files, devfn)
             self.servers[name].listen(self.path(name))
@@ -320,6 +340,25 @@ def wakes(bench: KeptBench, passes: int = 50) -> int:
             count += 1
             bench.loop.step()
     return count
+
+
+def test_shared_memory_goes_on(bench: KeptBench, peer: Peer) -> None:
+    bench.restart(Framebuffer)
+    assert set(bench.manager.files) == {"28.state", "28.bar2", "30.state", "30.bar2"}
+    bench.function("dev0").bar_memory(2)[PAGE : PAGE + 5] = b"hello"
+    bench.restart(Framebuffer)
+    bench.restart(Framebuffer)
+    assert bytes(bench.function("dev0").bar_memory(2)[PAGE : PAGE + 5]) == b"hello"
+    assert bytes(bench.function("dev1").bar_memory(2)[PAGE : PAGE + 5]) == bytes(5)
+    bench.restart(LargerFramebuffer)
+    assert bytes(bench.function("dev0").bar_memory(2)) == bytes(4 * PAGE)
+    bench.restart(LargerFramebuffer)
+    assert len(bench.function("dev0").bar_memory(2)) == 4 * PAGE
+    bench.servers["dev0"].discard()
+    bench.settle()
+    assert set(bench.manager.files) == {"30.state", "30.bar2"}
+    bench.restart()
+    assert bench.dropped == ["30.bar2"]
 
 
 FRAMES = {

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A function between a transport that carries messages, and a guest: the test is both."""
+
+from __future__ import annotations
+
+from common import pci
+from common.loop import Loop
+from remoted.device import Host, PciFunction
+from remoted.memory import GuestMemory
+from remoted.msi import VectorKind
+from tests.support.remotebench import Recorder
+
+
+class Port:
+    """A transport: which vectors have an eventfd, and what was signalled."""
+
+    def __init__(self) -> None:
+        self.attached: set[tuple[VectorKind, int]] = set()
+        self.sent: list[tuple[VectorKind, int]] = []
+
+    def signal(self, kind: VectorKind, vector: int) -> bool:
+        if (kind, vector) not in self.attached:
+            return False
+        self.sent.append((kind, vector))
+        return True
+
+    def take(self) -> list[int]:
+        """The vectors signalled since the last call."""
+        sent, self.sent = self.sent, []
+        return [vector for _, vector in sent]
+
+
+class MessageBoard:
+    """A function between a transport and a guest."""
+
+    def __init__(self, model: type[PciFunction], *, has_messages: bool = True) -> None:
+        self.lines: list[bool] = []
+        self.port = Port()
+        loop = Loop()
+        loop.close()
+        host = Host(
+            "dev0",
+            loop,
+            Recorder().logger,
+            GuestMemory(),
+            self.lines.append,
+            vectors=self.port if has_messages else None,
+        )
+        self.function = model(host, {})
+        self.function.full_reset()
+
+    def capability(self, cap_id: int) -> int:
+        """The offset of a capability, found as a guest finds it; 0 without it."""
+        function = self.function
+        offset = 0
+        if function.bus_config_read(pci.PCI_STATUS, 2) & pci.PCI_STATUS_CAP_LIST:
+            offset = function.bus_config_read(pci.PCI_CAPABILITY_LIST, 1)
+        while offset and function.bus_config_read(offset, 1) != cap_id:
+            offset = function.bus_config_read(offset + 1, 1)
+        return offset
+
+    def command(self, value: int) -> None:
+        assert self.function.bus_config_write(pci.PCI_COMMAND, 2, value)
+
+    def msi_control(self, value: int) -> None:
+        assert self.function.bus_config_write(self.capability(pci.PCI_CAP_ID_MSI) + 2, 2, value)
+
+    def msix_control(self, value: int) -> None:
+        assert self.function.bus_config_write(self.capability(pci.PCI_CAP_ID_MSIX) + 2, 2, value)
+
+    def attach(self, kind: VectorKind, start: int, count: int) -> None:
+        self.port.attached |= {(kind, vector) for vector in range(start, start + count)}
+        self.function.release_pending(kind, start, count)
+
+    @property
+    def pba(self) -> int:
+        """The pending bits of MSI-X, read as the guest reads them."""
+        register = self.function.bus_config_read(self.capability(pci.PCI_CAP_ID_MSIX) + 8, 4)
+        bar, offset = register & 7, register & ~7
+        return sum(self.function.region_read(bar, offset + 8 * i, 8) << 64 * i for i in range(2))
+
+    @property
+    def msi_pending(self) -> int:
+        return self.function.bus_config_read(self.capability(pci.PCI_CAP_ID_MSI) + 0x14, 4)
+
+    @property
+    def line(self) -> bool:
+        return bool(self.lines) and self.lines[-1]

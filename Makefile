@@ -13,6 +13,7 @@ RUN_PYTHON ?= $(if $(filter file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))
 BUILD ?= build
 BENCH_PROGRAMS := build/bench/client build/bench/floor
 TEST_GUESTS := $(patsubst %.S,%.bin,$(wildcard tests/guests/*.S))
+LINUX_PROGRAMS := $(patsubst tests/linux/guest/%.c,build/linux-guest/%,$(wildcard tests/linux/guest/*.c))
 
 MAKEFLAGS += --no-builtin-rules
 SHELL := /bin/sh
@@ -20,11 +21,11 @@ SHELL := /bin/sh
 .ONESHELL:
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench mutants guest clean install uninstall deb
+.PHONY: help demo test lint bench mutants guest qemu linux-guest clean install uninstall deb
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while read -r target text; do
-		printf '  make %-9s  %s\n' "$$target" "$$text"
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while read -r target text; do
+		printf '  make %-11s  %s\n' "$$target" "$$text"
 	done
 
 demo: $(VENV)/demo.stamp guest  ## interrupts from remoted into a KVM guest and back, counted (ARGS="--rounds 100")
@@ -48,6 +49,18 @@ mutants: $(VENV)/test.stamp guest  ## faults put into the code, and which the te
 guest: $(TEST_GUESTS)  ## the guests of the embedded VM and of the tests
 	@$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest
 
+qemu:  ## fetches a QEMU that has vfio-user-pci, where the system's has none, into build/qemu
+	@if qemu-system-x86_64 -device vfio-user-pci,help 2>/dev/null | grep -q .; then
+		qemu=qemu-system-x86_64
+	else
+		$(MAKE) --silent --no-print-directory build/qemu
+		qemu=build/qemu/qemu-system-x86_64
+	fi
+	echo "$$qemu is $$($$qemu --version | head -n 1)"
+
+linux-guest: build/linux-guest/initramfs  ## fetches a Linux kernel and makes an initramfs, in build/linux-guest
+	@echo "build/linux-guest has $$(basename build/linux-guest/packages/boot/vmlinuz-*)"
+
 install: $(VENV)/install.stamp guest  ## programs, units, man pages below PREFIX=/usr/local (DESTDIR=stage PREFIX=/usr)
 	@exec env VENV='$(VENV)' PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' RUN_PYTHON='$(RUN_PYTHON)' systemd/install
 
@@ -68,7 +81,7 @@ deb: $(VENV)/install.stamp  ## a Debian package, in BUILD=build/deb
 	cd $$source
 	VENV=$(abspath $(VENV)) dpkg-buildpackage --no-sign --build=binary
 
-clean:  ## back to what git has: removes .venv, the guests and all caches
+clean:  ## back to what git has: removes .venv, the guests, what was fetched, and all caches
 	@rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(TEST_GUESTS)
 	find common proxyd remoted tests -name __pycache__ -prune -exec rm -rf {} +
 	$(MAKE) --silent --no-print-directory -C proxyd/vm/embedded/guest clean
@@ -76,6 +89,24 @@ clean:  ## back to what git has: removes .venv, the guests and all caches
 build/bench/%: tests/bench/%.c
 	@mkdir -p $(@D)
 	gcc -O2 -Wall -Wextra -o $@ $<
+
+# What is fetched stays until make clean.
+build/qemu:
+	@echo "Fetching QEMU from Debian's testing suite"
+	exec tests/fetch/qemu $@
+
+build/linux-guest/packages:
+	@echo "Fetching Linux from Debian's stable suite"
+	tests/fetch/unpack stable $@ linux-image-cloud-amd64 busybox-static e2fsprogs \
+		without initramfs-tools kmod linux-base
+	rm -rf $@/lib/modules $@/usr/lib/modules
+
+build/linux-guest/initramfs: tests/fetch/initramfs tests/linux/guest/init $(LINUX_PROGRAMS) | build/linux-guest/packages
+	@exec tests/fetch/initramfs build/linux-guest/packages $@ $(LINUX_PROGRAMS)
+
+build/linux-guest/%: tests/linux/guest/%.c
+	@mkdir -p $(@D)
+	gcc -O2 -Wall -Wextra -static -pthread -o $@ $<
 
 # A flat binary for 0x1000, entered at its first byte.
 tests/guests/%.bin: tests/guests/%.S

@@ -16,6 +16,7 @@ import pytest
 
 from common.errors import UsageError
 from common.eventsignal import prepare
+from tests.support.qemu import newer_qemu
 
 _KVM_GET_API_VERSION = 0xAE00
 _KVM_API_VERSION = 12
@@ -82,3 +83,12 @@ def requires_qemu() -> None:
     """Skips a test where QEMU is not installed."""
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("needs qemu-system-x86_64: apt-get install qemu-system-x86")
+
+
+@pytest.fixture(scope="session")
+def vfio_user_qemu() -> str:
+    """A QEMU that has vfio-user-pci."""
+    program = newer_qemu()
+    if program is None:
+        pytest.skip("needs a QEMU that has vfio-user-pci: make qemu")
+    return program

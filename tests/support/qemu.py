@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -25,12 +26,28 @@ FIRMWARE_SIZE = 1 << 16
 _LOAD_ADDRESS = 0x100000
 
 
+def make(target: str) -> None:
+    """Makes a target of the checkout, by one process at a time."""
+    with (ROOT / "Makefile").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["make", "--silent", "--no-print-directory", target], cwd=ROOT, check=True)
+
+
+@functools.cache
+def newer_qemu() -> str | None:
+    """A QEMU that has vfio-user-pci (10.1 or later): the system's, or else the one that ``make qemu`` brings."""
+    for program in (QEMU, str(ROOT / "build" / "qemu" / QEMU)):
+        if shutil.which(program):
+            listing = subprocess.run([program, "-device", "vfio-user-pci,help"], capture_output=True, check=False)
+            if listing.stdout:
+                return program
+    return None
+
+
 @functools.cache
 def build_guests() -> None:
     """Brings all guest images up to date with their sources, once a session and by one process at a time."""
-    with (ROOT / "Makefile").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(["make", "--silent", "--no-print-directory", "guest"], cwd=ROOT, check=True)
+    make("guest")
 
 
 def guest_image() -> Path:
@@ -62,10 +79,11 @@ class Qemu:
         pass_fds: Sequence[int] = (),
         cwd: Path | None = None,
         channels: Sequence[str] = (),
+        program: str = QEMU,
     ) -> None:
         """Starts it, with a chardev for each id in ``channels``, which ``self.channels`` has the other end of."""
         self.channels: dict[str, socket.socket] = {}
-        command, fds = [QEMU], list(pass_fds)
+        command, fds = [program], list(pass_fds)
         with ExitStack() as owned, ExitStack() as theirs:
             for name in channels:
                 ours, end = socket.socketpair()

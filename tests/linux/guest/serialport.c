@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* What busybox can't do with a serial port, in the Linux guest: ioctl_tty(2), and setserial's TIOCSSERIAL.
+ *
+ * serialport DEVICE irq N: the driver uses this IRQ; with 0 it polls.
+ * serialport DEVICE modem: prints the modem lines that are on, one a line.
+ * serialport DEVICE set LINE... and clear LINE...: changes modem outputs.
+ * serialport DEVICE break: sends a break of a quarter of a second.
+ */
+#include <err.h>
+#include <fcntl.h>
+#include <linux/serial.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <termios.h>
+
+#ifndef TIOCM_LOOP
+#define TIOCM_LOOP 0x8000 // asm/termios.h, which can't be included beside termios.h
+#endif
+
+static const struct {
+	const char *name;
+	int bit;
+} lines[] = {
+	{"dtr", TIOCM_DTR}, {"rts", TIOCM_RTS}, {"loop", TIOCM_LOOP}, {"cts", TIOCM_CTS},
+	{"dsr", TIOCM_DSR}, {"dcd", TIOCM_CD},  {"ri", TIOCM_RI},
+};
+
+static int line_bit(const char *name)
+{
+	for (unsigned i = 0; i < sizeof lines / sizeof *lines; i++)
+		if (!strcmp(lines[i].name, name))
+			return lines[i].bit;
+	errx(2, "no modem line: %s", name);
+}
+
+static void use_irq(int port, int irq)
+{
+	struct serial_struct settings;
+
+	if (ioctl(port, TIOCGSERIAL, &settings))
+		err(1, "TIOCGSERIAL");
+	settings.irq = irq;
+	if (ioctl(port, TIOCSSERIAL, &settings))
+		err(1, "TIOCSSERIAL");
+}
+
+static void print_modem(int port)
+{
+	int bits;
+
+	if (ioctl(port, TIOCMGET, &bits))
+		err(1, "TIOCMGET");
+	for (unsigned i = 0; i < sizeof lines / sizeof *lines; i++)
+		if (bits & lines[i].bit)
+			puts(lines[i].name);
+}
+
+int main(int argc, char **argv)
+{
+	if (argc < 3)
+		errx(2, "which port, and what to do?");
+	int port = open(argv[1], O_RDWR | O_NOCTTY | O_NONBLOCK);
+	if (port < 0)
+		err(1, "%s", argv[1]);
+	const char *what = argv[2];
+	int bits = 0;
+	for (int i = 3; i < argc && strcmp(what, "irq"); i++)
+		bits |= line_bit(argv[i]);
+	if (!strcmp(what, "irq") && argc == 4)
+		use_irq(port, atoi(argv[3]));
+	else if (!strcmp(what, "modem"))
+		print_modem(port);
+	else if (!strcmp(what, "set") || !strcmp(what, "clear")) {
+		if (ioctl(port, *what == 's' ? TIOCMBIS : TIOCMBIC, &bits))
+			err(1, "%s", what);
+	} else if (!strcmp(what, "break")) {
+		if (tcsendbreak(port, 0))
+			err(1, "break");
+	} else
+		errx(2, "unknown: %s", what);
+	return 0;
+}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from common.errors import ModelError
+from common.errors import ModelError, exit_status
 from common.messages import Event
 from common.output import complain
 from common.pci import format_devfn
@@ -77,16 +77,21 @@ def setup(program: str, vm: str, *, verbose: bool = False, journal_socket: str =
     logging.getLogger(program).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-def report_failure(program: str, error: Exception) -> None:
-    """Tells on one line why the process ends: on stderr, or in the journal if that is where stderr goes."""
+def report_failure(program: str, error: Exception) -> int:
+    """Tells on one line why the process ends: on stderr, or in the journal if that is where stderr goes.
+
+    Returns the exit status.
+    """
+    status = exit_status(error)
     if not stderr_is_journal(os.environ):
         complain(program, error)
-        return
+        return status
     if not logging.getLogger().handlers:
         setup(program, "")
     text = getattr(error, "strerror", None) or str(error)
     event = Event.MODEL_NOT_LOADED if isinstance(error, ModelError) else Event.START_FAILED
     RateLimited(logging.getLogger(program)).error("%s", text, event=event)
+    return status
 
 
 def stderr_is_journal(environ: Mapping[str, str]) -> bool:

@@ -99,7 +99,7 @@ models:
                   the same in a file
 
 exit status: 0 after SIGTERM or SIGINT, or when the last link that was inherited has ended and nothing
-listens; 2 for invalid options or configuration
+listens; 1 for a failure that may pass, such as a full disk; 2 for invalid options or configuration
 
 example:
   iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty""",
@@ -117,7 +117,7 @@ PROXYD = Role(
     "repeat for more; ,, is a comma in a value",
     """\
 exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has exited; 1 when the embedded
-guest died; 2 for invalid options, configuration or VM
+guest died, or for a failure that may pass, such as a full disk; 2 for invalid options, configuration or VM
 
 example:
   iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm qmp:/tmp/vm1/qmp.sock --device id=com1,addr=05.0""",

@@ -16,11 +16,19 @@ from collections.abc import Callable
 
 from common.loop import EventLoop
 
-__all__ = ["dump_stacks_on_crash", "feed_watchdog", "freeze_heap", "notify", "raise_fd_limit"]
+__all__ = [
+    "dump_stacks_on_crash",
+    "feed_watchdog",
+    "freeze_heap",
+    "notify",
+    "pause_before_restart",
+    "raise_fd_limit",
+]
 
 
 _RETRY_SECONDS = 0.5
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_PAUSE_SECONDS = 1.0
 
 
 class _Notifier:
@@ -101,6 +109,12 @@ def feed_watchdog(loop: EventLoop, describe: Callable[[], str] | None = None) ->
         loop.call_later(seconds, feed)
 
     feed()
+
+
+def pause_before_restart() -> None:
+    """Waits for a second where a manager would start the daemon again at once after a failure that may pass."""
+    if "NOTIFY_SOCKET" in os.environ:
+        threading.Event().wait(_PAUSE_SECONDS)
 
 
 def _send(address: str, state: str, flags: int) -> bool:

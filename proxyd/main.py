@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Protocol, runtime_checkable
 
 from common import eventsignal
@@ -20,7 +21,14 @@ from common.output import OutputError, complain
 from common.pci import format_devfn
 from common.privilege import renounce
 from common.reload import reload_on_sighup
-from common.service import dump_stacks_on_crash, feed_watchdog, freeze_heap, notify, raise_fd_limit
+from common.service import (
+    dump_stacks_on_crash,
+    feed_watchdog,
+    freeze_heap,
+    notify,
+    pause_before_restart,
+    raise_fd_limit,
+)
 from common.trust import TRUST
 
 __all__ = ["main"]
@@ -95,45 +103,45 @@ def _refuse_change(config: VmConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status: 0, 1 when the guest died, 2 for bad usage."""
-    loop = Loop()
-    try:
-        dump_stacks_on_crash()
-        renounce()
-        raise_fd_limit()
-        eventsignal.prepare()
-        config = parse_proxyd(argv)
-        setup(PROGRAM, config.name, verbose=config.verbose)
-        if not config.devices:
-            raise UsageError("no devices: --device gives one, or --config a file with some")
-        TRUST.allow(config.allow_users)
-        config.make_runtime_dir()
-        _tell_unseen(config)
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.stop_on_signal(signum)
-        store = FdStore.open(loop, RateLimited(logging.getLogger(PROGRAM)), os.environ)
-        vm = open_vm(config, loop, store)
-    except OutputError as error:
-        complain(PROGRAM, error)
-        loop.close()
-        return error.status
-    except (IohubError, OSError) as error:
-        report_failure(PROGRAM, error)
-        loop.close()
-        return 2
-    try:
-        change = vm.reload if isinstance(vm, ReloadableVm) else _refuse_change
-        log = RateLimited(logging.getLogger(PROGRAM))
-        reload_on_sighup(loop, log, config, lambda: parse_proxyd(argv), change)
-        feed_watchdog(loop)
-        freeze_heap()
-        return vm.run()
-    except UsageError as error:
-        report_failure(PROGRAM, error)
-        return 2
-    finally:
-        notify("STOPPING=1")
-        vm.close()
-        if store is not None:
-            store.close()
-        loop.close()
+    """The console script. Returns the exit status: 0, 1 when the guest died, or exit_status() of a failure."""
+    with ExitStack() as opened:
+        try:
+            dump_stacks_on_crash()
+            renounce()
+            raise_fd_limit()
+            eventsignal.prepare()
+            config = parse_proxyd(argv)
+            setup(PROGRAM, config.name, verbose=config.verbose)
+            if not config.devices:
+                raise UsageError("no devices: --device gives one, or --config a file with some")
+            TRUST.allow(config.allow_users)
+            config.make_runtime_dir()
+            _tell_unseen(config)
+            loop = Loop()
+            opened.callback(loop.close)
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                loop.stop_on_signal(signum)
+            log = RateLimited(logging.getLogger(PROGRAM))
+            store = FdStore.open(loop, log, os.environ)
+            if store is not None:
+                opened.callback(store.close)
+            vm = open_vm(config, loop, store)
+            opened.callback(vm.close)
+        except OutputError as error:
+            complain(PROGRAM, error)
+            return error.status
+        except (IohubError, OSError) as error:
+            status = report_failure(PROGRAM, error)
+            if status == 1:
+                pause_before_restart()
+            return status
+        try:
+            change = vm.reload if isinstance(vm, ReloadableVm) else _refuse_change
+            reload_on_sighup(loop, log, config, lambda: parse_proxyd(argv), change)
+            feed_watchdog(loop)
+            freeze_heap()
+            return vm.run()
+        except UsageError as error:
+            return report_failure(PROGRAM, error)
+        finally:
+            notify("STOPPING=1")

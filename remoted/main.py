@@ -22,7 +22,14 @@ from common.messages import Event
 from common.output import OutputError, complain
 from common.privilege import renounce
 from common.reload import reload_on_sighup
-from common.service import dump_stacks_on_crash, feed_watchdog, freeze_heap, notify, raise_fd_limit
+from common.service import (
+    dump_stacks_on_crash,
+    feed_watchdog,
+    freeze_heap,
+    notify,
+    pause_before_restart,
+    raise_fd_limit,
+)
 from common.stdio import flush_stdio
 from common.trust import TRUST
 from remoted.guard import log_stray_errors
@@ -155,7 +162,7 @@ class Remoted:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit status: 0, or 2 for bad usage."""
+    """The console script. Returns the exit status: 0, or that of a failure (exit_status())."""
     try:
         dump_stacks_on_crash()
         renounce()
@@ -172,8 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(PROGRAM, error)
         return error.status
     except (IohubError, OSError) as error:
-        report_failure(PROGRAM, error)
-        return 2
+        status = report_failure(PROGRAM, error)
+        if status == 1:
+            pause_before_restart()
+        return status
     try:
         remoted.run(lambda: parse_remoted(argv))
     finally:

@@ -171,6 +171,34 @@ def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> 
     assert "--vm soft" in result.stderr
 
 
+@pytest.mark.parametrize("module", ["remoted", "proxyd"])
+@pytest.mark.parametrize(
+    ("setup", "told"),
+    [("ulimit -n 9", "Too many open files"), ("mount -t tmpfs -o nr_inodes=1 x {}", "No space left on device")],
+    ids=["fds", "disk"],
+)
+def test_a_shortage_at_the_start_has_a_status_of_its_own(
+    tmp_path: Path, module: str, setup: str, told: str
+) -> None:
+    """systemd starts a daemon again after 1, but not after 2."""
+    model, vm = {"remoted": ("edu,", ""), "proxyd": ("", "--vm=soft")}[module]
+    options = f"--name=vm --runtime-dir={tmp_path}/vm {vm} --device={model}id=a"
+    script = f"{setup.format(tmp_path)} && exec {sys.executable} -m {module} {options}"
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if "unshare" in result.stderr or "mount:" in result.stderr:
+        pytest.skip(f"needs a mount namespace: {result.stderr.strip()}")
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert told in result.stderr
+
+
 def test_a_socket_of_a_live_daemon_is_refused_and_a_stale_one_taken_over(
     daemon: Child, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ import socket
 import stat
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 
 from common.errors import UntrustedError, UsageError
 from common.journal import printable
@@ -31,6 +32,7 @@ MAX_SOCKET_PATH = 107
 """bytes of sun_path (unix(7)) less its terminating null"""
 _MAX_UID = (1 << 32) - 2
 _NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Trust:
@@ -43,6 +45,22 @@ class Trust:
     def allow(self, uids: Iterable[int]) -> None:
         """Trusts more users."""
         self.others |= frozenset(uids)
+
+    def with_appointed(self, directory: Path) -> Trust:
+        """These users, and the one to whom root has given the directory, as systemd does for a unit.
+
+        Nobody but root can have done so where all directories above it belong to root and are closed to other
+        writers; here the sticky bit is no exception. Elsewhere nobody is added.
+        """
+        try:
+            for parent in directory.absolute().parents:
+                status = os.lstat(parent)
+                if status.st_uid != 0 or not stat.S_ISDIR(status.st_mode) or status.st_mode & _OTHERS_WRITE:
+                    return self
+            status = os.lstat(directory)
+        except OSError:
+            return self
+        return Trust({*self.others, status.st_uid}) if stat.S_ISDIR(status.st_mode) else self
 
     def includes(self, uid: int) -> bool:
         """Whether a user is trusted."""
@@ -113,7 +131,7 @@ class Trust:
 
     def _check(self, path: str, status: os.stat_result) -> None:
         self.check_owner(path, status)
-        writers = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        writers = status.st_mode & _OTHERS_WRITE
         if not stat.S_ISDIR(status.st_mode) or not writers or status.st_mode & stat.S_ISVTX:
             return
         if writers == stat.S_IWGRP and status.st_gid == _private_group(os.geteuid()) and not _has_acl(path):

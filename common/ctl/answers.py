@@ -28,10 +28,14 @@ Answer = dict[str, Any]
 
 
 def ask(directory: Path, daemon: str, trust: Trust, method: str, **parameters: object) -> Answer:
-    """Calls a method of one of DAEMONS. Raises IohubError, which names the daemon."""
+    """Calls a method of one of DAEMONS. Raises IohubError, which names the daemon.
+
+    ``directory`` is the VM's runtime directory. The user to whom root has given it is trusted as well.
+    """
     interface = DAEMONS[daemon]
+    path = directory / f"{daemon}.varlink"
     try:
-        answer = call(directory / f"{daemon}.varlink", f"{interface.name}.{method}", trust, **parameters)
+        answer = call(path, f"{interface.name}.{method}", trust.with_appointed(directory), **parameters)
         _check_types(interface, method, answer)
         return {name: _clean(value) for name, value in answer.items()}
     except PeerGone as error:

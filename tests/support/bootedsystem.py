@@ -65,7 +65,7 @@ done
 mount -t devpts devpts dev/pts -o newinstance,ptmxmode=0666,mode=620
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
-mount -t tmpfs tmpfs run
+mount -t tmpfs -o mode=0755 tmpfs run
 mount -t tmpfs tmpfs tmp
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup

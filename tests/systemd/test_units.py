@@ -184,6 +184,11 @@ def test_status_tells_what_happens_now(stopped_host: HostBench) -> None:
     assert host.system.show(PROXYD, "StatusText") == "Attached to QEMU"
 
 
+def test_root_may_ask_without_naming_the_units_user(host: HostBench) -> None:
+    assert "com1: pci-serial" in host.system.run("iohubctl", "status", "vm1").stdout
+    assert host.system.run("iohubctl", "list").stdout.split()[-5:][2:] == ["2", "0", "vm1"]
+
+
 def test_journald_that_stands_still_holds_up_nothing(host: HostBench) -> None:
     """Interrupts and accesses don't wait for it, nor does a daemon that has something to log."""
     journald = host.system.main_pid("systemd-journald.service")

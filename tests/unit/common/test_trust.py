@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -213,3 +214,47 @@ def test_find_user(name: str, uid: int) -> None:
 def test_user_that_there_isnt(name: str) -> None:
     with pytest.raises(UsageError, match=r"^there is no user '"):
         find_user(name)
+
+
+@pytest.fixture
+def roots_own() -> Iterator[Path]:
+    """A directory that nobody but root can have made, as all above it."""
+    with tempfile.TemporaryDirectory(dir="/run") as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
+
+
+def test_root_appoints_a_user_by_a_directory(roots_own: Path) -> None:
+    directory = roots_own / "vm1"
+    directory.mkdir()
+    os.chown(directory, STRANGER, STRANGER)
+    listen(directory / "sock").close()
+    os.chown(directory / "sock", STRANGER, STRANGER)
+    with pytest.raises(UntrustedError):
+        Trust().check_socket(directory / "sock")
+    trust = Trust([7]).with_appointed(directory)
+    trust.check_socket(directory / "sock")
+    assert trust.others == {7, STRANGER}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, lambda place: place.chmod(0o1777)])
+def test_nobody_is_appointed_where_others_may_have_made_the_directory(
+    roots_own: Path, change: Callable[[Path], None]
+) -> None:
+    place = roots_own / "place"
+    (place / "between/vm1").mkdir(parents=True)
+    os.chown(place / "between/vm1", STRANGER, STRANGER)
+    assert Trust().with_appointed(place / "between/vm1").others
+    change(place)
+    assert not Trust().with_appointed(place / "between/vm1").others
+
+
+def test_a_link_appoints_nobody(roots_own: Path) -> None:
+    (roots_own / "real/vm1").mkdir(parents=True)
+    os.chown(roots_own / "real/vm1", STRANGER, STRANGER)
+    (roots_own / "way").symlink_to("real")
+    (roots_own / "real/vm2").symlink_to("vm1")
+    os.chown(roots_own / "real/vm2", STRANGER, STRANGER, follow_symlinks=False)
+    for path in (roots_own / "way/vm1", roots_own / "real/vm2", roots_own / "absent"):
+        assert not Trust().with_appointed(path).others

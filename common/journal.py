@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
 
 from common.errors import ModelError, exit_status
 from common.messages import Event
@@ -307,7 +306,10 @@ def _lines(record: logging.LogRecord) -> list[str]:
 
 def iso_time(seconds: float) -> str:
     """``2026-01-31T12:00:00.123+00:00``, in local time; ``seconds`` since the epoch."""
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="milliseconds")
+    whole, milliseconds = divmod(int(seconds * 1000), 1000)
+    zone = time.strftime("%z", time.localtime(whole))  # +0000
+    now = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(whole))
+    return f"{now}.{milliseconds:03}{zone[:3]}:{zone[3:]}"  # datetime is a tenth of a start's imports
 
 
 def _priority(level: int) -> int:

@@ -98,6 +98,8 @@ def _target(name: str, where: str) -> str:
     """Where the class of a model with a name is. Raises UsageError."""
     if name.endswith(".py"):
         raise UsageError(f"{where} names a file without its class: {name}:CLASS is needed")
+    if name in BUILT_IN:
+        return BUILT_IN[name]
     models = known_models()
     targets = [model for model in models if model.name == name]
     if not targets:

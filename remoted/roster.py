@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from common.config import DeviceConfig, VmConfig
 from common.errors import IohubError, ModelError, UsageError
-from common.journal import RateLimited, device_log
+from common.journal import Log, RateLimited, device_log
 from common.loop import Loop
 from common.messages import Event
 from common.pci import format_devfn
@@ -80,6 +80,7 @@ class Roster:
                     "dropped from the fd store, as no device uses it: %s", name
                 )
 
+
     def change(self, config: VmConfig) -> None:
         """Adds and removes devices until they are those of the configuration; all others go on.
 
@@ -138,15 +139,6 @@ class Roster:
                 model = find_model(device.model or "", device.id)
             except UsageError as error:
                 raise ModelError(str(error)) from error.__cause__
-        for other in hidden_models():
-            if other.name == device.model:
-                RateLimited(log).warning(
-                    "%s is the built-in model, not that of %s: %s",
-                    other.name,
-                    other.origin,
-                    other.target,
-                    event=Event.MODEL_HIDDEN,
-                )
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
         host = Host(
             device.id,
@@ -157,7 +149,11 @@ class Roster:
             self._watchdog,
             kept_memory=partial(self._take_memory, device.devfn),
         )
-        function = _power_on(model, host, device)
+        try:
+            function = _power_on(model, host, device)
+        except UsageError:
+            _warn_of_hidden_model(device, log)
+            raise
         if device.devfn >> 3 in crowded:
             function.set_multifunction()
         server = DeviceServer(self._loop, function, pirq, self._on_client_gone)
@@ -174,10 +170,25 @@ class Roster:
             server.close()
             raise
         log.info("%s at %s", device.model, format_devfn(device.devfn))
+        # Later: to look for what is installed takes longer than to create a device.
+        self._loop.call_later(0, partial(_warn_of_hidden_model, device, log))
         return server
 
     def _take_memory(self, devfn: int, bar: int) -> int:
         return -1 if self._store is None else take_bar_memory(self._store, devfn, bar)
+
+
+def _warn_of_hidden_model(device: DeviceConfig, log: Log) -> None:
+    """Tells that an installed package has a model of that name, which the device may have been meant to be."""
+    for other in hidden_models():
+        if other.name == device.model:
+            RateLimited(log).warning(
+                "%s is the built-in model, not that of %s: %s",
+                other.name,
+                other.origin,
+                other.target,
+                event=Event.MODEL_HIDDEN,
+            )
 
 
 def _crowded_slots(config: VmConfig) -> set[int]:

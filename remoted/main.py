@@ -157,7 +157,8 @@ class Remoted:
 
     def _on_idle(self) -> None:
         """A client has gone: without listeners and links there is nothing left to do."""
-        if not any(server.is_listening or server.session for server in self._roster.servers):
+        servers = self._roster.servers
+        if self._is_serving and not any(server.is_listening or server.session for server in servers):
             self._loop.stop()
 
 

@@ -72,7 +72,10 @@ class Roster:
             self._ram_files = RamFiles(store)
         crowded = _crowded_slots(config)
         for device in config.devices:
-            self.devices.append((device, self._create(config, device, crowded)))
+            self.devices.append((device, self._create(device, crowded)))
+        # All links of the previous process go on before anybody new is waited for.
+        for device, server in self.devices:
+            _listen(config, device, server)
         if self._store is not None and self._ram_files is not None:
             self._ram_files.end_of_start()
             for name in self._store.drop_inherited():
@@ -120,7 +123,7 @@ class Roster:
         for device in config.devices:
             if device.id not in present and device.devfn not in present:
                 try:
-                    self.devices.append((device, self._create(config, device, crowded)))
+                    self._add(config, device, crowded)
                 except (IohubError, OSError) as error:
                     log = RateLimited(device_log(self._program, device.id, device.devfn))
                     log.error("not added: %s", error, event=Event.DEVICE_NOT_ADDED)
@@ -132,7 +135,16 @@ class Roster:
             self._is_settling = True
             self._loop.call_later(0, self._settle)  # its session is still being closed
 
-    def _create(self, config: VmConfig, device: DeviceConfig, crowded: set[int]) -> DeviceServer:
+    def _add(self, config: VmConfig, device: DeviceConfig, crowded: set[int]) -> None:
+        server = self._create(device, crowded)
+        try:
+            _listen(config, device, server)
+        except BaseException:
+            server.close()
+            raise
+        self.devices.append((device, server))
+
+    def _create(self, device: DeviceConfig, crowded: set[int]) -> DeviceServer:
         log = device_log(self._program, device.id, device.devfn)
         with Guard(log, self._watchdog).watching("loading its class"):
             try:
@@ -164,8 +176,6 @@ class Roster:
                 server.keep(self._store, self._ram_files, device.devfn)
             if device.fd is not None:
                 server.serve(adopt_connection(device.fd, device.id))
-            else:
-                server.listen(config.socket_path(device))
         except BaseException:
             server.close()
             raise
@@ -176,6 +186,11 @@ class Roster:
 
     def _take_memory(self, devfn: int, bar: int) -> int:
         return -1 if self._store is None else take_bar_memory(self._store, devfn, bar)
+
+
+def _listen(config: VmConfig, device: DeviceConfig, server: DeviceServer) -> None:
+    if device.fd is None:
+        server.listen(config.socket_path(device))
 
 
 def _warn_of_hidden_model(device: DeviceConfig, log: Log) -> None:

@@ -73,22 +73,31 @@ class FdStore:
             return None
         return cls(loop, log, address, inherited)
 
+    @property
+    def inherited(self) -> list[str]:
+        """The names of files that an earlier process left, and nobody has taken."""
+        return sorted(self._inherited)
+
     def take(self, name: str) -> list[int]:
         """The files that an earlier process left by that name, now the caller's; the store keeps its own."""
         return self._inherited.pop(name, [])
 
     def drop_inherited(self) -> list[str]:
         """Closes and drops what nobody has taken: it belonged to a device or a link that is no more."""
-        dropped = sorted(self._inherited)
+        dropped = self.inherited
         for name in dropped:
             for fd in self._inherited.pop(name):
                 os.close(fd)
             self.remove(name)
         return dropped
 
-    def put(self, name: str, fd: int) -> None:
-        """Stores a file; the caller keeps its own copy. Raises OSError when no fd is left for it to wait."""
-        self._send(f"FDSTORE=1\nFDNAME={name}".encode(), (fd,))
+    def put(self, name: str, fd: int, *, is_polled: bool = True) -> None:
+        """Stores a file; the caller keeps its own copy. Raises OSError when no fd is left for it to wait.
+
+        The manager drops a file that is at its end (EPOLLHUP), unless not ``is_polled`` (FDPOLL=0).
+        """
+        poll = "" if is_polled else "\nFDPOLL=0"
+        self._send(f"FDSTORE=1\nFDNAME={name}{poll}".encode(), (fd,))
 
     def remove(self, name: str) -> None:
         """Takes every file of that name out of the store."""

@@ -10,16 +10,19 @@ from collections.abc import Callable
 from common.disposal import Disposal, receive_urgent_inline, refuse_fds
 from common.errors import UntrustedError, UsageError
 from common.journal import RateLimited
+from common.keptfiles import KeptFiles
 from common.loop import EventLoop, Timer
 from common.messages import Event
 from common.peer import peer_credentials
-from common.socketpath import listen_at, remove
+from common.socketpath import listen_at, remove, resume_at
 from common.trust import TRUST, Trust
 
 __all__ = ["UnixListener"]
 
 _PAUSE_SECONDS = 1.0
 """how long clients wait after one couldn't be taken: without a pause the loop would spin"""
+_KEPT = "listener-"
+"""begins a socket's name in the fd store, which ends in device and inode of its path"""
 
 
 class UnixListener:
@@ -35,8 +38,12 @@ class UnixListener:
         trust: Trust = TRUST,
         *,
         takes_fds: bool = False,
+        files: KeptFiles | None = None,
     ) -> None:
         """Binds and listens; a socket whose daemon is gone is replaced.
+
+        With ``files`` it goes on with the socket of the process before this one, if that listened at the path, and
+        leaves its own to the next one: clients find the path at any time, and wait.
 
         ``on_client(sock)`` is called for one client a pass of the loop, and owns the non-blocking socket; if it
         raises OSError, the client is hung up. Clients of users that ``trust`` doesn't include are hung up. Others
@@ -52,8 +59,11 @@ class UnixListener:
         self._log = log
         self._disposal = disposal
         self._trust = trust
+        self._files = files
         self._is_watched = False
         self._pause: Timer | None = None
+        if files is not None and self._take_up(files):
+            return
         try:
             self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
@@ -63,6 +73,8 @@ class UnixListener:
                 refuse_fds(self._sock)
             self._inode = listen_at(self._sock, path, trust)
             try:
+                if files is not None:
+                    files.put(_kept_name(self._inode), self._sock.fileno())
                 self._watch()
             except OSError:
                 remove(path, self._inode)
@@ -98,8 +110,14 @@ class UnixListener:
             self._keep_waiting(error.strerror)
 
     def close(self) -> None:
-        """Closes the socket and unlinks its path, unless somebody else has bound that since."""
+        """Closes the socket and unlinks its path, unless somebody else has bound that since.
+
+        Where files outlive the process, the next one has both.
+        """
         self.hold()
+        if self._files is not None and self._files.outlive:
+            self._sock.close()
+            return
         if self._sock.fileno() != -1:
             remove(self.path, self._inode)
         with contextlib.suppress(OSError):  # nobody is left, or it was closed already
@@ -122,6 +140,22 @@ class UnixListener:
             self._disposal.hang_up(sock)
             return None
         return sock
+
+    def _take_up(self, files: KeptFiles) -> bool:
+        """Whether there is the socket of the process before this one. Raises UsageError and UntrustedError."""
+        for name in files.inherited(_KEPT):
+            try:
+                inode = _inode_of(name)
+                if resume_at(self.path, inode, self._trust):
+                    self._sock = socket.socket(fileno=files.take(name))
+                    self._inode = inode
+                    self._watch()
+                    return True
+            except UntrustedError as error:
+                raise UntrustedError(f"socket {self.path}: {error}") from error
+            except OSError as error:
+                raise UsageError(f"socket {self.path}: {error.strerror or error}") from error
+        return False
 
     def _on_ready(self, _events: int) -> None:
         if self._disposal.is_full:
@@ -150,3 +184,12 @@ class UnixListener:
         self._log.warning("%s: can't take a client: %s", self.path, reason, event=Event.SHORTAGE)
         self.hold()
         self._pause = self._loop.call_later(_PAUSE_SECONDS, self.resume)
+
+
+def _kept_name(inode: tuple[int, int]) -> str:
+    return f"{_KEPT}{inode[0]:x}-{inode[1]:x}"
+
+
+def _inode_of(name: str) -> tuple[int, int]:
+    device, number = (int(part, 16) for part in name.removeprefix(_KEPT).split("-"))
+    return device, number

@@ -21,7 +21,7 @@ from common.errors import UsageError
 from common.peer import is_dying, peer_credentials
 from common.trust import Trust
 
-__all__ = ["SocketInUse", "listen_at", "lock_path", "remove"]
+__all__ = ["SocketInUse", "listen_at", "lock_path", "remove", "resume_at"]
 
 _BACKLOG = 16
 
@@ -69,14 +69,30 @@ def listen_at(sock: socket.socket, path: str, trust: Trust) -> tuple[int, int]:
             if trust.others:
                 _admit(path, trust.others)
             sock.listen(_BACKLOG)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(_pid_path(path))
-            _write_pid(os.open(_pid_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            _tell_pid(path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             raise
     return inode
+
+
+def resume_at(path: str, inode: tuple[int, int], trust: Trust) -> bool:
+    """Goes on listening at a path, for trusted users, with a socket of the process before this one.
+
+    ``inode`` is the path's device and inode, as that process has got them from listen_at(). False if something
+    else is there now. Raises UsageError and UntrustedError, as listen_at(), and OSError.
+    """
+    trust.check_directory(os.path.dirname(path))
+    try:
+        if _inode(path) != inode:
+            return False
+    except FileNotFoundError:
+        return False
+    if trust.others:
+        _admit(path, trust.others)
+    _tell_pid(path)
+    return True
 
 
 def remove(path: str, inode: tuple[int, int]) -> None:
@@ -147,6 +163,13 @@ def _is_at(path: str, fd: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
         return False
+
+
+def _tell_pid(path: str) -> None:
+    """Lets others know who listens at the path."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_pid_path(path))
+    _write_pid(os.open(_pid_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _write_pid(fd: int) -> None:

@@ -14,6 +14,7 @@ from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from common.disposal import count_unread
 from common.journal import Log
+from common.keptfiles import KeptFiles
 from common.loop import EventLoop, Timer
 from remoted.guard import DEVICE_ERRORS, Guard
 from remoted.memory import GuestMemory
@@ -189,7 +190,7 @@ class PeriodicTimer:
 class Host:
     """What the daemon gives to a device."""
 
-    __slots__ = ("guard", "kept_memory", "log", "loop", "memory", "name", "set_irq", "vectors")
+    __slots__ = ("files", "guard", "kept_memory", "log", "loop", "memory", "name", "set_irq", "vectors")
 
     def __init__(
         self,
@@ -201,6 +202,7 @@ class Host:
         watchdog: Watchdog | None = None,
         vectors: VectorPort | None = None,
         kept_memory: Callable[[int], int] = lambda _bar: -1,
+        files: KeptFiles | None = None,
     ) -> None:
         """``loop`` and ``watchdog`` are the daemon's."""
         self.name = name
@@ -219,6 +221,8 @@ class Host:
         """for the daemon: sends MSI and MSI-X; None where the transport carries none. Devices use raise_irq()"""
         self.kept_memory = kept_memory
         """for the daemon: the file with a BAR's shared memory that the previous process had, or -1"""
+        self.files = files
+        """files of the device's own that outlive the process; None where none do"""
 
 
 def _name(callback: Callable[..., None]) -> str:

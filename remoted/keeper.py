@@ -68,6 +68,8 @@ class Keeper:
             pirq.level = int(self._state.restore())
         self.commit()
         function.host.guard.on_done = self.commit
+        if function.host.files is not None:
+            function.host.files.commit = self.commit
         pirq.owes_assert = self._state.owes_assert
 
     def go_on(self) -> None:
@@ -187,6 +189,8 @@ class Keeper:
         self._store.remove(self._prefix + "state")
         for bar, _ in self._bar_memories():
             self._store.remove(bar_memory_name(self._prefix, bar))
+        if self._function.host.files is not None:
+            self._function.host.files.discard()
 
     def close(self) -> None:
         """Closes the state; the store keeps it."""

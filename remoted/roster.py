@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from common.config import DeviceConfig, VmConfig
 from common.errors import IohubError, ModelError, UsageError
 from common.journal import Log, RateLimited, device_log
+from common.keptfiles import KeptFiles
 from common.loop import Loop
 from common.messages import Event
 from common.pci import format_devfn
@@ -152,6 +153,7 @@ class Roster:
             except UsageError as error:
                 raise ModelError(str(error)) from error.__cause__
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
+        files = None if self._store is None else KeptFiles(self._store, f"{device.devfn:02x}.own-")
         host = Host(
             device.id,
             self._loop,
@@ -160,6 +162,7 @@ class Roster:
             pirq.set_irq,
             self._watchdog,
             kept_memory=partial(self._take_memory, device.devfn),
+            files=files,
         )
         try:
             function = _power_on(model, host, device)

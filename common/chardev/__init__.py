@@ -16,16 +16,26 @@ from common.chardev.pty import PtyChardev
 from common.chardev.unix import UnixChardev
 from common.errors import UsageError
 from common.journal import Log
+from common.keptfiles import KeptFiles
 from common.loop import EventLoop
 
 __all__ = ["Chardev", "Frontend", "UnixChardev", "open_chardev"]
 
 
 def open_chardev(
-    spec: str, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+    spec: str,
+    loop: EventLoop,
+    log: Log,
+    frontend: Frontend,
+    on_connected: Callable[[bool], None],
+    files: KeptFiles | None = None,
 ) -> Chardev:
     """Opens the far end that the text describes. ``on_connected(connected)`` is called when
     a user connects or leaves.
+
+    With ``files`` the users stay connected when the process ends and another one follows, input is delivered
+    exactly once, and no output that was taken is lost. The device has the part ``arrivals`` then, and calls
+    restored() when it has the registers of the previous process.
 
     Raises UsageError for another text and for a path that can't be used.
     """
@@ -34,11 +44,11 @@ def open_chardev(
         if spec == "null":
             return Chardev()
         if spec == "pty":
-            return PtyChardev(loop, log, frontend, on_connected)
+            return PtyChardev(loop, log, frontend, on_connected, files)
         if kind == "file" and path:
-            return FileChardev(path, loop, log, frontend)
+            return FileChardev(path, loop, log, frontend, files)
         if kind == "unix" and path:
-            return UnixChardev(path, loop, log, frontend, on_connected)
+            return UnixChardev(path, loop, log, frontend, on_connected, files)
         raise UsageError("must be null, pty, file:PATH or unix:PATH")
     except UsageError as error:
         raise UsageError(f"chardev={spec}: {error}") from error

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 
 from common.chardev.base import MAX_OUTPUT, Chardev, Frontend
+from common.chardev.pending import PendingOutput
 from common.errors import UsageError
 from common.journal import Log, RateLimited
+from common.keptfiles import KeptFiles
 from common.loop import EventLoop
 from common.messages import Event
 
@@ -17,34 +20,45 @@ __all__ = ["FileChardev"]
 
 _CLOSE_SECONDS = 1.0
 """how long close() waits for the output to be written"""
+_KEPT = "file-"
+"""begins the file's name in the fd store, which ends in its device and inode"""
 
 
 class FileChardev(Chardev):
-    """Output into a file, truncated first, as QEMU's ``-chardev file``.
+    """Output into a file, truncated first, as QEMU's ``-chardev file``, unless the previous process had it open.
 
     A thread writes to it: a disk, the server of a network or FUSE filesystem or the reader of a FIFO may take any
-    time, and O_NONBLOCK has no effect on regular files (open(2)).
+    time, and O_NONBLOCK has no effect on regular files (open(2)). Where files outlive the process, the output of a
+    regular file is written to its place by number: what a killed process had written already is written again to
+    the same place. Of another file, such as a FIFO, the last byte may be repeated.
     """
 
-    def __init__(self, path: str, loop: EventLoop, log: Log, frontend: Frontend) -> None:
+    def __init__(
+        self, path: str, loop: EventLoop, log: Log, frontend: Frontend, files: KeptFiles | None = None
+    ) -> None:
         """Creates or truncates the file. Raises UsageError, also for a FIFO that nobody reads."""
+        try:
+            super().__init__()
+            self._output = PendingOutput(files)
+        except OSError as error:
+            raise UsageError(str(error.strerror)) from error
         self._path = path
         self._loop = loop
         self._log = RateLimited(log)
         self._frontend = frontend
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._output = bytearray()
         self._blocked = False  # write() hasn't taken all
         self._is_closing = False
         self._problem = ""  # why the last write failed
         try:
-            # O_NONBLOCK is for open() alone, which would wait for the reader of a FIFO.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            self._fd = os.open(path, flags, 0o666)
+            self._fd = self._open(files)
         except (OSError, ValueError) as error:
+            self._output.close()
             raise UsageError(str(getattr(error, "strerror", error))) from error
         os.set_blocking(self._fd, True)
+        self._by_position = files is not None and stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._portion = MAX_OUTPUT if files is None or self._by_position else 1
         self._wake = -1
         try:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -53,15 +67,18 @@ class FileChardev(Chardev):
             os.close(self._fd)
             if self._wake != -1:
                 os.close(self._wake)
+            self._output.close()
             raise UsageError(str(error.strerror)) from error
+        with self._condition:
+            if self._output:
+                self._start()
 
     def write(self, data: bytes | bytearray) -> int:
         with self._condition:
             if not self._start():
                 self.dropped_output += len(data)
                 return len(data)
-            taken = min(len(data), MAX_OUTPUT - len(self._output))
-            self._output += data[:taken]
+            taken = self._output.put(data)
             if taken < len(data):
                 self._blocked = True
             self._condition.notify()
@@ -79,10 +96,30 @@ class FileChardev(Chardev):
             self._condition.notify()
             self._start()  # the close may take its time as well
         if self._thread is None:
-            os.close(self._fd)
-            os.close(self._wake)
+            self._close_files()
         else:
             self._thread.join(_CLOSE_SECONDS)
+
+    def _open(self, files: KeptFiles | None) -> int:
+        """The file of the previous process, if the path is still its; otherwise a new one. Raises OSError."""
+        if files is not None:
+            try:
+                fd = files.take(_kept_name(os.stat(self._path)))
+            except FileNotFoundError:
+                fd = -1
+            if fd != -1:
+                return fd
+        # O_NONBLOCK is for open() alone, which would wait for the reader of a FIFO.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        fd = os.open(self._path, flags, 0o666)
+        self._output.begin_file()
+        if files is not None:
+            try:
+                files.put(_kept_name(os.fstat(fd)), fd)
+            except OSError:
+                os.close(fd)
+                raise
+        return fd
 
     def _start(self) -> bool:
         """Starts the thread; False if there is none to be had, which the next call tries again."""
@@ -107,24 +144,31 @@ class FileChardev(Chardev):
         while output := self._next_output():
             problem, count = "", len(output)
             try:
-                count = os.write(self._fd, output)
+                if self._by_position:
+                    count = os.pwrite(self._fd, output, self._output.position)
+                else:
+                    count = os.write(self._fd, output)
             except OSError as error:
                 problem = error.strerror or str(error)
                 self.dropped_output += count
             with self._condition:
-                del self._output[:count]
+                self._output.done(count, is_dropped=bool(problem))
                 self._problem = problem
                 if problem or self._blocked:
                     os.eventfd_write(self._wake, 1)
+        self._close_files()
+
+    def _close_files(self) -> None:
         os.close(self._fd)
         os.close(self._wake)
+        self._output.close()
 
     def _next_output(self) -> bytes:
         """Waits for output; empty when there is no more and the chardev is closed."""
         with self._condition:
             while not self._output and not self._is_closing:
                 self._condition.wait()
-            return bytes(self._output)
+            return self._output.peek(self._portion)
 
     def _on_wake(self, _events: int) -> None:
         try:
@@ -138,3 +182,7 @@ class FileChardev(Chardev):
             self._warn_of_drops(problem)
         if blocked:
             self._frontend.transmit_ready()
+
+
+def _kept_name(status: os.stat_result) -> str:
+    return f"{_KEPT}{status.st_dev:x}-{status.st_ino:x}"

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import os
 import termios
 import tty
@@ -14,12 +16,16 @@ from common.chardev.base import Frontend
 from common.chardev.stream import StreamChardev
 from common.errors import UsageError
 from common.journal import Log
+from common.keptfiles import KeptFiles
 from common.loop import EventLoop
 from common.messages import Event
 
 __all__ = ["PtyChardev"]
 
 _READ_SIZE = 4096
+_MASTER = "pty"
+"""its name in the fd store"""
+_TIOCGPTN = 0x80045430  # include/uapi/asm-generic/ioctls.h; os.ptsname() is there since Python 3.13
 
 
 class PtyChardev(StreamChardev):
@@ -30,26 +36,41 @@ class PtyChardev(StreamChardev):
     """
 
     def __init__(
-        self, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+        self,
+        loop: EventLoop,
+        log: Log,
+        frontend: Frontend,
+        on_connected: Callable[[bool], None],
+        files: KeptFiles | None = None,
     ) -> None:
-        """Opens the pseudo-terminal and logs its name. Raises UsageError."""
-        super().__init__(loop, log, frontend, on_connected)
+        """Opens the pseudo-terminal, or takes up that of the previous process, and logs its name.
+
+        Raises UsageError.
+        """
+        super().__init__(loop, log, frontend, on_connected, files)
         self._inotify = -1
+        master = -1
         try:
-            master, slave = os.openpty()
-        except OSError as error:
-            raise UsageError(str(error.strerror)) from error
-        tty.setraw(slave)
-        self._path = os.ttyname(slave)
-        self._log.info("char device redirected to %s", self._path, event=Event.CHARDEV_AT)
-        os.close(slave)
-        os.set_blocking(master, False)
-        try:
+            if files is not None:
+                master = files.take(_MASTER)
+            is_new = master == -1
+            if is_new:
+                master = _open()
+            self._path = _slave_path(master)
+            if is_new and files is not None:
+                files.put(_MASTER, master)
             self._attach(master)
         except OSError as error:
-            os.close(master)
+            if master != -1:
+                os.close(master)
+            self.arrivals.close()
             raise UsageError(str(error.strerror)) from error
+        self._log.info("char device redirected to %s", self._path, event=Event.CHARDEV_AT)
         self._watch_opens()
+        if not is_new:
+            self._look_again()
+            if self.arrivals.waiting:
+                loop.call_later(0, self._receive)
 
     def close(self) -> None:
         super().close()
@@ -113,3 +134,18 @@ class PtyChardev(StreamChardev):
         # The slave had been closed when the read failed; the next user may have opened it since.
         self._hang_up()
         self._look_again()
+
+
+def _open() -> int:
+    """The master of a new pseudo-terminal in raw mode. Raises OSError."""
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    os.close(slave)
+    os.set_blocking(master, False)
+    return master
+
+
+def _slave_path(master: int) -> str:
+    number = array.array("i", [0])
+    fcntl.ioctl(master, _TIOCGPTN, number)
+    return f"/dev/pts/{number[0]}"

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT
 
 from common.chardev.base import MAX_OUTPUT, Chardev, Frontend
+from common.errors import UsageError
 from common.journal import Log, RateLimited
+from common.keptfiles import KeptFiles
 from common.loop import EventLoop
 
 __all__ = ["StreamChardev"]
@@ -25,8 +27,20 @@ class StreamChardev(Chardev):
     connected = False
 
     def __init__(
-        self, loop: EventLoop, log: Log, frontend: Frontend, on_connected: Callable[[bool], None]
+        self,
+        loop: EventLoop,
+        log: Log,
+        frontend: Frontend,
+        on_connected: Callable[[bool], None],
+        files: KeptFiles | None,
     ) -> None:
+        """Raises UsageError."""
+        try:
+            super().__init__(files)
+        except OSError as error:
+            raise UsageError(str(error.strerror)) from error
+        self._files = files
+        self._max_output = MAX_OUTPUT if files is None else 0  # what is buffered here dies with the process
         self._loop = loop
         self._log = RateLimited(log)
         self._frontend = frontend
@@ -54,13 +68,14 @@ class StreamChardev(Chardev):
                 return len(data)
             if taken == len(data):
                 return taken
-        kept = data[taken : taken + MAX_OUTPUT - len(self._output)]
+        is_waiting = self._blocked or bool(self._output)
+        kept = data[taken : taken + self._max_output - len(self._output)]
         self._output += kept
-        if len(self._output) == len(kept):
-            self._rearm()
         taken += len(kept)
         if taken < len(data):
             self._blocked = True
+        if not is_waiting:
+            self._rearm()
         return taken
 
     def resume(self) -> None:
@@ -76,7 +91,8 @@ class StreamChardev(Chardev):
     def close(self) -> None:
         self.connected = False
         if self._fd >= 0:
-            self._detach()
+            self._close_fd(self._detach())
+        self.arrivals.close()
 
     def _name(self) -> str:
         """The path that a user opens or connects to."""
@@ -88,19 +104,19 @@ class StreamChardev(Chardev):
         self._hup.register(fd, 0)
         self._fd = fd
 
-    def _detach(self) -> None:
-        """Stops to watch the fd, and closes it."""
+    def _detach(self) -> int:
+        """Stops to watch the fd, and returns it."""
         fd, self._fd = self._fd, -1
         self._loop.remove(fd)
         self._hup.unregister(fd)
-        self._close_fd(fd)
+        return fd
 
     def _close_fd(self, fd: int) -> None:
         os.close(fd)
 
     def _read(self, size: int) -> bytes:
         """Input, ``size`` bytes at most; empty at its end. Raises OSError."""
-        return os.read(self._fd, size)
+        return self.arrivals.read(self._fd, size)
 
     def _has_input(self) -> bool:
         """Whether there is a source of input; it may have none at present."""
@@ -151,7 +167,7 @@ class StreamChardev(Chardev):
         return bool(self._hup.poll(0))
 
     def _rearm(self) -> None:
-        self._loop.modify(self._fd, EPOLLIN | EPOLLET | (EPOLLOUT if self._output else 0))
+        self._loop.modify(self._fd, EPOLLIN | EPOLLET | (EPOLLOUT if self._output or self._blocked else 0))
 
     def _on_event(self, events: int) -> None:
         if events & EPOLLOUT or self._output:  # only a write tells that a client reads no more
@@ -170,8 +186,10 @@ class StreamChardev(Chardev):
                 return
         if self._output:
             return
+        is_blocked, self._blocked = self._blocked, False
         self._rearm()
-        self._unblock()
+        if is_blocked:
+            self._frontend.transmit_ready()
 
     def _receive(self) -> None:
         while self._has_input():
@@ -193,3 +211,4 @@ class StreamChardev(Chardev):
             if not self.connected:
                 self._look_again()
             self._frontend.receive(data)
+            self.arrivals.done(len(data))

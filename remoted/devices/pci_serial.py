@@ -31,7 +31,7 @@ class PciSerial(PciFunction):
         Option("carrier", bool, False, "whether DCD and DSR are on only while a user is connected"),
     )
 
-    PARTS = ("_uart", "_uart.modem")
+    PARTS = ("_uart", "_uart.modem", "_chardev.arrivals")
 
     def __init__(self, host: Host, options: Mapping[str, str]) -> None:
         """Opens the chardev. Raises UsageError."""
@@ -40,7 +40,7 @@ class PciSerial(PciFunction):
         self._in_access = False
         self._uart = Uart16550(self._on_irq, self._transmit, host.loop.call_later, self._input_ready)
         self._chardev = open_chardev(
-            self.options["chardev"], host.loop, host.log, self._uart, self._on_connected
+            self.options["chardev"], host.loop, host.log, self._uart, self._on_connected, host.files
         )
         self.amiss.add(self._chardev.amiss)
         self._on_connected(self._chardev.connected)
@@ -75,6 +75,7 @@ class PciSerial(PciFunction):
         self._uart.reset()
 
     def restored(self) -> None:
+        self._chardev.restored()
         self._uart.restored()
         self._on_connected(self._chardev.connected)
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from types import FrameType
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
+from typing import ClassVar, Self
 
 import pytest
 
@@ -23,13 +19,12 @@ from remoted.host import Host
 from remoted.keptlink import KeptLink
 from remoted.memory import GuestMemory
 from remoted.state import FunctionState
+from tests.support.killing import killed_at
 from tests.support.remotebench import IO_BASE, Recorder
 
 COUNT, LAST = 0, 4
-
-
-class Killed(BaseException):
-    """The process is gone."""
+SOURCES = (keptlink.__file__, state.__file__)
+"""what must stand a kill at any line"""
 
 
 class Counter(PciFunction):
@@ -131,38 +126,6 @@ def bench() -> Iterator[Bench]:
     bench.close()
 
 
-def killed_at(line: int, work: Callable[[], object]) -> bool:
-    """Does the work, up to so many lines of the modules that must stand a kill; whether there were so many.
-
-    In a thread of its own: an exception that a trace function raises within an except clause leaves the exception
-    before it behind in the thread's state.
-    """
-    sources = {keptlink.__file__, state.__file__}
-    left = line
-
-    def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename not in sources:
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                raise Killed
-        return trace
-
-    def run() -> None:
-        sys.settrace(trace)
-        try:
-            with suppress(Killed):
-                work()
-        finally:
-            sys.settrace(None)
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(run).result()
-    return left <= 0
-
-
 def test_kill_at_any_line(bench: Bench) -> None:
     """A write counts once, and is answered once, wherever the first process was and wherever the second."""
     count, line = 0, 1
@@ -174,7 +137,7 @@ def test_kill_at_any_line(bench: Bench) -> None:
         assert bench.reply() == 0
         bench.request(Command.BAR_WRITE, BAR.pack(IO_BASE, 0xA0 + count % 16, 1, False))
         count += 2
-        was_killed = killed_at(line, process.serve)
+        was_killed = killed_at(line, process.serve, SOURCES)
         process.vanish()
         successor = Process(bench.files).start()
         successor.serve()
@@ -196,11 +159,11 @@ def test_kill_of_the_successor_too(bench: Bench, stride: int) -> None:
         process = Process(bench.files).start()
         bench.request(Command.BAR_WRITE, BAR.pack(IO_BASE, count, 4, False))
         count += 1
-        first_was_killed = killed_at(line, process.serve)
+        first_was_killed = killed_at(line, process.serve, SOURCES)
         process.vanish()
         second += stride
         process = Process(bench.files)
-        if not killed_at(second, process.start_and_serve):
+        if not killed_at(second, process.start_and_serve, SOURCES):
             second = 0
         process.vanish()
         successor = Process(bench.files).start()

@@ -83,11 +83,11 @@ class UnixChardev(StreamChardev):
         return self._listener.path
 
     def _on_client(self, sock: socket.socket) -> None:
-        peer = str(peer_credentials(sock))
         self._number += 1
         client = _Client(sock, f"{_CLIENT}{self._number}")
         if self._files is not None:
             self._files.put(client.name, sock.fileno())
+        peer = str(peer_credentials(sock))
         try:
             self._begin(client)
         except OSError:

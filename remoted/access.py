@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from common import pci
 from common.pci import Bar
+from remoted.configspace import ConfigSpace
 from remoted.guard import CONFIG_SPACE, DEVICE_ERRORS, Guard, as_int
 from remoted.windows import Area, Window, decode, is_cut, without_areas
 
@@ -26,22 +27,18 @@ class BusTarget:
     def __init__(
         self,
         guard: Guard,
-        config: bytearray,
-        wmask: bytearray,
+        space: ConfigSpace,
         bars: Mapping[int, Bar],
         areas: Mapping[int, Sequence[Area]],
-        watched_end: int,
     ) -> None:
-        """``areas`` are those that the device's code does not serve, by BAR, in order of offset.
-
-        config_written() is called for what lies between the command register and ``watched_end``.
-        """
+        """``areas`` are those that the device's code does not serve, by BAR, in order of offset."""
         self.__guard = guard
         self.__watchdog = guard.watchdog
-        self.__config = config
-        self.__config_size = len(config)
-        self.__wmask = wmask
-        self.__watched_end = watched_end
+        self.__space = space
+        self.__config = space.data
+        self.__config_size = len(space.data)
+        self.__wmask = space.wmask
+        self.__watched_end = space.watched_end
         self.__bars = bars
         self.__areas = areas
         self.__sizes: dict[int, int] = {}
@@ -74,10 +71,10 @@ class BusTarget:
             config[offset] = config[offset] & ~mask | byte & mask
             value >>= 8
         if addr < self.__watched_end and addr + size > pci.PCI_COMMAND:
-            self.config_written(addr, size)
+            self.config_written()
 
-    def config_written(self, addr: int, size: int) -> None:
-        """For the base class: these bytes of config space may have changed."""
+    def config_written(self) -> None:
+        """For the base class: what has an effect on it may have changed in config space."""
 
     @property
     def config_size(self) -> int:
@@ -94,8 +91,9 @@ class BusTarget:
         """Whether the guest has placed and enabled one of its BARs, without which no driver reaches the device."""
         return self.__is_decoded or not self.__bars
 
-    def decode_bars(self, is_awake: bool) -> None:
-        """For the base class: decodes the BARs as config space says, or none at all while it isn't awake."""
+    def decode_bars(self) -> None:
+        """For the base class: decodes the BARs as config space says, or none at all in D3hot."""
+        is_awake = self.__space.is_awake
         windows = decode(self.__config, self.__bars) if is_awake else []
         self.__is_decoded = bool(windows)
         self.__sizes = {number: bar.size for number, bar in self.__bars.items()} if is_awake else {}

@@ -11,6 +11,7 @@ from common import pci
 from common.errors import UsageError
 from common.options import COMMON_KEYS, KEY
 from common.pci import Bar, BarKind
+from remoted.capabilities import Capability, PciExpress
 from remoted.msi import Msi, Msix
 from remoted.options import Option
 
@@ -59,6 +60,7 @@ _RESERVED = (
     "lower_irq",
     "vectors",
     "shared_memory",
+    "capability_offset",
     "bar_memory",
     "release_pending",
     "bars",
@@ -112,6 +114,7 @@ def check_declaration(function: object, base: type) -> None:
     bars: Any = getattr(function, "BARS", None)
     _check_bars(bars)
     _check_messages(function)
+    _check_capabilities(getattr(function, "CAPABILITIES", None))
     _check_registers(getattr(function, "REGISTERS", None), bars)
     check_options(getattr(function, "OPTIONS", None))
 
@@ -150,7 +153,9 @@ def _check_shared(number: int, bar: Bar) -> None:
     if not isinstance(shared, tuple) or not all(
         isinstance(area, tuple) and len(area) == 2 and all(map(_is_int, area)) for area in shared
     ):
-        raise UsageError(f"BAR {number}: shared {_shown(shared)} is neither a bool nor a tuple of (OFFSET, SIZE)")
+        raise UsageError(
+            f"BAR {number}: shared {_shown(shared)} is neither a bool nor a tuple of (OFFSET, SIZE)"
+        )
     if shared and bar.kind is BarKind.IO:
         raise UsageError(f"BAR {number}: an I/O BAR can't be shared memory")
     if len(shared) > _MAX_AREAS:
@@ -180,6 +185,25 @@ def _check_messages(function: object) -> None:
         raise UsageError(f"NEEDS_MESSAGES {_shown(needs)} is neither True nor False")
     if needs and not declared:
         raise UsageError("NEEDS_MESSAGES is True, but the class declares neither MSI nor MSIX")
+
+
+def _check_capabilities(capabilities: Any) -> None:
+    if not isinstance(capabilities, Sequence) or isinstance(capabilities, str | bytes):
+        raise UsageError(f"CAPABILITIES {_shown(capabilities)} is not a tuple of capabilities")
+    kinds: list[type] = []
+    for each in capabilities:
+        kind = type(each)
+        if isinstance(each, Msi | Msix):
+            raise UsageError(f"CAPABILITIES: {kind.__name__} is declared as {kind.__name__.upper()} = ...")
+        if not isinstance(each, Capability):
+            raise UsageError(f"CAPABILITIES: {_shown(each)} is not a capability such as PciExpress()")
+        if each.IS_UNIQUE and kind in kinds:
+            raise UsageError(f"CAPABILITIES: {kind.__name__} is declared twice")
+        each.check()
+        kinds.append(kind)
+    for each in capabilities:
+        if each.IS_EXTENDED and PciExpress not in kinds:
+            raise UsageError(f"CAPABILITIES: {type(each).__name__} needs PciExpress()")
 
 
 def _check_registers(registers: Any, bars: Mapping[int, Bar]) -> None:

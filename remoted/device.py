@@ -11,6 +11,13 @@ from common.fields import buffer, register, set_to_reset_values
 from common.journal import RateLimited
 from common.loop import EventLoop, Timer
 from common.pci import Bar, BarKind
+from remoted.capabilities import (
+    DeviceSerialNumber,
+    ExtendedVendorSpecific,
+    PciExpress,
+    PowerManagement,
+    VendorSpecific,
+)
 from remoted.function import PciFunction
 from remoted.host import Host, PeriodicTimer
 from remoted.memory import DmaError, GuestMemory
@@ -20,18 +27,23 @@ from remoted.options import Option
 __all__ = [
     "Bar",
     "BarKind",
+    "DeviceSerialNumber",
     "DmaError",
     "EventLoop",
+    "ExtendedVendorSpecific",
     "GuestMemory",
     "Host",
     "Msi",
     "Msix",
     "Option",
+    "PciExpress",
     "PciFunction",
     "PeriodicTimer",
+    "PowerManagement",
     "RateLimited",
     "Timer",
     "UsageError",
+    "VendorSpecific",
     "buffer",
     "register",
     "set_to_reset_values",

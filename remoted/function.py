@@ -22,8 +22,8 @@ from common.errors import UsageError
 from common.fields import fields_of, set_to_reset_values
 from common.pci import Bar
 from remoted.access import BusTarget
-from remoted.capabilities import Capability, add_capabilities
-from remoted.configspace import power_on_config, write_masks
+from remoted.capabilities import Capability
+from remoted.configspace import ConfigSpace
 from remoted.declaration import check_declaration
 from remoted.guard import GuardedAmiss
 from remoted.host import Host, PeriodicTimer
@@ -34,15 +34,6 @@ from remoted.sharedmemory import SharedArea, SharedMemory
 from remoted.windows import Area
 
 __all__ = ["PciFunction"]
-
-_BARS_END = pci.PCI_BASE_ADDRESS_0 + 4 * pci.PCI_NUM_BARS
-_RESET_SPANS = (
-    (pci.PCI_COMMAND, 2),
-    (pci.PCI_CACHE_LINE_SIZE, 1),
-    (pci.PCI_BASE_ADDRESS_0, 4 * pci.PCI_NUM_BARS),
-    (pci.PCI_INTERRUPT_LINE, 1),
-)
-"""offsets and lengths, in the header, of what a reset sets to power-on values"""
 
 
 class PciFunction(BusTarget):
@@ -65,6 +56,8 @@ class PciFunction(BusTarget):
     """by BAR number, 0 to 5; one of kind MEM64 occupies the next number too"""
     MSI: ClassVar[Msi | None] = None
     MSIX: ClassVar[Msix | None] = None
+    CAPABILITIES: ClassVar[Sequence[Capability]] = ()
+    """further capabilities, in the order in which config space has them"""
     NEEDS_MESSAGES: ClassVar[bool] = False
     """whether the device is of no use with its INTx line alone"""
     REGISTERS: ClassVar[Mapping[int, Mapping[int, str]]] = {}
@@ -97,18 +90,11 @@ class PciFunction(BusTarget):
         bars, msix = dict(self.BARS), self.MSIX
         if msix is not None and (msix.bar is not None or port is not None):
             msix, bars = place_msix(msix, bars)
-        self.__wmask = write_masks(bars, pci.PCI_CONFIG_SIZE)
-        self.__config = power_on_config(self, bars, pci.PCI_CONFIG_SIZE)
-        self.__interrupts = Interrupts(host, self.__config, self.INTERRUPT_PIN, self.MSI, msix)
-        shown: list[Capability] = (
-            [] if port is None else [each for each in (self.MSI, msix) if each is not None]
-        )
-        offsets = add_capabilities(shown, self.__config, self.__wmask)
-        for capability, offset in zip(shown, offsets, strict=True):
-            if port is not None and isinstance(capability, Msi):
-                self.__interrupts.show_msi(capability, port, offset)
-            elif port is not None and isinstance(capability, Msix):
-                self.__interrupts.show_msix(capability, port, offset)
+        messages = [each for each in (self.MSI, msix) if each is not None and port is not None]
+        space = ConfigSpace(self, bars, _shown(self.CAPABILITIES, messages, port is not None))
+        self.__space = space
+        self.__config = space.data
+        self.__interrupts = Interrupts(host, space, self.INTERRUPT_PIN, self.MSI, msix)
         self.__shared = {
             number: SharedMemory(number, bar, host.kept_memory(number))
             for number, bar in bars.items()
@@ -121,13 +107,7 @@ class PciFunction(BusTarget):
         if msix is not None and msix.bar is not None:
             areas.setdefault(msix.bar, []).extend(self.__interrupts.areas)
             areas[msix.bar].sort(key=lambda area: area.start)
-        watched_end = pci.PCI_CONFIG_SIZE if shown else _BARS_END
-        self.__power_on = bytes(self.__config)
-        self.__reset_spans = [
-            *_RESET_SPANS,
-            *((offset, 2 + len(each.body())) for offset, each in zip(offsets, shown, strict=True)),
-        ]
-        super().__init__(host.guard, self.__config, self.__wmask, bars, areas, watched_end)
+        super().__init__(host.guard, space, bars, areas)
         host.memory.is_bus_master = False
         set_to_reset_values(self)
 
@@ -172,6 +152,13 @@ class PciFunction(BusTarget):
         """
         self.__interrupts.lower_irq(vector)
 
+    def capability_offset(self, capability: Capability) -> int:
+        """Where in config space one of CAPABILITIES is, for a device that reads what the guest has written to it.
+
+        Raises LookupError for one that is not shown: an extended one, where the transport is mpqemu.
+        """
+        return self.__space.offset_of(capability)
+
     def bar_memory(self, bar: int) -> memoryview:
         """The shared memory of a BAR, as long as the BAR; where it has registers, it is not used.
 
@@ -201,8 +188,8 @@ class PciFunction(BusTarget):
 
     @property
     def is_bus_master(self) -> bool:
-        """Whether the guest has set bus mastering in the command register, without which all DMA fails."""
-        return bool(self.__config[pci.PCI_COMMAND] & pci.PCI_COMMAND_MASTER)
+        """Whether the guest lets it do DMA, and send messages: bus mastering is set, and the function in D0."""
+        return self.__space.is_bus_master
 
     @property
     def intx_level(self) -> bool:
@@ -240,20 +227,17 @@ class PciFunction(BusTarget):
         return bool(self.__config)
 
     def full_reset(self) -> bool:
-        """What a conventional reset does: lowers the line, config space to power-on values, then reset().
+        """What a reset does: lowers the line, config space to power-on values, then reset().
 
-        False when the device's own code failed. The order is that of pci_do_device_reset() in QEMU's
-        hw/pci/pci.c; config space from 0x40 on is left alone there too, but for capabilities.
+        It is the same for the bus's reset, a function-level reset, and the way from D3hot to D0. False when the
+        device's own code failed. The order is that of pci_do_device_reset() in QEMU's hw/pci/pci.c.
         """
         self.__guard.forgive()
         for timer in self.__timers:
             timer.cancel()
         is_lowered = self.drive_intx(False)
         self.__interrupts.reset()
-        config, wmask = self.__config, self.__wmask
-        for start, length in self.__reset_spans:
-            for offset in range(start, start + length):
-                config[offset] = config[offset] & ~wmask[offset] | self.__power_on[offset] & wmask[offset]
+        self.__space.reset()
         self.__config_changed()
         set_to_reset_values(self)
         with self.__guard.running("reset") as run:
@@ -279,7 +263,7 @@ class PciFunction(BusTarget):
         Drives no line, sends nothing, and calls no code of the device; that is for go_on() and release_pending().
         Returns the level that was asserted.
         """
-        self.__config[:] = config
+        self.__space.resume(config)
         self.__decode()
         self.__interrupts.resume(vectors, level)
         return self.__interrupts.is_asserted
@@ -328,14 +312,27 @@ class PciFunction(BusTarget):
         with self.__guard.running("sending what is pending"):
             self.__interrupts.release_pending(kind, start, count)
 
-    def config_written(self, addr: int, size: int) -> None:
+    def config_written(self) -> None:
         """Command, a BAR or a capability may have been written: lets it take effect."""
-        self.__config_changed()
+        if self.__space.settle():
+            self.full_reset()
+        else:
+            self.__config_changed()
 
     def __config_changed(self) -> None:
         self.__decode()
-        self.__interrupts.config_changed(is_awake=True)
+        self.__interrupts.config_changed()
 
     def __decode(self) -> None:
-        self.decode_bars(is_awake=True)
-        self.__host.memory.is_bus_master = self.is_bus_master
+        self.decode_bars()
+        self.__host.memory.is_bus_master = self.__space.is_bus_master
+
+
+def _shown(
+    declared: Sequence[Capability], messages: Sequence[Capability], has_extended: bool
+) -> list[Capability]:
+    """What config space shows: mpqemu's clients reach 256 bytes of it only.
+
+    Messages come last: with and without them the others are at the same offsets.
+    """
+    return [*(each for each in declared if has_extended or not each.IS_EXTENDED), *messages]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from common import pci
+from remoted.configspace import ConfigSpace
 from remoted.host import Host
 from remoted.msi import (
     ENTRY_SIZE,
@@ -155,7 +156,7 @@ class MsixArea:
 class Interrupts:
     """The level that a device drives, the vectors that it has raised, and what is signalled of them."""
 
-    def __init__(self, host: Host, config: bytearray, pin: int, msi: Msi | None, msix: Msix | None) -> None:
+    def __init__(self, host: Host, space: ConfigSpace, pin: int, msi: Msi | None, msix: Msix | None) -> None:
         """``msi`` and ``msix`` are what the class declares, whether the transport carries them or not."""
         self.level = False
         """set_intx()'s"""
@@ -164,9 +165,9 @@ class Interrupts:
         self.areas: tuple[MsixArea, ...] = ()
         """of the BAR that msix.bar names"""
         self._set_irq = host.set_irq
-        self._config = config
+        self._space = space
+        self._config = space.data
         self._has_pin = pin != 0
-        self._is_awake = True
         self._may_drive = self._has_pin
         self._may_send = False
         self._raised = 0
@@ -183,23 +184,24 @@ class Interrupts:
         view = memoryview(self.state)
         self._bits = view[:size]
         self._msi_pending = view[size : size + 4]
-        self._pba = view[size + 4 : size + 4 + pba_size]
+        pba = view[size + 4 : size + 4 + pba_size]
         self._table = view[size + 4 + pba_size :]
         self._table[:] = _MASKED * (table_size // ENTRY_SIZE)
         if msix is not None and msix.pba is not None:
             self.areas = (
                 MsixArea(msix.table, self._table, is_writable=True),
-                MsixArea(msix.pba, self._pba, is_writable=False),
+                MsixArea(msix.pba, pba, is_writable=False),
             )
-
-    def show_msi(self, msi: Msi, port: VectorPort, offset: int) -> None:
-        """Config space has the capability at this offset."""
-        self._kinds[VectorKind.MSI] = _MsiMessages(msi, port, self._config, offset, self._msi_pending)
-
-    def show_msix(self, msix: Msix, port: VectorPort, offset: int) -> None:
-        """As show_msi(); it comes first."""
-        messages = _MsixMessages(msix.vectors, port, self._config, offset, self._pba)
-        self._kinds = {VectorKind.MSIX: messages, **self._kinds}
+        if host.vectors is not None and msix is not None:
+            offset = space.offset_of(msix)
+            self._kinds[VectorKind.MSIX] = _MsixMessages(
+                msix.vectors, host.vectors, self._config, offset, pba
+            )
+        if host.vectors is not None and msi is not None:
+            offset = space.offset_of(msi)
+            self._kinds[VectorKind.MSI] = _MsiMessages(
+                msi, host.vectors, self._config, offset, self._msi_pending
+            )
 
     def vectors(self, kind: VectorKind) -> int:
         """How many config space shows."""
@@ -246,9 +248,8 @@ class Interrupts:
         if self._current is not None and self._current.kind is kind and self._may_send:
             self._current.release(start, count)
 
-    def config_changed(self, is_awake: bool) -> None:
+    def config_changed(self) -> None:
         """Command or a capability was written: what they enable takes effect."""
-        self._is_awake = is_awake
         self._look()
         self._update_line()
         if self._current is not None and self._may_send:
@@ -276,9 +277,9 @@ class Interrupts:
         """Finds out what is enabled."""
         config = self._config
         self._current = next((each for each in self._kinds.values() if each.is_enabled), None)
-        self._may_send = self._is_awake and bool(config[pci.PCI_COMMAND] & pci.PCI_COMMAND_MASTER)
+        self._may_send = self._space.is_bus_master
         is_disabled = config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
-        self._may_drive = self._has_pin and not is_disabled and self._is_awake and self._current is None
+        self._may_drive = self._has_pin and not is_disabled and self._current is None and self._space.is_awake
 
     def _forget(self, messages: _Messages, vector: int) -> None:
         """The cause of a message is gone, unless another vector that is raised shares it."""

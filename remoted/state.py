@@ -230,6 +230,8 @@ def _digest(function: PciFunction, fields: list[tuple[str, Register | Buffer]]) 
         bars,
         kind.MSI,
         kind.MSIX,
+        kind.CAPABILITIES,
+        function.config_size,
         shown,
         fields,
     )

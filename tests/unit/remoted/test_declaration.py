@@ -9,7 +9,20 @@ import pytest
 
 from common.errors import UsageError
 from common.loop import Loop
-from remoted.device import Bar, BarKind, Host, Msi, Msix, Option, PciFunction
+from remoted.device import (
+    Bar,
+    BarKind,
+    DeviceSerialNumber,
+    ExtendedVendorSpecific,
+    Host,
+    Msi,
+    Msix,
+    Option,
+    PciExpress,
+    PciFunction,
+    PowerManagement,
+    VendorSpecific,
+)
 from remoted.memory import GuestMemory
 from tests.support.remotebench import Recorder
 
@@ -67,13 +80,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"BARS": {0: shared((0, 4096))}}, "BAR 0: shared (0, 4096) is neither a bool nor"),
     ({"BARS": {0: shared(((0, True),))}}, "BAR 0: shared ((0, True),) is neither a bool nor"),
     ({"BARS": {0: shared(((0, 0),))}}, "BAR 0: the shared area (0x0, 0x0) is not whole pages of 4096 bytes"),
-    ({"BARS": {0: shared(((2048, 4096),))}}, "BAR 0: the shared area (0x800, 0x1000) is not whole pages of 4096"),
+    (
+        {"BARS": {0: shared(((2048, 4096),))}},
+        "BAR 0: the shared area (0x800, 0x1000) is not whole pages of 4096",
+    ),
     ({"BARS": {0: shared(((-4096, 4096),))}}, "BAR 0: the shared area (-0x1000, 0x1000) is not whole pages"),
     (
         {"BARS": {0: shared(((0x2000, 0x2000), (0x1000, 0x2000)))}},
         "BAR 0: the shared area (0x2000, 0x2000) overlaps another one",
     ),
-    ({"BARS": {0: shared(((0x3000, 0x2000),))}}, "BAR 0: the shared area (0x3000, 0x2000) ends behind the BAR"),
+    (
+        {"BARS": {0: shared(((0x3000, 0x2000),))}},
+        "BAR 0: the shared area (0x3000, 0x2000) ends behind the BAR",
+    ),
     (
         {"BARS": {0: Bar(BarKind.MEM64, 1 << 62, shared=True)}},
         "BAR 0: no shared memory of 0x4000000000000000 bytes: ",
@@ -104,6 +123,41 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"MSIX": Msix(4, bar=0, pba=0x1000), "BARS": {0: shared(((0x1000, 0x1000),))}},
         "MSIX: table or pba overlap the shared memory at 0x1000 of BAR 0",
+    ),
+    ({"CAPABILITIES": PciExpress()}, "CAPABILITIES PciExpress() is not a tuple of capabilities"),
+    ({"CAPABILITIES": b"123"}, "CAPABILITIES b'123' is not a tuple of capabilities"),
+    ({"CAPABILITIES": (b"123",)}, "CAPABILITIES: b'123' is not a capability such as PciExpress()"),
+    ({"CAPABILITIES": (PciExpress,)}, "CAPABILITIES: <class 'remoted.capabilities.PciExpress'> is not a"),
+    ({"CAPABILITIES": (Msix(4),)}, "CAPABILITIES: Msix is declared as MSIX = ..."),
+    (
+        {"CAPABILITIES": (PowerManagement(), PowerManagement(True))},
+        "CAPABILITIES: PowerManagement is declared",
+    ),
+    (
+        {"CAPABILITIES": (PowerManagement(YES),)},
+        "CAPABILITIES: no_soft_reset 'yes' is neither True nor False",
+    ),
+    ({"CAPABILITIES": (DeviceSerialNumber(1),)}, "CAPABILITIES: DeviceSerialNumber needs PciExpress()"),
+    (
+        {"CAPABILITIES": (PciExpress(), DeviceSerialNumber(1 << 64))},
+        "CAPABILITIES: the serial number 184467440",
+    ),
+    (
+        {"CAPABILITIES": (VendorSpecific(KIND),)},
+        "CAPABILITIES: content 'mem32' of VendorSpecific is not bytes",
+    ),
+    ({"CAPABILITIES": (VendorSpecific(bytes(253)),)}, "CAPABILITIES: VendorSpecific holds at most 252 bytes"),
+    (
+        {"CAPABILITIES": (VendorSpecific(b"", b"1"),)},
+        "CAPABILITIES: writable of VendorSpecific is longer than",
+    ),
+    (
+        {"CAPABILITIES": (ExtendedVendorSpecific(1 << 16, b""),)},
+        "CAPABILITIES: vsec_id 65536 is not a number",
+    ),
+    (
+        {"CAPABILITIES": (ExtendedVendorSpecific(1, b"", 16),)},
+        "CAPABILITIES: revision 16 is not a number",
     ),
     ({"NEEDS_MESSAGES": 1, "MSI": Msi()}, "NEEDS_MESSAGES 1 is neither True nor False"),
     ({"NEEDS_MESSAGES": True}, "NEEDS_MESSAGES is True, but the class declares neither MSI nor MSIX"),

@@ -18,7 +18,7 @@ from typing import Self
 from common.errors import ProtocolError, ShortageError
 from common.eventsignal import EventSignal
 
-__all__ = ["EventNotifier", "adopt_pair", "is_eventfd"]
+__all__ = ["EventNotifier", "adopt_eventfd", "adopt_pair", "is_eventfd"]
 
 _EVENTFD = "anon_inode:[eventfd]"
 
@@ -100,9 +100,15 @@ def adopt_pair(
     if identities[0] == identities[1]:
         raise ProtocolError("irqfd and resamplefd are the same eventfd")
     for identity in identities:
-        if is_foreign(identity):
-            raise ProtocolError("an eventfd that another device uses")
+        _check_owner(identity, is_foreign)
     return EventNotifier(irqfd, identities[0]), EventNotifier(resamplefd, identities[1])
+
+
+def adopt_eventfd(fd: int, is_foreign: Callable[[str], bool]) -> EventNotifier:
+    """Takes ownership of one received eventfd; as adopt_pair() otherwise."""
+    identity = _identify(fd)
+    _check_owner(identity, is_foreign)
+    return EventNotifier(fd, identity)
 
 
 def is_eventfd(fd: int) -> bool:
@@ -110,6 +116,11 @@ def is_eventfd(fd: int) -> bool:
     with contextlib.suppress(OSError):
         return _kind(fd) == _EVENTFD
     return False
+
+
+def _check_owner(identity: str, is_foreign: Callable[[str], bool]) -> None:
+    if is_foreign(identity):
+        raise ProtocolError("an eventfd that another device uses")
 
 
 def _identify(fd: int) -> str:

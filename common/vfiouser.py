@@ -45,6 +45,7 @@ __all__ = [
     "IrqFlag",
     "IrqIndex",
     "IrqSetFlag",
+    "RefusedError",
     "RegionFlag",
     "RegionIndex",
     "Rule",
@@ -197,6 +198,15 @@ CAPABILITIES = {
     "pgsizes": 4096,
 }
 """what this side tells in its answer to VERSION"""
+
+
+class RefusedError(ProtocolError):
+    """A request that is answered with an errno, after which the session goes on."""
+
+    def __init__(self, code: int, text: str = "") -> None:
+        """``text`` says what is wrong with the request; none if a client may well ask for what there isn't."""
+        super().__init__(text)
+        self.code = code
 
 
 class Rule(NamedTuple):

@@ -92,22 +92,22 @@ class RemotedService(Remoted):
 
 
 def _function_status(config: DeviceConfig, server: DeviceServer) -> Function:
-    pirq, session = server.pirq, server.session
+    line, session = server.line, server.session
     status = Function(
         id=config.id,
         addr=format_devfn(config.devfn),
         model=config.model or "",
         level=server.function.intx_level,
-        asserted=bool(pirq.level),
-        raised=pirq.raised,
-        resamples=pirq.resamples,
-        reasserts=pirq.reasserts,
+        asserted=bool(line.level),
+        raised=line.raised,
+        resamples=line.resamples,
+        reasserts=line.reasserts,
         rejected=server.rejected,
         refused=server.refused,
         accesses=server.accesses,
         quiet_seconds=int(server.quiet_seconds()),
         errors=server.function.errors,
-        has_irqfd=pirq.has_irqfd,
+        has_irqfd=line.has_irqfd,
         link=Link.connected if session else Link.waiting if server.is_listening else Link.closed,
         amiss=server.function.amiss.texts(),
         counters=_counters(server.function),

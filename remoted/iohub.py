@@ -64,6 +64,10 @@ class Line:
         """Whether there is an eventfd that asserts the line in the guest."""
         raise NotImplementedError
 
+    def set_irq(self, asserted: bool) -> None:
+        """One source asserts the line, or no longer asserts it."""
+        raise NotImplementedError
+
     def is_foreign(self, identity: str) -> bool:
         """Whether the eventfd is in use by another line."""
         return self._owners.get(identity, self) is not self
@@ -89,7 +93,6 @@ class Pirq(Line):
         return -1 if self._resamplefd is None else self._resamplefd.fd
 
     def set_irq(self, asserted: bool) -> None:
-        """One source asserts the line, or no longer asserts it."""
         if asserted:
             self.level += 1
             if self.level == 1:

@@ -22,7 +22,7 @@ from common.journal import RateLimited
 from common.messages import Event
 from common.notifier import EventNotifier, adopt_pair
 from remoted.function import PciFunction
-from remoted.iohub import Pirq
+from remoted.iohub import Line, Pirq
 from remoted.keptlink import KeptLink
 from remoted.ramfiles import RamFiles
 from remoted.sharedmemory import SharedMemory, bar_memory_name
@@ -42,7 +42,7 @@ class Keeper:
         ram_files: RamFiles,
         devfn: int,
         function: PciFunction,
-        pirq: Pirq,
+        line: Line,
         disposal: Disposal,
     ) -> None:
         """Gives the function the state that the process before this one left, or resets it. Raises OSError."""
@@ -50,7 +50,7 @@ class Keeper:
         self._ram_files = ram_files
         self._prefix = f"{devfn:02x}."
         self._function = function
-        self._pirq = pirq
+        self._line = line
         self._disposal = disposal
         self._log = RateLimited(function.host.log)
         self._names: set[str] = set()
@@ -65,12 +65,12 @@ class Keeper:
         if self._state.is_new:
             function.full_reset()
         else:
-            pirq.level = int(self._state.restore())
+            line.level = int(self._state.restore())
         self.commit()
         function.host.guard.on_done = self.commit
         if function.host.files is not None:
             function.host.files.commit = self.commit
-        pirq.owes_assert = self._state.owes_assert
+        line.owes_assert = self._state.owes_assert
 
     def go_on(self) -> None:
         """Lets the function go on, once its link, eventfds and RAM are there again."""
@@ -93,9 +93,10 @@ class Keeper:
         self.forget()
         return None
 
-    def link(self, sock: socket.socket) -> KeptLink:
-        """A link over the socket, which it owns: a new one, or with the eventfds and RAM of the one before.
+    def link(self, sock: socket.socket, pirq: Pirq) -> KeptLink:
+        """A link over the socket, which it owns: a new one, or with the RAM of the one before, and its eventfds.
 
+        ``pirq`` is the function's, and gets the eventfds.
         Raises PeerGone and ProtocolError, when a socket from take_socket() has come to its end, and ShortageError.
         The socket is closed then, and forgotten.
         """
@@ -106,7 +107,7 @@ class Keeper:
             except IohubError:
                 self.forget()
                 raise
-            self._resume_irqfds()
+            self._resume_irqfds(pirq)
             self._resume_ram()
             return self._link
         try:
@@ -195,7 +196,7 @@ class Keeper:
     def close(self) -> None:
         """Closes the state; the store keeps it."""
         self._function.host.guard.on_done = None
-        self._pirq.owes_assert = bytearray(1)
+        self._line.owes_assert = bytearray(1)
         self._state.close()
 
     def _keep_bar_memory(self) -> None:
@@ -234,18 +235,18 @@ class Keeper:
         )
         self._amiss.append(f"its state can't be kept, a restart starts it from reset: {reason}")
 
-    def _resume_irqfds(self) -> None:
+    def _resume_irqfds(self, pirq: Pirq) -> None:
         fds = [self._take(name) for name in _irqfd_names(self._state.irqfds)]
         try:
             if -1 in fds:
                 raise ProtocolError("they are not both in the fd store")
-            irqfd, resamplefd = adopt_pair(fds[0], fds[1], self._pirq.is_foreign)
+            irqfd, resamplefd = adopt_pair(fds[0], fds[1], pirq.is_foreign)
         except IohubError as error:
             self._disposal.close_fds(fd for fd in fds if fd != -1)
             if self._state.irqfds:
                 self._log.warning("its eventfds can't be used again: %s", error, event=Event.RESUME_FAILED)
         else:
-            self._pirq.resume(irqfd, resamplefd)
+            pirq.resume(irqfd, resamplefd)
 
     def _resume_ram(self) -> None:
         table, names = self._state.ram_table

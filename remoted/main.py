@@ -116,12 +116,12 @@ class Remoted:
 
     def _describe(self) -> str:
         """The state in one line, with the interrupts of the time since the line before."""
-        pirqs = [server.pirq for server in self._roster.servers]
+        servers = self._roster.servers
         (before, count), now = self._counted, self._loop.time()
-        self._counted = now, sum(pirq.raised + pirq.reasserts for pirq in pirqs)
+        self._counted = now, sum(server.interrupt_count for server in servers)
         rate = (self._counted[1] - count) / (now - before) if now > before else 0.0
-        linked = sum(server.session is not None for server in self._roster.servers)
-        return f"{len(pirqs)} functions, {linked} of them linked, {rate:.0f} interrupts/s"
+        linked = sum(server.session is not None for server in servers)
+        return f"{len(servers)} functions, {linked} of them linked, {rate:.0f} interrupts/s"
 
     def _refuse_calls(self, doing: Doing, seconds: float) -> None:
         """Says at the control socket what keeps the loop from answering there; in the watchdog's thread."""

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guest RAM as SYNC_SYSMEM describes it, and DMA to it.
+"""Guest RAM as a client describes it, and DMA to it.
 
-A client sends the whole table each time, up to eight regions with one fd each; what it replaces is out of use
-before the next message is looked at. One memory serves one client: with its session the files go.
+An mpqemu client sends the whole table each time (SYNC_SYSMEM), up to eight regions with one fd each. A vfio-user
+client maps and unmaps single regions (DMA_MAP, DMA_UNMAP), thousands at most, nearly all of them parts of the same
+few files: of each file one fd is kept. What is replaced or unmapped is out of use before the next message is
+looked at. One memory serves one client: with its session the files go.
 
 The files stay the client's, which may truncate them at any time, make them larger than any address space, or leave
 them sparse. So what a client can make this process hold is bounded: RAM is read with pread(2), and mapped for a
@@ -21,19 +23,23 @@ import errno
 import fcntl
 import mmap
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from common import mpqemu
+from common import mpqemu, vfiouser
 from common.disposal import is_memory
 from common.errors import IohubError, ProtocolError, ShortageError
 
-__all__ = ["DmaError", "GuestMemory"]
+__all__ = ["DmaError", "GuestMemory", "MapError"]
 
 
 _CHUNK = 1 << 16
+_MAX_FILES = 256
+"""of which regions may be mapped: QEMU has at most that many pieces of RAM (ACPI_MAX_RAM_SLOTS)"""
+_WITHOUT_FD = "has no file descriptor: QEMU needs -object memory-backend-memfd,id=ID,size=SIZE,share=on and \
+-machine memory-backend=ID"
 _F_SEAL_FUTURE_WRITE = 0x0010  # include/uapi/linux/fcntl.h
 _READ_ONLY_SEALS = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
 
@@ -42,16 +48,31 @@ class DmaError(IohubError):
     """An address that isn't RAM, or bus mastering is off."""
 
 
+class MapError(ProtocolError):
+    """A region that can't be mapped or unmapped; ``code`` is the errno for the client."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class _Region(NamedTuple):
     start: int
     end: int
     fd: int
+    """-1 for one that this process can't reach"""
     offset: int
     """of the start in the file"""
     page_size: int
     """of the filesystem"""
     can_vanish: bool
     """whether its file's owner can take pages away for good"""
+    can_read: bool = True
+    can_write: bool = True
+
+
+_FileKey = tuple[int, int, int]
+"""device, inode, access mode"""
 
 
 class _Piece(NamedTuple):
@@ -70,6 +91,12 @@ class GuestMemory:
         """whether its function may access RAM: the bus master bit, which the function keeps up to date"""
         self._regions: list[_Region] = []
         self._starts: list[int] = []
+        self._uses: dict[int, int] = {}
+        """how many regions use an fd"""
+        self._files: dict[_FileKey, int] = {}
+        """the fd that is kept of a file, of those that were mapped"""
+        self._unreachable = 0
+        """how many regions are writable and have no fd"""
         self._copy = -1
         """a memfd that bytes to be written go through, as long as there is RAM"""
 
@@ -80,8 +107,15 @@ class GuestMemory:
 
     @property
     def fds(self) -> list[int]:
-        """The fds of all regions."""
-        return [region.fd for region in self._regions]
+        """The fds of all regions, each once."""
+        return list(self._uses)
+
+    @property
+    def complaint(self) -> str:
+        """Why the guest's RAM can't be reached although the client has mapped it; empty if it can."""
+        if self._uses or not self._unreachable:
+            return ""
+        return f"the guest's RAM {_WITHOUT_FD}"
 
     def sync(self, payload: bytes | memoryview, fds: Sequence[int]) -> list[int]:
         """Replaces all regions by those of a SYNC_SYSMEM payload, one for each fd.
@@ -98,26 +132,94 @@ class GuestMemory:
         for region, following in pairwise(regions):
             if region.end > following.start:
                 raise ProtocolError(f"RAM regions overlap at {following.start:#x}")
-        if self._copy == -1 and regions:
-            try:
-                self._copy = os.memfd_create("dma", os.MFD_CLOEXEC)
-            except OSError as error:
-                raise ShortageError(f"no buffer for DMA: {error.strerror}") from error
-        old, self._regions = self._regions, regions
+        if regions:
+            self._make_copy()
+        old = self.unmap_all()
+        self._regions = regions
         self._starts = [region.start for region in regions]
-        return [region.fd for region in old]
+        self._uses = dict.fromkeys(fds, 1)
+        return old
+
+    def map(
+        self, start: int, size: int, offset: int, fd: int, *, can_read: bool = True, can_write: bool = True
+    ) -> list[int]:
+        """Adds a region: ``size`` bytes of RAM at address ``start``, from an offset of the file on.
+
+        An ``fd`` of -1 stands for RAM that this process can't reach. Otherwise it takes ownership of the fd, and
+        returns those that the caller is to close: this one, if another of the same file is kept already. Raises
+        MapError for a region that sync() would refuse, that needs more rights than the fd has, overlaps another
+        (EEXIST), or is one too many (ENOSPC); ShortageError as sync(). After both everything is as it was, and the
+        fd is the caller's.
+        """
+        if len(self._regions) >= vfiouser.MAX_DMA_MAPS:
+            raise MapError(errno.ENOSPC, f"more than {vfiouser.MAX_DMA_MAPS} regions of RAM")
+        try:
+            if fd == -1:
+                _check_range(start, size, offset)
+                region = _Region(start, start + size, -1, offset, mmap.PAGESIZE, True, can_read, can_write)
+            else:
+                region = _check_region(start, size, offset, fd, can_write)._replace(
+                    can_read=can_read, can_write=can_write
+                )
+        except ProtocolError as error:
+            raise MapError(errno.EINVAL, str(error)) from error
+        index = bisect_right(self._starts, start)
+        if (index and self._regions[index - 1].end > start) or (
+            index < len(self._starts) and self._starts[index] < region.end
+        ):
+            raise MapError(errno.EEXIST, f"RAM at {start:#x}, {size:#x} bytes: overlaps a region that is mapped")
+        surplus = []
+        if fd == -1:
+            self._unreachable += can_write
+        else:
+            kept = self._keep_file(fd)
+            if kept != fd:
+                surplus.append(fd)
+                region = region._replace(fd=kept)
+        self._regions.insert(index, region)
+        self._starts.insert(index, start)
+        return surplus
+
+    def unmap(self, start: int, size: int) -> list[int]:
+        """Removes a region, exactly as it was mapped. Returns fds for the caller to close.
+
+        Raises MapError (ENOENT) if there is none of that address and size.
+        """
+        index = bisect_left(self._starts, start)
+        if index == len(self._starts) or self._regions[index][:2] != (start, start + size):
+            raise MapError(errno.ENOENT, f"no RAM of {size:#x} bytes is mapped at {start:#x}")
+        region = self._regions.pop(index)
+        del self._starts[index]
+        if region.fd == -1:
+            self._unreachable -= region.can_write
+            return []
+        self._uses[region.fd] -= 1
+        if self._uses[region.fd]:
+            return []
+        del self._uses[region.fd]
+        del self._files[_file_key(region.fd)]
+        return [region.fd]
+
+    def unmap_all(self) -> list[int]:
+        """Removes all regions. Returns their fds for the caller to close."""
+        old, self._uses = list(self._uses), {}
+        self._regions, self._starts, self._files, self._unreachable = [], [], {}, 0
+        return old
 
     def clear(self) -> list[int]:
-        """Forgets all regions. Returns their fds for the caller to close."""
-        old, self._regions, self._starts = self._regions, [], []
+        """Forgets all regions, at the end of a session. Returns their fds for the caller to close."""
         copy, self._copy = self._copy, -1
         if copy != -1:
             os.close(copy)
-        return [region.fd for region in old]
+        return self.unmap_all()
 
     def read(self, address: int, size: int) -> bytes:
         """Copies bytes out of RAM; they may span regions that adjoin. Raises DmaError, for all or nothing."""
-        return b"".join(self._read_piece(piece) for piece in self._pieces(address, size))
+        pieces = self._pieces(address, size)
+        for piece in pieces:
+            if not piece.region.can_read:
+                raise DmaError(f"RAM at {address:#x} can't be read by devices")
+        return b"".join(self._read_piece(piece) for piece in pieces)
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copies bytes into RAM; they may span regions that adjoin.
@@ -126,7 +228,11 @@ class GuestMemory:
         """
         view = memoryview(data).cast("B")
         done = 0
-        for piece in self._pieces(address, len(view)):
+        pieces = self._pieces(address, len(view))
+        for piece in pieces:
+            if not piece.region.can_write:
+                raise DmaError(f"RAM at {address:#x} can't be written by devices")
+        for piece in pieces:
             size = piece.end - piece.start
             self._write_piece(piece, view[done : done + size])
             done += size
@@ -144,10 +250,30 @@ class GuestMemory:
         if len(pieces) != 1:
             raise DmaError(f"no single region of RAM holds {size} bytes at {address:#x}")
         region, start, end = pieces[0]
+        if not (region.can_read and region.can_write):
+            raise DmaError(f"RAM at {address:#x} can't be both read and written by devices")
         if region.can_vanish:
             raise DmaError(f"RAM at {address:#x} may be taken away, it can't be viewed")
         with _as_dma_error(address):
             return _map(region, start, end)
+
+    def _make_copy(self) -> None:
+        if self._copy == -1:
+            try:
+                self._copy = os.memfd_create("dma", os.MFD_CLOEXEC)
+            except OSError as error:
+                raise ShortageError(f"no buffer for DMA: {error.strerror}") from error
+
+    def _keep_file(self, fd: int) -> int:
+        """Counts a use of the fd that is kept of this fd's file: the fd itself, if there is none yet."""
+        key = _file_key(fd)
+        kept = self._files.get(key, fd)
+        if kept == fd and len(self._files) >= _MAX_FILES:
+            raise MapError(errno.ENOSPC, f"RAM of more than {_MAX_FILES} files")
+        self._make_copy()
+        self._files[key] = kept
+        self._uses[kept] = self._uses.get(kept, 0) + 1
+        return kept
 
     def _pieces(self, address: int, size: int) -> list[_Piece]:
         """The parts of regions that make up a range, which must be covered without a gap."""
@@ -160,6 +286,8 @@ class GuestMemory:
             if index < 0 or position >= self._regions[index].end:
                 raise DmaError(f"no RAM at {position:#x}")
             region = self._regions[index]
+            if region.fd == -1:
+                raise DmaError(f"RAM at {position:#x} {_WITHOUT_FD}")
             stop = min(end, region.end)
             base = region.offset - region.start
             pieces.append(_Piece(region, base + position, base + stop))
@@ -215,21 +343,38 @@ def _map(region: _Region, start: int, end: int) -> memoryview:
         return whole[start - first : end - first]
 
 
-def _check_region(start: int, size: int, offset: int, fd: int) -> _Region:
+def _file_key(fd: int) -> _FileKey:
+    """What fds have in common that can stand for each other: the file, and whether they can write."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+
+
+def _describe(start: int, size: int, offset: int) -> str:
+    return f"RAM at {start:#x}, {size:#x} bytes from offset {offset:#x}"
+
+
+def _check_range(start: int, size: int, offset: int) -> None:
     """Raises ProtocolError."""
-    where = f"RAM at {start:#x}, {size:#x} bytes from offset {offset:#x}"
     if size == 0 or offset < 0 or start + size > 1 << 64:
-        raise ProtocolError(f"{where}: impossible")
+        raise ProtocolError(f"{_describe(start, size, offset)}: impossible")
     if (start | size | offset) % mmap.PAGESIZE:
-        raise ProtocolError(f"{where}: not page-aligned")
+        raise ProtocolError(f"{_describe(start, size, offset)}: not page-aligned")
+
+
+def _check_region(start: int, size: int, offset: int, fd: int, must_write: bool = True) -> _Region:
+    """Raises ProtocolError."""
+    where = _describe(start, size, offset)
+    _check_range(start, size, offset)
     if not is_memory(fd):  # any other filesystem might never answer fstat() or a fault
         raise ProtocolError(f"{where}: the fd is neither a memfd nor a file on tmpfs or hugetlbfs")
     file_size = os.fstat(fd).st_size
     if offset + size > file_size:
         raise ProtocolError(f"{where}: the file has only {file_size:#x} bytes")
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    is_writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-    if not is_writable or seals & _READ_ONLY_SEALS:
+    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    if mode == os.O_WRONLY:
+        raise ProtocolError(f"{where}: the file can only be written")
+    if must_write and (mode != os.O_RDWR or seals & _READ_ONLY_SEALS):
         raise ProtocolError(f"{where}: the file can only be read")
     # st_blksize is that of huge pages on tmpfs, too, where transparent ones are enabled.
     page_size = os.fstatvfs(fd).f_bsize

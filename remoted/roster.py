@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from common.config import DeviceConfig, VmConfig
+from common.config import DeviceConfig, Transport, VmConfig
 from common.errors import IohubError, ModelError, UsageError
 from common.journal import Log, RateLimited, device_log
 from common.keptfiles import KeptFiles
@@ -23,7 +23,7 @@ from common.pci import format_devfn
 from remoted.function import PciFunction
 from remoted.guard import DEVICE_ERRORS, Guard, describe_error
 from remoted.host import Host
-from remoted.iohub import IoHub
+from remoted.iohub import IoHub, Line
 from remoted.memory import GuestMemory
 from remoted.models import find_model, hidden_models
 from remoted.server import DeviceServer, adopt_connection
@@ -153,14 +153,23 @@ class Roster:
             except UsageError as error:
                 raise ModelError(str(error)) from error.__cause__
         pirq = self._hub.pirqs[self._hub.map_irq(device.devfn, model.INTERRUPT_PIN)]
+        line: Line = pirq
+        vectors = None
+        if device.transport is Transport.VFIO_USER:
+            from remoted.vfiouser.line import IntxLine  # only where it is used
+            from remoted.vfiouser.vectors import Vectors
+
+            line = intx = IntxLine(self._loop, self._hub.owners)
+            vectors = Vectors(intx)
         files = None if self._store is None else KeptFiles(self._store, f"{device.devfn:02x}.own-")
         host = Host(
             device.id,
             self._loop,
             log,
             GuestMemory(),
-            pirq.set_irq,
+            line.set_irq,
             self._watchdog,
+            vectors,
             kept_memory=partial(self._take_memory, device.devfn),
             files=files,
         )
@@ -171,7 +180,7 @@ class Roster:
             raise
         if device.devfn >> 3 in crowded:
             function.set_multifunction()
-        server = DeviceServer(self._loop, function, pirq, self._on_client_gone)
+        server = DeviceServer(self._loop, function, vectors or pirq, self._on_client_gone)
         try:
             if self._store is None or self._ram_files is None:
                 function.full_reset()

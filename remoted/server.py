@@ -16,13 +16,15 @@ from common.loop import Loop
 from common.messages import Event
 from common.peer import peer_credentials
 from remoted.function import PciFunction
-from remoted.iohub import Pirq
+from remoted.iohub import Line, Pirq
 from remoted.session import Session
 
 if TYPE_CHECKING:
     from common.fdstore import FdStore
     from remoted.keeper import Keeper
     from remoted.ramfiles import RamFiles
+    from remoted.vfiouser.session import VfioUserSession
+    from remoted.vfiouser.vectors import Vectors
 
 __all__ = ["DeviceServer", "adopt_connection"]
 
@@ -30,11 +32,16 @@ __all__ = ["DeviceServer", "adopt_connection"]
 class DeviceServer:
     """Owns a function, its listening socket (or none) and its session (or none)."""
 
-    def __init__(self, loop: Loop, function: PciFunction, pirq: Pirq, on_idle: Callable[[], None]) -> None:
-        """``on_idle`` is called when a client has gone."""
+    def __init__(
+        self, loop: Loop, function: PciFunction, interrupts: Pirq | Vectors, on_idle: Callable[[], None]
+    ) -> None:
+        """``interrupts`` are the function's: a Pirq for mpqemu, Vectors for vfio-user.
+
+        ``on_idle`` is called when a client has gone.
+        """
         self.function = function
-        self.pirq = pirq
-        self.session: Session | None = None
+        self.interrupts = interrupts
+        self.session: Session | VfioUserSession | None = None
         self.refused = 0
         """clients refused because another one was being served"""
         self._rejected = 0  # in sessions that have ended
@@ -47,9 +54,22 @@ class DeviceServer:
         self._listener: UnixListener | None = None
         self._log = RateLimited(function.host.log)
         self._disposal = Disposal(lambda: function.host.memory.fds)
-        pirq.close_fds = self._disposal.close_fds
+        self.line.close_fds = self._disposal.close_fds
         self._keeper: Keeper | None = None
+        if not isinstance(interrupts, Pirq):
+            self._open_vfiouser = self._vfiouser_opener(interrupts)
         function.amiss.add(self._amiss)
+
+    @property
+    def line(self) -> Line:
+        """The function's INTx line."""
+        return self.interrupts if isinstance(self.interrupts, Pirq) else self.interrupts.line
+
+    @property
+    def interrupt_count(self) -> int:
+        """How many interrupts were signalled."""
+        sent = 0 if isinstance(self.interrupts, Pirq) else self.interrupts.sent
+        return self.line.raised + self.line.reasserts + sent
 
     @property
     def is_listening(self) -> bool:
@@ -84,11 +104,38 @@ class DeviceServer:
         """Serves a connected socket, which it owns from here on. Raises ShortageError."""
         self._log.info("connected", event=Event.CLIENT_CONNECTED, peer=self._begin_session(sock))
 
+    def _vfiouser_opener(self, vectors: Vectors) -> Callable[[socket.socket], VfioUserSession]:
+        """What begins a session of vfio-user on a connected socket."""
+        from remoted.vfiouser.irqs import Irqs  # only where it is used
+        from remoted.vfiouser.session import VfioUserSession
+
+        irqs = Irqs(vectors, self.function)
+
+        def open_session(sock: socket.socket) -> VfioUserSession:
+            commit = None if self._keeper is None else self._keeper.commit
+            return VfioUserSession(
+                self._loop, sock, self.function, irqs, self._on_end, self._log, self._disposal, commit
+            )
+
+        return open_session
+
+    def _open_session(self, sock: socket.socket) -> Session | VfioUserSession:
+        if not isinstance(self.interrupts, Pirq):
+            return self._open_vfiouser(sock)
+        return Session(
+            self._loop,
+            sock,
+            self.function,
+            self.interrupts,
+            self._on_end,
+            self._log,
+            self._disposal,
+            self._keeper,
+        )
+
     def _begin_session(self, sock: socket.socket) -> str:
         """Returns who the client is."""
-        self.session = Session(
-            self._loop, sock, self.function, self.pirq, self._on_end, self._log, self._disposal, self._keeper
-        )
+        self.session = self._open_session(sock)
         self._order_clients()
         self._is_refusal_told = False
         return self.session.client
@@ -96,11 +143,12 @@ class DeviceServer:
     def keep(self, store: FdStore, ram_files: RamFiles, devfn: int) -> None:
         """Continues with what the previous process left, and keeps state and link for the next one.
 
-        It resets the function if nothing was left. Raises OSError.
+        The link of a vfio-user client is not kept, only the state. It resets the function if nothing was left.
+        Raises OSError.
         """
         from remoted.keeper import Keeper  # only where there is a store
 
-        self._keeper = Keeper(store, ram_files, devfn, self.function, self.pirq, self._disposal)
+        self._keeper = Keeper(store, ram_files, devfn, self.function, self.line, self._disposal)
         sock = self._keeper.take_socket()
         if sock is not None:
             client = str(peer_credentials(sock))
@@ -160,7 +208,9 @@ class DeviceServer:
     def _amiss(self) -> Iterator[str]:
         if self.session is not None and self.session.ram_refusal:
             yield f"DMA is impossible, the guest's RAM was refused: {self.session.ram_refusal}"
-        if self.pirq.level and not self.function.is_decoded:
+        if complaint := self.function.host.memory.complaint:
+            yield f"DMA is impossible: {complaint}"
+        if self.line.level and not self.function.is_decoded:
             yield "its line is high, but the guest has its BARs disabled: no driver can acknowledge it"
 
     def _on_client(self, sock: socket.socket) -> None:

@@ -58,7 +58,7 @@ class Session(ClientSession):
         self._order_eoi(pirq.resamplefd)
 
     def _open_link(self, sock: socket.socket) -> tuple[ClientLink, Mapping[int, Callable[[], None]]]:
-        link = Link(sock, self._disposal) if self._keeper is None else self._keeper.link(sock)
+        link = Link(sock, self._disposal) if self._keeper is None else self._keeper.link(sock, self._pirq)
         return link, {
             Command.SYNC_SYSMEM: self._sync_sysmem,
             Command.PCI_CFGWRITE: self._config_write,

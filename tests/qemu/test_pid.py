@@ -311,7 +311,7 @@ def test_a_remote_that_hangs_up_at_once_does_not_fill_the_log(
                 in_process.loop.call_soon_threadsafe(in_process.loop.stop)
             super().set_irqfd(irqfd, resamplefd)
 
-    in_process.remote.servers[DEVICE].pirq = Enough(in_process.loop, {})
+    in_process.remote.servers[DEVICE].interrupts = Enough(in_process.loop, {})
     with caplog.at_level(logging.INFO, "proxyd"):
         in_process.run()
     lines = [record for record in caplog.records if record.name == "proxyd"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
 from common import pci
+from common.config import Transport
 from common.loop import Loop
 from common.mpqemu import BAR, CONFIG, HEADER, RET, Command, request_frame
 from common.notifier import EventNotifier
@@ -23,6 +24,8 @@ from remoted.host import Host
 from remoted.iohub import IoHub
 from remoted.memory import GuestMemory
 from remoted.server import DeviceServer
+from remoted.vfiouser.line import IntxLine
+from remoted.vfiouser.vectors import Vectors
 from tests.support.fds import send_fds
 
 F = TypeVar("F", bound=PciFunction)
@@ -247,12 +250,18 @@ class RemoteBench:
         self._poll = select.poll()
         self._poll.register(self.loop._epoll, select.POLLIN)
 
-    def add(self, model: type[F], name: str, devfn: int) -> F:
+    def add(
+        self, model: type[F], name: str, devfn: int, transport: Transport = Transport.MPQEMU
+    ) -> F:
         """A function that listens on NAME.sock."""
         pirq = self.hub.pirqs[self.hub.map_irq(devfn, model.INTERRUPT_PIN)]
-        function = model(Host(name, self.loop, self.log.logger, GuestMemory(), pirq.set_irq), {})
+        line, vectors = IntxLine(self.loop, self.hub.owners), None
+        if transport is Transport.VFIO_USER:
+            vectors = Vectors(line)
+        set_irq = pirq.set_irq if vectors is None else line.set_irq
+        function = model(Host(name, self.loop, self.log.logger, GuestMemory(), set_irq, None, vectors), {})
         function.full_reset()
-        server = DeviceServer(self.loop, function, pirq, self._on_idle)
+        server = DeviceServer(self.loop, function, vectors or pirq, self._on_idle)
         server.listen(self.path(name))
         self.servers[name] = server
         return function

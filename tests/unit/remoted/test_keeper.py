@@ -200,7 +200,7 @@ def test_an_eoi_that_was_read_and_not_served_is_served(bench: KeptBench, peer: P
     pair = peer.set_irqfd()
     write(peer, LINE, 1)
     assert pair.written() == 1
-    bench.servers["dev0"].pirq.owes_assert[0] = 1
+    bench.servers["dev0"].line.owes_assert[0] = 1
     bench.restart()
     assert pair.written() == 1
     bench.restart()
@@ -283,7 +283,7 @@ def test_a_link_that_ended_meanwhile_takes_all_along(bench: KeptBench, peer: Pee
     sync(peer, bench, ram, 0)
     peer.sock.close()
     bench.restart()
-    assert not bench.servers["dev0"].pirq.has_irqfd
+    assert not bench.servers["dev0"].line.has_irqfd
     assert set(bench.manager.files) == {"28.state", "30.state"}
     with bench.connect("dev0") as successor:
         assert successor.config_read(pci.PCI_VENDOR_ID, 2) == 0x1234

@@ -40,13 +40,13 @@ def survives(bench: KeptBench, peer: Peer, pair: Pair) -> None:
         set_irqfd(peer, pair)
     bench.settle()
     write(peer, VALUE, 0x55)
-    bench.servers["dev0"].pirq.set_irq(True)
+    bench.servers["dev0"].line.set_irq(True)
     assert pair.written() == 1
     write(peer, VALUE, 0x66)
     bench.restart()
     assert bench.dropped == []
-    bench.servers["dev0"].pirq.set_irq(False)
-    bench.servers["dev0"].pirq.set_irq(True)
+    bench.servers["dev0"].line.set_irq(False)
+    bench.servers["dev0"].line.set_irq(True)
     assert pair.written() == 1
     peer.close()
 

@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from common.mpqemu import BAR, CONFIG, SYSMEM, Command, request_frame
+from remoted.iohub import Pirq
 from tests.support.fds import await_fds, count_fds
 from tests.support.remotebench import IO_BASE, MEM64_BASE, MEM_BASE, Pair, Peer, RemoteBench
 from tests.support.wait import wait_until
@@ -141,7 +142,9 @@ def test_eventfds_that_the_peer_made_blocking_hold_nobody(bench: RemoteBench, pe
         os.set_blocking(fd, True)
     peer.drive(True)
     bench.resample(pair)
-    bench.servers["dev0"].pirq._on_resample(0)  # as after a resample that somebody else has read
+    pirq = bench.servers["dev0"].line
+    assert isinstance(pirq, Pirq)
+    pirq._on_resample(0)  # as after a resample that somebody else has read
     assert os.eventfd_read(pair.irqfd.fd) == 2
     os.eventfd_write(pair.irqfd.fd, FULL)
     bench.resample(pair)

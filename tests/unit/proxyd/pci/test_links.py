@@ -258,7 +258,7 @@ def test_a_remote_that_hangs_holds_up_nobody_else(tmp_path: Path) -> None:
 def hanging_up(bench: Bench) -> HangingUp:
     remote = bench.serve("a")
     pirq = HangingUp(bench.loop, {})
-    remote.servers["a"].pirq = pirq
+    remote.servers["a"].interrupts = pirq
     remote.start()
     return pirq
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One vfio-user socket, the answering end: requests and their fds in, answers with an fd at most out."""
+
+from __future__ import annotations
+
+import array
+import errno
+import socket
+from collections.abc import Mapping, Sequence
+from struct import Struct
+from typing import ClassVar
+
+from common import vfiouser
+from common.disposal import Disposal
+from common.errors import PeerGone, ProtocolError, ShortageError
+from common.framelink import FrameLink
+from common.vfiouser import Command
+
+__all__ = ["VfioUserLink"]
+
+
+class VfioUserLink(FrameLink):
+    """Receives requests; ``frame`` is a view of the whole request, as ``payload`` is of its payload."""
+
+    HEADER_SIZE = vfiouser.HEADER.size
+    READ_AHEAD = vfiouser.HEADER.size + vfiouser.IRQ_SET.size
+    """the shortest request that may carry fds; a write of 4 bytes is as long"""
+    CAPACITY = vfiouser.MAX_SIZE
+    MAX_FDS = vfiouser.MAX_FDS
+    COMMAND_AND_SIZE = Struct("<2xHI")
+    SIZES: ClassVar[Mapping[int, int]] = {
+        Command.REGION_READ: vfiouser.HEADER.size + vfiouser.REGION_ACCESS.size,
+        Command.REGION_WRITE: vfiouser.HEADER.size + vfiouser.REGION_ACCESS.size + 4,
+    }
+    EXTRA = 0
+
+    def __init__(self, sock: socket.socket, disposal: Disposal) -> None:
+        """Takes ownership of a connected UNIX stream socket; ``disposal`` closes it, and fds that came over it."""
+        super().__init__(sock, disposal)
+        self.frame = self._view
+
+    def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        """Sends a whole answer, and copies of fds with it.
+
+        Raises PeerGone; ProtocolError when the peer floods without reading its answers; ShortageError when too
+        many fds are under way already.
+        """
+        try:
+            if fds:
+                rights = array.array("i", fds)
+                sent = self._sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            else:
+                sent = self._send(message)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise ShortageError(f"an answer's fd can't be sent: {error.strerror}") from error
+            raise PeerGone(f"writing the link: {error.strerror}") from error
+        if sent != len(message):
+            raise ProtocolError("the peer doesn't read its answers")
+
+    def _check_header(self) -> tuple[int, int, bool]:
+        _, command, size, flags, _ = vfiouser.HEADER.unpack_from(self._buffer)
+        vfiouser.check_header(command, size, flags)
+        rule = vfiouser.RULES.get(command)
+        return command, size, rule is not None and rule.max_fds > 0

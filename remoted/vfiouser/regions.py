@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The regions of a function as vfio-user shows them: BARs and config space, accessed by number and offset."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from common.vfiouser import MAX_DATA, NUM_REGIONS, RefusedError, RegionFlag, RegionIndex
+from remoted.function import PciFunction
+
+__all__ = ["Regions"]
+
+_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
+_CONFIG = int(RegionIndex.CONFIG)
+_MAX_CONFIG_ACCESS = 4
+
+
+class Regions:
+    """The regions of one function."""
+
+    def __init__(self, function: PciFunction) -> None:
+        self._function = function
+        self._region_read = function.region_read
+        self._region_write = function.region_write
+        self._sizes = {number: bar.size for number, bar in function.bars.items()}
+        self._sizes[_CONFIG] = function.config_size
+
+    def describe(self, index: int) -> tuple[RegionFlag, int]:
+        """Flags, and size in bytes, of a region; size 0 for one that is absent. Raises RefusedError."""
+        if index >= NUM_REGIONS:
+            raise RefusedError(errno.EINVAL, f"no region {index}")
+        size = self._sizes.get(index, 0)
+        return (RegionFlag.READ | RegionFlag.WRITE if size else RegionFlag(0)), size
+
+    def read(self, region: int, offset: int, count: int) -> bytes:
+        """Reads so many bytes, all ones where the device's code fails; empty if they aren't all in the region."""
+        if offset + count > self._sizes.get(region, 0) or count > MAX_DATA:
+            return b""
+        mask = _MASKS.get(count)
+        if region == _CONFIG:
+            if mask is None or count > _MAX_CONFIG_ACCESS:
+                return b"".join(
+                    self.read(region, start, size) for start, size in _pieces(offset, count, _MAX_CONFIG_ACCESS)
+                )
+            value = self._function.bus_config_read(offset, count)
+        elif mask is None:
+            return b"".join(self.read(region, start, size) for start, size in _pieces(offset, count, 8))
+        else:
+            value = self._region_read(region, offset, count)
+        return (value & mask).to_bytes(count, "little")
+
+    def write(self, region: int, offset: int, data: memoryview) -> int:
+        """Writes bytes. Returns an errno, 0 for success.
+
+        That is EINVAL if they aren't all in the region, and EIO where the device's code fails.
+        """
+        count = len(data)
+        if not count or offset + count > self._sizes.get(region, 0) or count > MAX_DATA:
+            return errno.EINVAL
+        most = _MAX_CONFIG_ACCESS if region == _CONFIG else 8
+        if count not in _MASKS or count > most:
+            codes = [
+                self.write(region, start, data[start - offset : start - offset + size])
+                for start, size in _pieces(offset, count, most)
+            ]
+            return max(codes)
+        value = int.from_bytes(data, "little")
+        if region == _CONFIG:
+            is_done = self._function.bus_config_write(offset, count, value)
+        else:
+            is_done = self._region_write(region, offset, count, value)
+        return 0 if is_done else errno.EIO
+
+
+def _pieces(offset: int, count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Offset and size of the aligned accesses, of ``most`` bytes at most, that an odd one consists of.
+
+    As the kernel's vfio_pci_core_do_io_rw() (drivers/vfio/pci/vfio_pci_rdwr.c) divides it.
+    """
+    end = offset + count
+    while offset < end:
+        size = most
+        while offset % size or offset + size > end:
+            size //= 2
+        yield offset, size
+        offset += size

@@ -12,7 +12,6 @@ only. The client may send further requests before it has read an answer; they ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 from struct import Struct
@@ -21,7 +20,6 @@ from typing import NamedTuple
 from common.errors import ProtocolError
 
 __all__ = [
-    "CAPABILITIES",
     "DEVICE_INFO",
     "DMA_MAP",
     "DMA_UNMAP",
@@ -50,7 +48,6 @@ __all__ = [
     "RegionIndex",
     "Rule",
     "UnmapFlag",
-    "capabilities",
     "check_header",
     "command_name",
     "sparse_areas",
@@ -191,14 +188,6 @@ MAX_DMA_MAPS = 16384
 MAX_SIZE = HEADER.size + REGION_ACCESS.size + MAX_DATA
 """bytes of a whole request"""
 
-CAPABILITIES = {
-    "max_msg_fds": MAX_FDS,
-    "max_data_xfer_size": MAX_DATA,
-    "max_dma_maps": MAX_DMA_MAPS,
-    "pgsizes": 4096,
-}
-"""what this side tells in its answer to VERSION"""
-
 
 class RefusedError(ProtocolError):
     """A request that is answered with an errno, after which the session goes on."""
@@ -256,23 +245,6 @@ def check_header(command: int, size: int, flags: int) -> None:
         raise ProtocolError(
             f"{command_name(command)} of type {flags & 0xF}, where only requests are expected"
         )
-
-
-def capabilities(text: bytes | memoryview) -> dict[str, object]:
-    """The capabilities in the JSON of a VERSION request; an empty text has none. Raises ProtocolError."""
-    if not text:
-        return {}
-    data = bytes(text)
-    if data.find(0) != len(data) - 1:
-        raise ProtocolError("VERSION: the JSON does not end with its only null byte")
-    try:
-        version = json.loads(data[:-1].decode() or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("VERSION: not valid JSON") from error
-    found = version.get("capabilities", {}) if isinstance(version, dict) else None
-    if not isinstance(found, dict):
-        raise ProtocolError("VERSION: the JSON is not an object with an object of capabilities")
-    return found
 
 
 def sparse_areas(areas: Sequence[tuple[int, int]]) -> bytes:

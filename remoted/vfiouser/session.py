@@ -9,7 +9,6 @@ remoted.clientsession. The client decodes BARs by itself: an access names a regi
 from __future__ import annotations
 
 import errno
-import json
 import socket
 from collections.abc import Callable, Mapping
 from struct import Struct
@@ -28,6 +27,7 @@ from remoted.memory import MapError
 from remoted.vfiouser.irqs import Irqs
 from remoted.vfiouser.link import VfioUserLink
 from remoted.vfiouser.regions import Regions
+from remoted.vfiouser.version import answer_version
 
 __all__ = ["VfioUserSession"]
 
@@ -164,13 +164,7 @@ class VfioUserSession(ClientSession):
             self._link.send(HEADER.pack(request.id, request.command, HEADER.size, flags, error.code))
 
     def _version(self) -> bytes:
-        major, minor = vfiouser.VERSION.unpack_from(self._payload)
-        if major != 0:
-            raise RefusedError(errno.EINVAL, f"version {major}.{minor} instead of 0.0")
-        try:
-            vfiouser.capabilities(self._payload[vfiouser.VERSION.size :])
-        except ProtocolError as error:
-            raise RefusedError(errno.EINVAL, str(error)) from error
+        answer = answer_version(self._payload)
         self._requests = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
@@ -184,8 +178,7 @@ class VfioUserSession(ClientSession):
         }
         self._table[Command.REGION_READ] = self._committed(self._region_read)
         self._table[Command.REGION_WRITE] = self._committed(self._region_write)
-        text = json.dumps({"capabilities": vfiouser.CAPABILITIES}, separators=(",", ":"))
-        return vfiouser.VERSION.pack(0, 0) + text.encode() + b"\0"
+        return answer
 
     def _get_info(self) -> bytes:
         flags = DeviceFlag.RESET | DeviceFlag.PCI

@@ -5,15 +5,28 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from common.vfiouser import MAX_DATA, NUM_REGIONS, RefusedError, RegionFlag, RegionIndex
+from common.vfiouser import MAX_DATA, NUM_REGIONS, RefusedError, RegionFlag, RegionIndex, sparse_areas
 from remoted.function import PciFunction
 
-__all__ = ["Regions"]
+__all__ = ["Region", "Regions"]
 
 _MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 _CONFIG = int(RegionIndex.CONFIG)
 _MAX_CONFIG_ACCESS = 4
+
+
+class Region(NamedTuple):
+    """What DEVICE_GET_REGION_INFO tells."""
+
+    flags: RegionFlag
+    size: int
+    """in bytes"""
+    capabilities: bytes = b""
+    """the areas that the client may map, if that isn't the whole region"""
+    fd: int = -1
+    """the file to be mapped, in which offsets are those of the region"""
 
 
 class Regions:
@@ -26,12 +39,19 @@ class Regions:
         self._sizes = {number: bar.size for number, bar in function.bars.items()}
         self._sizes[_CONFIG] = function.config_size
 
-    def describe(self, index: int) -> tuple[RegionFlag, int]:
-        """Flags, and size in bytes, of a region; size 0 for one that is absent. Raises RefusedError."""
+    def describe(self, index: int) -> Region:
+        """What a region is; its size is 0 if it is absent. Raises RefusedError."""
         if index >= NUM_REGIONS:
             raise RefusedError(errno.EINVAL, f"no region {index}")
         size = self._sizes.get(index, 0)
-        return (RegionFlag.READ | RegionFlag.WRITE if size else RegionFlag(0)), size
+        flags = RegionFlag.READ | RegionFlag.WRITE if size else RegionFlag(0)
+        memory = self._function.shared_memory(index)
+        if memory is None:
+            return Region(flags, size)
+        # Without areas the client maps the whole region.
+        areas = b"" if memory.areas == ((0, size),) else sparse_areas(memory.areas)
+        flags |= RegionFlag.MMAP | (RegionFlag.CAPS if areas else 0)
+        return Region(flags, size, areas, memory.fd)
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Reads so many bytes, all ones where the device's code fails; empty if they aren't all in the region."""

@@ -86,6 +86,8 @@ class VfioUserSession(ClientSession):
         self._irqs = irqs
         self._regions = Regions(function)
         self._request = _Request(0, 0, 0, 0, 0)
+        self._answer_fds: tuple[int, ...] = ()
+        """what goes with the answer to the request"""
         self._refused_ram = -1
         """the address of the RAM that was refused last"""
         self._ram_timer: Timer | None = None
@@ -148,8 +150,9 @@ class VfioUserSession(ClientSession):
     def _payload(self) -> memoryview:
         return self._link.payload[: self._request.size - HEADER.size]
 
-    def _answer(self, payload: bytes, fds: tuple[int, ...] = ()) -> None:
+    def _answer(self, payload: bytes) -> None:
         request = self._request
+        fds, self._answer_fds = self._answer_fds, ()
         if not request.flags & Flag.NO_REPLY:
             size = HEADER.size + len(payload)
             self._link.send(HEADER.pack(request.id, request.command, size, Flag.REPLY, 0) + payload, fds)
@@ -189,9 +192,16 @@ class VfioUserSession(ClientSession):
 
     def _get_region_info(self) -> bytes:
         self._check_argsz(vfiouser.REGION_INFO)
-        _, _, index, _, _, _ = vfiouser.REGION_INFO.unpack_from(self._payload)
-        flags, size = self._regions.describe(index)
-        return vfiouser.REGION_INFO.pack(vfiouser.REGION_INFO.size, flags, index, 0, size, 0)
+        argsz, _, index, _, _, _ = vfiouser.REGION_INFO.unpack_from(self._payload)
+        flags, size, areas, fd = self._regions.describe(index)
+        offset = vfiouser.REGION_INFO.size if areas else 0
+        needed = vfiouser.REGION_INFO.size + len(areas)
+        head = vfiouser.REGION_INFO.pack(needed, flags, index, offset, size, 0)
+        if argsz < needed:
+            return head  # the client asks again, with the size that it needs
+        if fd != -1:
+            self._answer_fds = (fd,)
+        return head + areas
 
     def _get_irq_info(self) -> bytes:
         self._check_argsz(vfiouser.IRQ_INFO)

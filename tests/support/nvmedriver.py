@@ -192,6 +192,16 @@ class Driver:
         assert (completion.cid, completion.queue) == (cid, queue.number)
         return completion
 
+    def run_until_idle(self) -> list[int]:
+        """Steps the loop some times. Returns the identifiers of admin commands that have ended."""
+        ended = []
+        for _ in range(10):
+            self.loop.step(0)
+            completion = self.peek(self.admin)
+            if completion is not None:
+                ended.append(completion.cid)
+        return ended
+
     def create_pair(self, number: int = 1, size: int = 16, vector: int = 0) -> QueuePair:
         pair = QueuePair(number, self.allocate(64 * size), self.allocate(16 * size), size)
         self.store(pair.completions, bytes(16 * size))

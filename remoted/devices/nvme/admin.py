@@ -122,16 +122,15 @@ class AdminCommands:
         return number, size
 
     def _delete_sq(self, command: Command) -> int | None:
-        """5.6. What is under way ends first: a write that was given up might overtake a later one."""
+        """5.6. It waits for the queue's commands: a write that was given up might overtake a later one."""
         number = command.cdw10 & 0xFFFF
         queue = self._queues.submissions.get(number)
         if number == 0 or queue is None:
             raise CommandError(Status.INVALID_QUEUE_ID, _CDW10)
         queue.is_closing = True
-        if queue.under_way:
+        if self._queues.has_unfinished(queue):
             self._engine.wait(command)
             return None
-        self._queues.drop_completions(queue)
         del self._queues.submissions[number]
         return 0
 

@@ -50,6 +50,10 @@ class Drive:
         self._flags = 0 if is_memory else os.RWF_NOWAIT
         self._can_try = True
 
+    @property
+    def is_closed(self) -> bool:
+        return self._fd == -1
+
     def close(self) -> None:
         """Closes the image; a second call does nothing."""
         fd, self._fd = self._fd, -1
@@ -83,10 +87,9 @@ class Drive:
 
     def write(self, offset: int, buffers: Buffers, *, is_durable: bool) -> None:
         """Writes the buffers, and returns when they are on the medium if ``is_durable``."""
-        flags = os.RWF_DSYNC if is_durable and not self.is_memory else 0
         rest = [memoryview(each) for each in buffers]
         while rest:
-            count = os.pwritev(self._fd, rest, offset, flags)
+            count = os.pwritev(self._fd, rest, offset)
             if not count:
                 raise OSError(errno.EIO, "nothing was written")
             offset += count
@@ -94,6 +97,8 @@ class Drive:
                 count -= len(rest.pop(0))
             if count:
                 rest[0] = rest[0][count:]
+        if is_durable:  # RWF_DSYNC has no effect on some filesystems, FUSE's direct I/O among them
+            self.flush()
 
     def flush(self) -> None:
         """Returns when everything that was written is on the medium."""

@@ -95,6 +95,10 @@ class Engine:
     def run(self) -> None:
         """Posts what is due, and executes what has been submitted since. To be called at a doorbell."""
         self.post()
+        waiting, self._waiting = self._waiting, []
+        for command in waiting:
+            self._queues.stop(command)
+            self._execute(command)
         deadline = self._loop.time() + _SLICE_SECONDS
         order = sorted(self._queues.submissions)
         order = [each for each in order if each >= self._turn] + [each for each in order if each < self._turn]
@@ -181,7 +185,7 @@ class Engine:
             ended(None, error)
 
     def wait(self, command: Command) -> None:
-        """The command is tried again whenever another one has ended."""
+        """The command is tried again when others have ended."""
         self._queues.start(command)
         self._waiting.append(command)
 
@@ -253,10 +257,6 @@ class Engine:
             self._log.exception("a command failed, opcode %#x", command.opcode)
             outcome = CommandError(Status.INTERNAL_ERROR)
         self._end(command, outcome)
-        waiting, self._waiting = self._waiting, []
-        for each in waiting:
-            self._queues.stop(each)
-            self._execute(each)
         if not self._jobs and self._when_idle is not None:
             when_idle, self._when_idle = self._when_idle, None
             when_idle()

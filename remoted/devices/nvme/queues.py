@@ -183,11 +183,9 @@ class Queues:
         queue.completions.promised += 1
         self.unposted.append((queue.completions, queue.id, dword0, cid, status))
 
-    def drop_completions(self, queue: SubmissionQueue) -> None:
-        """Forgets the completions of a queue that is being deleted."""
-        kept = [each for each in self.unposted if each[1] != queue.id]
-        queue.completions.promised -= len(self.unposted) - len(kept)
-        self.unposted = deque(kept)
+    def has_unfinished(self, queue: SubmissionQueue) -> bool:
+        """Whether a command of this queue is under way, or its completion is not posted."""
+        return bool(queue.under_way) or any(each[1] == queue.id for each in self.unposted)
 
     def take_postable(self) -> Iterator[tuple[CompletionQueue, int, int, int, int]]:
         """Takes the completions whose queue has room, each once its slot is free; the caller moves the tail."""

@@ -84,7 +84,6 @@ class Roster:
                     "dropped from the fd store, as no device uses it: %s", name
                 )
 
-
     def change(self, config: VmConfig) -> None:
         """Adds and removes devices until they are those of the configuration; all others go on.
 

@@ -36,10 +36,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class FuseImage:
     """Serves one file in a thread. Nothing of it is in the page cache."""
 
-    def __init__(self, directory: Path, size: int) -> None:
+    def __init__(self, directory: Path, size: int, *, is_read_only: bool) -> None:
         """Mounts the filesystem at the directory. Raises OSError."""
         self.path = directory / "image"
         self.content = bytearray(size)
+        self._is_read_only = is_read_only
         self.errors: dict[int, int] = {}
         """errno by opcode"""
         self.held: set[int] = set()
@@ -99,7 +100,12 @@ class FuseImage:
         content = b""
         if not error:
             error, content = self._do(opcode, node, body)
-        os.write(self._device, _OUT_HEADER.pack(_OUT_HEADER.size + len(content), -error, unique) + content)
+        header = _OUT_HEADER.pack(_OUT_HEADER.size + len(content), -error, unique)
+        try:
+            os.write(self._device, header + content)
+        except OSError as failure:
+            if failure.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits for it any more; unmounted
+                raise
 
     def _do(self, opcode: int, node: int, body: bytes) -> tuple[int, bytes]:
         """The errno and what follows the header."""
@@ -109,6 +115,8 @@ class FuseImage:
             return 0, struct.pack("<QQQQII", _FILE, 0, 0, 0, 0, 0) + self._attributes(_FILE)
         if opcode in (_GETATTR, _SETATTR):
             return 0, struct.pack("<QII", 0, 0, 0) + self._attributes(node)
+        if opcode == _OPEN and self._is_read_only and int.from_bytes(body[:4], "little") & os.O_ACCMODE:
+            return errno.EROFS, b""
         if opcode == _OPEN:
             return 0, struct.pack("<QII", 0, _DIRECT_IO, 0)
         if opcode == READ:
@@ -134,11 +142,11 @@ class FuseImage:
 
 
 @contextmanager
-def fuse_image(directory: Path, size: int = 1 << 20) -> Iterator[FuseImage]:
+def fuse_image(directory: Path, size: int = 1 << 20, *, is_read_only: bool = False) -> Iterator[FuseImage]:
     """Skips the test where FUSE can't be mounted."""
     directory.mkdir()
     try:
-        image = FuseImage(directory, size)
+        image = FuseImage(directory, size, is_read_only=is_read_only)
     except OSError as error:
         pytest.skip(f"needs to mount a FUSE filesystem: {error.strerror}")
     try:

@@ -18,7 +18,7 @@ from remoted.devices.nvme.controller import Nvme
 from tests.support.devices import FunctionBench
 from tests.support.steploop import run_until
 
-__all__ = ["PAGE", "RAM_START", "Completion", "Driver", "QueuePair", "driver"]
+__all__ = ["PAGE", "RAM_SIZE", "RAM_START", "Completion", "Driver", "QueuePair", "driver"]
 
 PAGE = 4096
 RAM_START = 0x1000_0000
@@ -63,11 +63,9 @@ class Driver:
     def __init__(self, loop: Loop, **options: str) -> None:
         self.loop = loop
         self._options = options
-        self._fd = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self._fd, RAM_SIZE)
-        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        self.ram = mmap.mmap(self._fd, RAM_SIZE)
+        self._fd, self.ram = _create_ram(is_sealed=True)
         self._free = RAM_START
+        self.page = PAGE
         try:
             self.bench = FunctionBench(Nvme, loop, **options)
         except BaseException:
@@ -84,6 +82,16 @@ class Driver:
         rest = [0] * 7
         table = SYSMEM.pack(RAM_START, *rest, RAM_SIZE, *rest, 0, *rest)
         self.bench.function.host.memory.sync(table, [os.dup(self._fd)])
+
+    def use_unsealed_ram(self) -> None:
+        """Moves the guest's RAM, with its content, into a file that its owner could truncate."""
+        fd, ram = _create_ram(is_sealed=False)
+        ram[:] = self.ram[:]
+        self.ram.close()
+        os.close(self._fd)
+        self.lose_ram()
+        self._fd, self.ram = fd, ram
+        self.attach()
 
     def lose_ram(self) -> None:
         """As at the end of a session."""
@@ -102,6 +110,11 @@ class Driver:
         assert self._free <= RAM_START + RAM_SIZE
         return address
 
+    def allocate_queue(self, size: int) -> int:
+        """As allocate(), at a multiple of the memory page size that CC has been given."""
+        self._free += -self._free % self.page
+        return self.allocate(size)
+
     def load(self, address: int, size: int) -> bytes:
         return self.ram[address - RAM_START : address - RAM_START + size]
 
@@ -116,12 +129,20 @@ class Driver:
 
     def enable(self, size: int = 32, cc: int = CC_DEFAULT) -> None:
         """The initialization of 7.6.1."""
-        self.admin = QueuePair(0, self.allocate(64 * size), self.allocate(16 * size), size)
+        self.page = PAGE << (cc >> 7 & 0xF)
+        self.admin = QueuePair(0, self.allocate_queue(64 * size), self.allocate_queue(16 * size), size)
         self.write(AQA, (size - 1) << 16 | size - 1)
         self.write(ASQ, self.admin.submissions, 8)
         self.write(ACQ, self.admin.completions, 8)
         self.write(CC, cc | 1)
         run_until(self.loop, lambda: self.read(CSTS) & (READY | FATAL))
+
+    def restart(self) -> None:
+        """A controller reset, and the admin queues again."""
+        self.disable()
+        self._free = RAM_START
+        self.ram[:] = bytes(RAM_SIZE)
+        self.enable()
 
     def disable(self) -> None:
         self.write(CC, CC_DEFAULT)
@@ -203,7 +224,7 @@ class Driver:
         return ended
 
     def create_pair(self, number: int = 1, size: int = 16, vector: int = 0) -> QueuePair:
-        pair = QueuePair(number, self.allocate(64 * size), self.allocate(16 * size), size)
+        pair = QueuePair(number, self.allocate_queue(64 * size), self.allocate_queue(16 * size), size)
         self.store(pair.completions, bytes(16 * size))
         shape = (size - 1) << 16 | number
         created = self.run(self.admin, 0x05, prp1=pair.completions, cdw10=shape, cdw11=vector << 16 | 3)
@@ -211,6 +232,14 @@ class Driver:
         created = self.run(self.admin, 0x01, prp1=pair.submissions, cdw10=shape, cdw11=number << 16 | 1)
         assert created.status == SUCCESS
         return pair
+
+
+def _create_ram(*, is_sealed: bool) -> tuple[int, mmap.mmap]:
+    fd = os.memfd_create("ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, RAM_SIZE)
+    if is_sealed:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd, mmap.mmap(fd, RAM_SIZE)
 
 
 @contextmanager

@@ -38,7 +38,9 @@ def newer_qemu() -> str | None:
     """A QEMU that has vfio-user-pci (10.1 or later): the system's, or else the one that ``make qemu`` brings."""
     for program in (QEMU, str(ROOT / "build" / "qemu" / QEMU)):
         if shutil.which(program):
-            listing = subprocess.run([program, "-device", "vfio-user-pci,help"], capture_output=True, check=False)
+            listing = subprocess.run(
+                [program, "-device", "vfio-user-pci,help"], capture_output=True, check=False
+            )
             if listing.stdout:
                 return program
     return None

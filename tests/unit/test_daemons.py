@@ -174,7 +174,10 @@ def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> 
 @pytest.mark.parametrize("module", ["remoted", "proxyd"])
 @pytest.mark.parametrize(
     ("setup", "told"),
-    [("ulimit -n 9", "Too many open files"), ("mount -t tmpfs -o nr_inodes=1 x {}", "No space left on device")],
+    [
+        ("ulimit -n 9", "Too many open files"),
+        ("mount -t tmpfs -o nr_inodes=1 x {}", "No space left on device"),
+    ],
     ids=["fds", "disk"],
 )
 def test_a_shortage_at_the_start_has_a_status_of_its_own(

@@ -40,6 +40,10 @@ class Function:
     quiet_seconds: int
     errors: int
     has_irqfd: bool
+    transport: str
+    interrupts: str | None = None
+    vectors: int
+    messages: int
     link: Link
     client_pid: int | None = None
     client_name: str | None = None
@@ -116,6 +120,9 @@ class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     accesses. quiet_seconds: for how long at least that number has been the same; this is known only as far back as
     Status was called. errors: exceptions in the device's code.
     has_irqfd: there is an eventfd that asserts the line in the guest.
+    transport: what its clients speak, mpqemu or vfio-user. interrupts: how interrupts reach the guest at present:
+    INTx, MSI or MSI-X; null while the client has attached no eventfd. vectors: how many have one; 1 for INTx.
+    messages: MSI and MSI-X messages sent.
     link: waiting: listening, no client; connected: a client is served; closed: the inherited connection has ended.
     client_pid, client_name: the process that has connected; the name is null when that had gone before it could
     be read. client_gone: that process has ended, and the link lives on in another. All three are null without a

@@ -93,6 +93,7 @@ class RemotedService(Remoted):
 
 def _function_status(config: DeviceConfig, server: DeviceServer) -> Function:
     line, session = server.line, server.session
+    interrupts, vectors = server.interrupts_in_use
     status = Function(
         id=config.id,
         addr=format_devfn(config.devfn),
@@ -108,6 +109,10 @@ def _function_status(config: DeviceConfig, server: DeviceServer) -> Function:
         quiet_seconds=int(server.quiet_seconds()),
         errors=server.function.errors,
         has_irqfd=line.has_irqfd,
+        transport=config.transport,
+        interrupts=interrupts,
+        vectors=vectors,
+        messages=server.messages,
         link=Link.connected if session else Link.waiting if server.is_listening else Link.closed,
         amiss=server.function.amiss.texts(),
         counters=_counters(server.function),

@@ -118,7 +118,9 @@ class Remoted:
         """The state in one line, with the interrupts of the time since the line before."""
         servers = self._roster.servers
         (before, count), now = self._counted, self._loop.time()
-        self._counted = now, sum(server.interrupt_count for server in servers)
+        self._counted = now, sum(
+            server.line.raised + server.line.reasserts + server.messages for server in servers
+        )
         rate = (self._counted[1] - count) / (now - before) if now > before else 0.0
         linked = sum(server.session is not None for server in servers)
         return f"{len(servers)} functions, {linked} of them linked, {rate:.0f} interrupts/s"

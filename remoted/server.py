@@ -17,6 +17,7 @@ from common.messages import Event
 from common.peer import peer_credentials
 from remoted.function import PciFunction
 from remoted.iohub import Line, Pirq
+from remoted.msi import VectorKind
 from remoted.session import Session
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from remoted.vfiouser.vectors import Vectors
 
 __all__ = ["DeviceServer", "adopt_connection"]
+
+_KINDS = {VectorKind.MSI: "MSI", VectorKind.MSIX: "MSI-X"}
 
 
 class DeviceServer:
@@ -66,10 +69,19 @@ class DeviceServer:
         return self.interrupts if isinstance(self.interrupts, Pirq) else self.interrupts.line
 
     @property
-    def interrupt_count(self) -> int:
-        """How many interrupts were signalled."""
-        sent = 0 if isinstance(self.interrupts, Pirq) else self.interrupts.sent
-        return self.line.raised + self.line.reasserts + sent
+    def messages(self) -> int:
+        """How many MSI and MSI-X messages were sent."""
+        return 0 if isinstance(self.interrupts, Pirq) else self.interrupts.sent
+
+    @property
+    def interrupts_in_use(self) -> tuple[str | None, int]:
+        """How interrupts reach the guest at present, by name, and how many eventfds there are for that.
+
+        The name is None if there are none.
+        """
+        if not isinstance(self.interrupts, Pirq) and (kind := self.interrupts.kind_in_use) is not None:
+            return _KINDS[kind], self.interrupts.attached(kind)
+        return ("INTx", 1) if self.line.has_irqfd else (None, 0)
 
     @property
     def is_listening(self) -> bool:

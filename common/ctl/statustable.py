@@ -116,6 +116,7 @@ def _cells(views: _Views, errors: Mapping[str, str]) -> tuple[str, ...]:
     if remote := views.get("remoted"):
         line = "high" if remote["asserted"] else "masked" if remote["level"] else "low"
         counts = [_count(remote[name]) for name in _COUNTS]
+        counts[0] = _count(remote["raised"] + remote["messages"])
         quiet = _duration(remote["quiet_seconds"])
     if proxy := views.get("proxyd"):
         number = proxy["pin"] or 0
@@ -132,7 +133,7 @@ def _details(views: _Views) -> Iterator[str]:
     """What the function is, who is linked to it, and counters that are not 0."""
     if remote := views.get("remoted"):
         yield remote["model"]
-        yield f"irqfd {'set' if remote['has_irqfd'] else 'none'}"
+        yield _interrupts(remote)
         if remote["link"] != "connected":
             yield f"client {remote['link']}"
         elif remote["client_gone"]:
@@ -156,6 +157,16 @@ def _details(views: _Views) -> Iterator[str]:
         for name, count in remote["counters"].items():
             if count:
                 yield f"{count} {name}"
+
+
+def _interrupts(remote: Mapping[str, Any]) -> str:
+    """How interrupts reach the guest."""
+    if remote["transport"] == "mpqemu":
+        return f"irqfd {'set' if remote['has_irqfd'] else 'none'}"
+    kind, vectors = remote["interrupts"], remote["vectors"]
+    if kind in ("MSI", "MSI-X"):
+        kind = f"{kind} with {vectors} vector{'s' if vectors != 1 else ''}"
+    return f"{remote['transport']}, {kind or 'no eventfd'}"
 
 
 def _count(number: int) -> str:
@@ -190,8 +201,9 @@ def _notes(
         has_interrupt = proxy is None or proxy.get("pin") != 0
         if remote["link"] == "waiting":
             yield "no client is connected to its socket"
-        elif not remote["has_irqfd"] and has_interrupt:
-            yield "the client has sent no irqfd: interrupts don't arrive"
+        elif remote["interrupts"] is None and has_interrupt:
+            what = "irqfd" if remote["transport"] == "mpqemu" else "eventfd"
+            yield f"the client has sent no {what}: interrupts don't arrive"
     if proxy is None:
         if "proxyd" not in errors:
             yield "proxyd has no such function"

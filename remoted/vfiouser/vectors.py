@@ -43,6 +43,11 @@ class Vectors:
         """How many vectors have an eventfd."""
         return len(self._attached[kind])
 
+    @property
+    def kind_in_use(self) -> VectorKind | None:
+        """The kind of which vectors have eventfds; None if there are none."""
+        return next((kind for kind, attached in self._attached.items() if attached), None)
+
     def attach(self, kind: VectorKind, start: int, notifiers: Sequence[EventNotifier]) -> None:
         """Gives so many vectors their eventfds, and takes ownership of them."""
         self.detach(kind, start, len(notifiers))

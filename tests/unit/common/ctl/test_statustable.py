@@ -10,6 +10,9 @@ import pytest
 from common.ctl.statustable import find_amiss, render
 from tests.support.statusrows import details_of, rows_of, unwrapped
 
+NO_IRQFD: dict[str, object] = {"has_irqfd": False, "interrupts": None, "vectors": 0}
+VFIO_USER: dict[str, object] = {"transport": "vfio-user", "has_irqfd": False}
+
 
 def remote_function(**fields: object) -> dict[str, object]:
     return {
@@ -24,6 +27,10 @@ def remote_function(**fields: object) -> dict[str, object]:
         "rejected": 4,
         "refused": 5,
         "has_irqfd": True,
+        "transport": "mpqemu",
+        "interrupts": "INTx",
+        "vectors": 1,
+        "messages": 0,
         "link": "connected",
         "client_pid": 42,
         "client_name": "qemu",
@@ -108,6 +115,12 @@ def test_a_healthy_function_has_no_remarks() -> None:
     assert table.endswith("5 refused\n")
 
 
+def test_messages_count_as_raised() -> None:
+    remote = remote_function(**VFIO_USER, interrupts="MSI-X", messages=8)
+    (row,) = rows_of(table_of(remote, proxy_function()))
+    assert row["RAISED"] == "9"
+
+
 def test_polling_is_told_with_its_cost() -> None:
     answers = answers_of(remote_function(), proxy_function())
     assert "  remoted runs as pid 1\n" in render("vm1", answers, {}, [])
@@ -127,8 +140,12 @@ def test_lines(remote: dict[str, object], line: str) -> None:
 @pytest.mark.parametrize(
     ("remote", "proxy", "detail"),
     [
-        ({"link": "closed", "client_pid": None, "has_irqfd": False}, {}, "client closed"),
-        ({"has_irqfd": False}, {}, "irqfd none"),
+        ({"link": "closed", "client_pid": None, **NO_IRQFD}, {}, "client closed"),
+        (NO_IRQFD, {}, "irqfd none"),
+        ({**VFIO_USER, **NO_IRQFD}, {}, "no eventfd"),
+        ({**VFIO_USER, "has_irqfd": True}, {}, "INTx"),
+        ({**VFIO_USER, "interrupts": "MSI", "vectors": 1}, {}, "MSI with 1 vector"),
+        ({**VFIO_USER, "interrupts": "MSI-X", "vectors": 5}, {}, "MSI-X with 5 vectors"),
         ({"client_name": None}, {}, "client pid 42"),
         ({"client_gone": True}, {}, "client pid 42 (has ended"),
         ({"errors": 3}, {}, "3 errors"),
@@ -190,9 +207,14 @@ REMARKS = {
         "the connection that it inherited has ended",
     ),
     "no irqfd": (
-        remote_function(has_irqfd=False),
+        remote_function(**NO_IRQFD),
         proxy_function(),
         "the client has sent no irqfd: interrupts don't arrive",
+    ),
+    "no eventfd": (
+        remote_function(**VFIO_USER, interrupts=None),
+        proxy_function(),
+        "the client has sent no eventfd: interrupts don't arrive",
     ),
     "no link": (remote_function(), DOWN, "no link: x.sock: Connection refused"),
     "no link at either end": (remote_function(link="waiting"), DOWN, "no link: x.sock: Connection refused"),
@@ -241,7 +263,7 @@ def test_a_vm_without_a_qemu_is_amiss() -> None:
 
 
 def test_a_function_without_a_pin_needs_no_route_and_no_irqfd() -> None:
-    table = table_of(remote_function(has_irqfd=False), proxy_function(pin=0, gsi=None))
+    table = table_of(remote_function(**NO_IRQFD), proxy_function(pin=0, gsi=None))
     (row,) = rows_of(table)
     assert (row["PIN"], row["GSI"]) == ("-", "-")
     assert table.endswith("5 refused\n")
@@ -252,7 +274,7 @@ def test_a_pin_that_is_not_known_needs_no_route_but_an_irqfd() -> None:
     (row,) = rows_of(table_of(remote_function(), proxy))
     assert (row["PIN"], row["GSI"]) == ("-", "-")
     assert find_amiss(answers_of(remote_function(), proxy), {}) == []
-    assert len(find_amiss(answers_of(remote_function(has_irqfd=False), proxy), {})) == 1
+    assert len(find_amiss(answers_of(remote_function(**NO_IRQFD), proxy), {})) == 1
 
 
 def test_a_function_at_two_addresses_is_shown_once_and_told() -> None:

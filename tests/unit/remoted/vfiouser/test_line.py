@@ -5,43 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from common.config import Transport
-from tests.support.fds import await_fds, count_fds
-from tests.support.remotebench import LineDevice, RemoteBench
+from tests.support.remotebench import RemoteBench
 from tests.support.vfiouserbench import DISABLE, MASK, TRIGGER, UNMASK, UNMASK_BY, VfioUserPeer, signals
 
 LINE = 0
 """the BAR whose first byte drives the line"""
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[RemoteBench]:
-    before = count_fds()
-    bench = RemoteBench(tmp_path)
-    bench.add(LineDevice, "dev", 0x28, Transport.VFIO_USER)
-    bench.add(LineDevice, "other", 0x30, Transport.VFIO_USER)
-    yield bench
-    bench.close()
-    await_fds(before)
-
-
-@pytest.fixture
-def peer(bench: RemoteBench) -> Iterator[VfioUserPeer]:
-    with VfioUserPeer(bench, "dev") as peer:
-        yield peer
-
-
-@pytest.fixture
-def eventfds() -> Iterator[list[int]]:
-    fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(4)]
-    yield fds
-    for fd in fds:
-        os.close(fd)
 
 
 def drive(peer: VfioUserPeer, level: bool) -> None:
@@ -201,7 +172,7 @@ def test_one_eventfd_can_not_both_assert_and_unmask(
 def test_an_eventfd_of_another_device_is_refused(
     bench: RemoteBench, peer: VfioUserPeer, kvm: tuple[int, int]
 ) -> None:
-    with VfioUserPeer(bench, "other") as other:
+    with VfioUserPeer(bench, "vectors") as other:
         for fd in kvm:
             assert other.set_irqs(TRIGGER, fds=[fd]) == errno.EINVAL
         assert peer.set_irqs(DISABLE, count=0) == 0

@@ -183,7 +183,7 @@ class Interrupts:
         """what resume() takes: a bit for each vector that is raised, MSI's pending bits, PBA, table"""
         view = memoryview(self.state)
         self._bits = view[:size]
-        self._msi_pending = view[size : size + 4]
+        msi_pending = view[size : size + 4]
         pba = view[size + 4 : size + 4 + pba_size]
         self._table = view[size + 4 + pba_size :]
         self._table[:] = _MASKED * (table_size // ENTRY_SIZE)
@@ -199,9 +199,7 @@ class Interrupts:
             )
         if host.vectors is not None and msi is not None:
             offset = space.offset_of(msi)
-            self._kinds[VectorKind.MSI] = _MsiMessages(
-                msi, host.vectors, self._config, offset, self._msi_pending
-            )
+            self._kinds[VectorKind.MSI] = _MsiMessages(msi, host.vectors, self._config, offset, msi_pending)
 
     def vectors(self, kind: VectorKind) -> int:
         """How many config space shows."""
@@ -267,7 +265,6 @@ class Interrupts:
         """Lowers everything, forgets what is pending, and masks the table's entries."""
         self._bits[:] = bytes(len(self._bits))
         self._raised = 0
-        self._msi_pending[:] = bytes(4)
         for messages in self._kinds.values():
             messages.reset()
         self._table[:] = _MASKED * (len(self._table) // ENTRY_SIZE)

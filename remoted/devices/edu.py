@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""edu: the device for driver lessons of QEMU's docs/specs/edu.rst, INTx only; details as in hw/misc/edu.c.
+"""edu: the device for driver lessons of QEMU's docs/specs/edu.rst; details as in hw/misc/edu.c.
 
 The option ``dma_mask`` is QEMU's: what the DMA engine can address, 28 bits unless told otherwise.
 """
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from remoted.device import Bar, BarKind, Host, Option, PciFunction, Timer, register
+from remoted.device import Bar, BarKind, Host, Msi, Option, PciFunction, Timer, register
 from remoted.devices.edu_dma import DEFAULT_MASK, DmaEngine
 
 __all__ = ["Edu"]
@@ -37,13 +37,17 @@ _FACTORIAL_ENDS = 34
 
 
 class Edu(PciFunction):
-    """QEMU's device for driver lessons: a factorial, DMA, and INTx while the interrupt status is not 0."""
+    """QEMU's device for driver lessons: a factorial, DMA, and interrupts.
+
+    Each interrupt is a message while the guest has enabled MSI; else the line is high until the status is 0.
+    """
 
     VENDOR_ID = 0x1234
     DEVICE_ID = 0x11E8
     REVISION = 0x10
     CLASS_CODE = 0x00FF00
     BARS: ClassVar = {0: Bar(BarKind.MEM32, 1 << 20)}
+    MSI = Msi(vectors=1, maskable=False)
     OPTIONS = (Option("dma_mask", int, DEFAULT_MASK, "what DMA can address", minimum=0, maximum=_ALL_ONES),)
 
     PARTS = ("_dma",)
@@ -95,7 +99,8 @@ class Edu(PciFunction):
             self._raise_irq(value)
         elif offset == REG_IRQ_ACKNOWLEDGE:
             self._irq_status &= ~value
-            self.set_intx(self._irq_status != 0)
+            if not self._irq_status:
+                self.lower_irq()
         elif offset == REG_LIVENESS:
             self._liveness = ~value & _MASK32
         elif offset == REG_STATUS:
@@ -120,4 +125,5 @@ class Edu(PciFunction):
 
     def _raise_irq(self, value: int) -> None:
         self._irq_status |= value
-        self.set_intx(self._irq_status != 0)
+        if self._irq_status:
+            self.raise_irq()

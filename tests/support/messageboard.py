@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import closing
+
+import pytest
+
 from common import pci
 from common.loop import Loop
 from remoted.device import Host, PciFunction
 from remoted.memory import GuestMemory
 from remoted.msi import VectorKind
+from remoted.state import FunctionState
 from tests.support.remotebench import Recorder
 
 
@@ -36,18 +42,29 @@ class MessageBoard:
     def __init__(self, model: type[PciFunction], *, has_messages: bool = True) -> None:
         self.lines: list[bool] = []
         self.port = Port()
+        self.function = self._create(model, has_messages)
+        self.function.full_reset()
+
+    def _create(self, model: type[PciFunction], has_messages: bool) -> PciFunction:
         loop = Loop()
         loop.close()
-        host = Host(
-            "dev0",
-            loop,
-            Recorder().logger,
-            GuestMemory(),
-            self.lines.append,
-            vectors=self.port if has_messages else None,
-        )
-        self.function = model(host, {})
-        self.function.full_reset()
+        log = Recorder().logger
+        vectors = self.port if has_messages else None
+        return model(Host("dev0", loop, log, GuestMemory(), self.lines.append, vectors=vectors), {})
+
+    def keep(self) -> FunctionState:
+        """A state file as it is after a commit; it stays as it is."""
+        return FunctionState(self.function, os.memfd_create("state", os.MFD_CLOEXEC), pytest.fail)
+
+    def restart(self, fd: int) -> None:
+        """The next process begins: its function takes the state in a file, and the eventfds are attached again."""
+        self.function = self._create(type(self.function), has_messages=True)
+        with closing(FunctionState(self.function, os.dup(fd), pytest.fail)) as state:
+            assert not state.is_new
+            state.restore()
+        self.function.go_on()
+        for kind in VectorKind:
+            self.function.release_pending(kind, 0, 1 << 32)
 
     def capability(self, cap_id: int) -> int:
         """The offset of a capability, found as a guest finds it; 0 without it."""
@@ -77,7 +94,10 @@ class MessageBoard:
         """The pending bits of MSI-X, read as the guest reads them."""
         register = self.function.bus_config_read(self.capability(pci.PCI_CAP_ID_MSIX) + 8, 4)
         bar, offset = register & 7, register & ~7
-        return sum(self.function.region_read(bar, offset + 8 * i, 8) << 64 * i for i in range(2))
+        count = self.function.vectors(VectorKind.MSIX)
+        return sum(
+            self.function.region_read(bar, offset + 8 * i, 8) << 64 * i for i in range((count + 63) // 64)
+        )
 
     @property
     def msi_pending(self) -> int:

@@ -10,7 +10,9 @@ import pytest
 from common import pci
 from common.loop import Loop
 from remoted.devices.edu import Edu
+from remoted.msi import VectorKind
 from tests.support.devices import FunctionBench
+from tests.support.messageboard import MessageBoard
 from tests.support.steploop import run_until
 
 IDENTIFICATION, LIVENESS, FACTORIAL, STATUS = 0x00, 0x04, 0x08, 0x20
@@ -180,3 +182,25 @@ def test_reset(edu: Bench, loop: Loop) -> None:
     assert [edu.read(offset, 8) for offset in (DMA_SOURCE, DMA_COMMAND)] == [0, 0]
     assert not edu.line
     assert compute(edu, loop, 3) == 6
+
+
+def test_msi() -> None:
+    """As edu_raise_irq() and edu_lower_irq() in QEMU's hw/misc/edu.c: a message for each interrupt."""
+    board = MessageBoard(Edu)
+    write = board.function.region_write
+    board.command(pci.PCI_COMMAND_MASTER)
+    board.attach(VectorKind.MSI, 0, 1)
+    assert board.function.bus_config_read(board.capability(pci.PCI_CAP_ID_MSI) + 2, 2) == 0x80
+    write(0, IRQ_RAISE, 4, 1)
+    assert (board.line, board.port.take()) == (True, [])
+    board.msi_control(0x01)
+    assert (board.line, board.port.take()) == (False, [])
+    write(0, IRQ_RAISE, 4, 2)
+    write(0, IRQ_RAISE, 4, 2)
+    assert board.port.take() == [0, 0]
+    write(0, IRQ_ACKNOWLEDGE, 4, 2)
+    assert board.function.region_read(0, IRQ_STATUS, 4) == 1
+    board.msi_control(0x00)
+    assert (board.line, board.port.take()) == (True, [])
+    write(0, IRQ_ACKNOWLEDGE, 4, 1)
+    assert not board.line

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from common.errors import ModelError, exit_status
+from common.lostlines import LOST, LostLines
 from common.messages import Event
 from common.output import complain
 from common.pci import format_devfn
@@ -65,10 +66,10 @@ def setup(program: str, vm: str, *, verbose: bool = False, journal_socket: str =
     ``verbose``, libraries from WARNING on. From here on neither stdout nor stderr blocks (see detach_stdio()).
     """
     stderr = StderrFormatter(program, vm)
-    detach_stdio(stderr.describe_loss)
+    detach_stdio(stderr.describe_loss, LOST.add)
     handler: logging.Handler
     if stderr_is_journal(os.environ):
-        handler = JournalHandler(program, vm, journal_socket)
+        handler = JournalHandler(program, vm, journal_socket, LOST)
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(stderr)
@@ -132,8 +133,12 @@ class JournalHandler(logging.Handler):
     What journald does not take at once is dropped; a line with the number follows as soon as it takes lines again.
     """
 
-    def __init__(self, program: str, vm: str, path: str = JOURNAL_SOCKET) -> None:
+    def __init__(
+        self, program: str, vm: str, path: str = JOURNAL_SOCKET, lost: LostLines | None = None
+    ) -> None:
+        """``lost`` counts what journald did not take."""
         super().__init__()
+        self._lost = lost or LostLines()
         self._program = program
         self._vm = vm
         self._path = path
@@ -149,6 +154,7 @@ class JournalHandler(logging.Handler):
             return
         if not self._tell_loss() or not self._send(datagram):
             self._dropped += 1
+            self._lost.add(1)
             self._tell_later()
 
     def _tell_loss(self) -> bool:

@@ -33,6 +33,10 @@ _writers: list[BackgroundWriter] = []
 """those of the detached streams"""
 
 
+def _ignore(_lines: int) -> None:
+    """For losses that nobody counts."""
+
+
 class BackgroundWriter:
     """Writes to an fd in a thread of its own; what exceeds the capacity is dropped, and the loss is told later.
 
@@ -40,9 +44,19 @@ class BackgroundWriter:
     from a destructor that interrupts another put().
     """
 
-    def __init__(self, fd: int, describe_loss: Callable[[int], str], capacity: int = _CAPACITY) -> None:
-        """``describe_loss(lines)`` returns the line to write where so many were lost; ``capacity`` is in bytes."""
+    def __init__(
+        self,
+        fd: int,
+        describe_loss: Callable[[int], str],
+        capacity: int = _CAPACITY,
+        on_loss: Callable[[int], None] = _ignore,
+    ) -> None:
+        """``describe_loss(lines)`` returns the line to write where so many were lost; ``capacity`` is in bytes.
+
+        ``on_loss(lines)`` is called at each loss, in any thread.
+        """
         self._fd = fd
+        self._on_loss = on_loss
         self._describe_loss = describe_loss
         self._capacity = capacity
         self._queue: SimpleQueue[tuple[int, bytes] | threading.Event] = SimpleQueue()
@@ -55,7 +69,9 @@ class BackgroundWriter:
         """Hands over whole lines. Returns at once."""
         with self._lock:
             if self._pending + len(data) > self._capacity:
-                self._dropped += data.count(b"\n") or 1
+                lines = data.count(b"\n") or 1
+                self._dropped += lines
+                self._on_loss(lines)
                 return
             self._pending += len(data)
             dropped, self._dropped = self._dropped, 0
@@ -93,6 +109,7 @@ class BackgroundWriter:
                 lost = 0
             else:
                 lost += data.count(b"\n")
+                self._on_loss(data.count(b"\n"))
             with self._lock:
                 self._pending -= len(data)
                 if self._dropped and self._queue.empty():
@@ -131,13 +148,13 @@ class _Raw(io.RawIOBase):
         return len(copy)
 
 
-def detach_stdio(describe_loss: Callable[[int], str]) -> None:
+def detach_stdio(describe_loss: Callable[[int], str], on_loss: Callable[[int], None] = _ignore) -> None:
     """Lets nothing that is written to sys.stdout and sys.stderr from now on wait for its reader.
 
     That includes the traceback of an exception that ends the process. Its end waits up to a second for what is
-    not written yet. ``describe_loss(lines)``: see BackgroundWriter.
+    not written yet. ``describe_loss(lines)`` and ``on_loss(lines)``: see BackgroundWriter.
     """
-    writers = [BackgroundWriter(1, describe_loss), BackgroundWriter(2, describe_loss)]
+    writers = [BackgroundWriter(fd, describe_loss, on_loss=on_loss) for fd in (1, 2)]
     # Python's own are None if the fd was closed at the start: then its number may be another file's by now.
     sys.stdout = _text_stream(1, writers[0]) if sys.__stdout__ else _nowhere()
     sys.stderr = _text_stream(2, writers[1]) if sys.__stderr__ else _nowhere()

@@ -45,6 +45,9 @@ class Vm(Protocol):
         Raises UsageError for a VM that can't be served.
         """
 
+    def describe(self) -> str:
+        """The state in one line, for the service manager."""
+
     def close(self) -> None:
         """Releases the VM."""
 
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             change = vm.reload if isinstance(vm, ReloadableVm) else _refuse_change
             reload_on_sighup(loop, log, config, lambda: parse_proxyd(argv), change)
-            feed_watchdog(loop)
+            feed_watchdog(loop, vm.describe)
             freeze_heap()
             return vm.run()
         except UsageError as error:

@@ -11,6 +11,7 @@ from asyncvarlink import varlinkmethod
 from common.amiss import Amiss, one_line
 from common.config import DeviceConfig
 from common.errors import UsageError
+from common.lostlines import LOST
 from common.pci import format_devfn, parse_devfn
 from common.polling import Polling as LoopPolling
 from common.remoted_interface import (
@@ -42,6 +43,7 @@ class RemotedService(Remoted):
         """``devices`` and ``polling``, the loop's, are read at each call."""
         self.amiss = Amiss()
         """what concerns no single device"""
+        self.amiss.add(LOST.amiss)
         self._vm = vm
         self._devices = devices
         self._polling = polling

@@ -13,7 +13,7 @@ from common.errors import UsageError
 from common.journal import device_log
 from common.loop import Loop
 from common.pci import format_devfn
-from proxyd.control import ProxydService
+from proxyd.control import ProxydService, describe
 from proxyd.kvm.irqchip import Irqchip
 from proxyd.machine.console import COM1_IRQ, Console
 from proxyd.pci.links import LinkKeeper
@@ -53,7 +53,8 @@ class Board:
         self._proxies: list[PciProxy] = []
         self._hung: set[int] = set()
         log = logging.getLogger(program)
-        self._interface = ProxydService(config.name, config.vm, "", None, self._proxies)
+        remoted = f"{config.runtime_dir}/remoted.varlink"
+        self._interface = ProxydService(config.name, config.vm, "", None, self._proxies, remoted)
         with ExitStack() as opened:
             path = config.own_socket_path("proxyd.varlink")
             self._control = ControlServer(loop, path, lambda: self._interface, log)
@@ -71,6 +72,10 @@ class Board:
         self._interface.irqchip = irqchip
         self._interface.tsc_khz = tsc_khz
         self._keeper.start(self._proxies)
+
+    def describe(self) -> str:
+        """The functions and links, in one line."""
+        return describe(self._proxies)
 
     def abort(self) -> None:
         """Connects no more, and ends the round trips that a vCPU is waiting in."""

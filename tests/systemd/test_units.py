@@ -118,6 +118,9 @@ def test_qemu_runs_on_whatever_happens_to_a_daemon(host: HostBench, unit: str) -
 def test_an_adopted_function_stays_plugged_when_remoted_is_killed(host: HostBench) -> None:
     """The proxyd that found it plugged has no copy of its link, and sees the process end that serves it."""
     run_and_check(host)
+    pid = host.kill(REMOTED)
+    host.wait_for_process(REMOTED, pid)
+    wait_until(lambda: host.attached_to() == {"edu0", "com1"}, "status has the next remoted")
     for victims in ((PROXYD,), (REMOTED,), (REMOTED,), (PROXYD, REMOTED)):
         pids = {unit: host.kill(unit) for unit in victims}
         for unit, pid in pids.items():
@@ -171,7 +174,8 @@ def test_a_device_that_hangs_is_ended_and_the_guest_goes_on(stopped_host: HostBe
 
 def test_status_tells_what_happens_now(stopped_host: HostBench) -> None:
     host = stopped_host
-    host.drop_in(REMOTED, "[Service]\nWatchdogSec=1s\n")
+    for unit in DAEMONS:
+        host.drop_in(unit, "[Service]\nWatchdogSec=1s\n")
     host.start()
     host.command("setup")
     host.command("run 200")
@@ -181,7 +185,8 @@ def test_status_tells_what_happens_now(stopped_host: HostBench) -> None:
     wait_until(lambda: host.system.show(REMOTED, "StatusText").endswith(" 0 interrupts/s"), "it is idle")
     host.send("run 1000")
     wait_until(lambda: not host.system.show(REMOTED, "StatusText").endswith(" 0 interrupts/s"), "it is busy")
-    assert host.system.show(PROXYD, "StatusText") == "Attached to QEMU"
+    told = "Attached to QEMU: 2 functions, 2 of them linked, 2 plugged"
+    assert host.system.show(PROXYD, "StatusText") == told
 
 
 def test_root_may_ask_without_naming_the_units_user(host: HostBench) -> None:

@@ -190,9 +190,13 @@ class Embedded:
         self._loop.on_signal(KICK_SIGNAL, lambda: None)
         self._board.start("kvm", self._machine.tsc_khz())  # the vCPU can't be asked once it runs
         self._vcpu.start()
-        notify("READY=1")
+        notify(f"READY=1\nSTATUS={self.describe()}")
         self._loop.run()
         return 1 if self._failed else 0
+
+    def describe(self) -> str:
+        """The state in one line."""
+        return self._board.describe()
 
     def close(self) -> None:
         """Stops the guest, then takes the irqfds out of KVM."""

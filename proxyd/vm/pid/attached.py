@@ -25,7 +25,7 @@ from common.messages import Event
 from common.mpqemu import Command
 from common.peer import PeerCredentials
 from common.service import notify
-from proxyd.control import ProxydService
+from proxyd.control import ProxydService, describe
 from proxyd.kvm.kvm_h import KVM_IOAPIC_NUM_PINS
 from proxyd.pci.links import LinkKeeper
 from proxyd.vm.pid.inject import Line, Target
@@ -279,7 +279,8 @@ class Attached:
         self._exited = False
         gsis = {device.id: _check_gsi(device) for device in config.devices}
         self._functions: list[_Function] = []
-        interface = ProxydService(config.name, config.vm, "kvm", None, self._functions)
+        remoted = f"{config.runtime_dir}/remoted.varlink"
+        interface = ProxydService(config.name, config.vm, "kvm", None, self._functions, remoted)
         path = config.own_socket_path("proxyd.varlink")
         # Before the process is touched: it may have a daemon already.
         self._control = ControlServer(loop, path, lambda: interface, log)
@@ -313,9 +314,13 @@ class Attached:
                 function.adopt(self._kept)
             self._kept.begin()
         self._keeper.start(self._functions)
-        notify("READY=1")
+        notify(f"READY=1\nSTATUS={self.describe()}")
         self._loop.run()
         return 0
+
+    def describe(self) -> str:
+        """The state in one line."""
+        return f"Attached to process {self._target.pid}: {describe(self._functions)}"
 
     def close(self) -> None:
         """Takes every line out of the VM, unless it is kept, and closes the process's pidfd."""

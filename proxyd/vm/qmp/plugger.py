@@ -28,7 +28,7 @@ from common.messages import Event
 from common.pathwatch import PathWatch
 from common.peer import PeerCredentials
 from common.service import notify
-from proxyd.control import ProxydService
+from proxyd.control import ProxydService, describe
 from proxyd.vm.procstat import is_stopped, process_start
 from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.function import Function
@@ -69,13 +69,15 @@ class QemuPlugger:
         self._loop = loop
         self._program = program
         self._config = config
-        self._slots = Slots(config.devices, self._make_function)
+        self._slots = Slots(config.devices, self._make_function, self._announce)
         self._stop = asyncio.Event()
         self._appeared = asyncio.Event()
         self._uevents = KvmEvents()
         self._loop.add(self._uevents.fileno(), self._on_uevent)
         self._watch = PathWatch(loop, lambda _path: self._appeared.set())
-        self._interface = ProxydService(config.name, config.vm, "kvm", None, self._slots.functions)
+        self._interface = ProxydService(
+            config.name, config.vm, "kvm", None, self._slots.functions, f"{config.runtime_dir}/remoted.varlink"
+        )
         self._interface.reason = "looking for QEMU"
         self._health = Health()
         self._interface.amiss.add(self._health.amiss)
@@ -96,6 +98,13 @@ class QemuPlugger:
         """Serves until the loop is stopped. Raises UsageError for a QEMU that can't be served."""
         asyncio.run(self._main())
         return 0
+
+    def describe(self) -> str:
+        """The state in one line."""
+        if self._interface.attached is None:
+            return "Waiting for QEMU"
+        plugged = sum(function.is_plugged for function in self._slots.functions)
+        return f"Attached to QEMU: {describe(self._slots.functions)}, {plugged} plugged"
 
     def close(self) -> None:
         """Closes everything; what is plugged stays so."""
@@ -178,6 +187,9 @@ class QemuPlugger:
                 self._tell_absence(f"{error}: trying again")
                 await asyncio.sleep(_RETRY_SECONDS)
 
+    def _announce(self) -> None:
+        notify(f"READY=1\nSTATUS={self.describe()}")
+
     def _tell_absence(self, line: str) -> None:
         """Says once why no QEMU is attached."""
         if (
@@ -189,7 +201,7 @@ class QemuPlugger:
         if line != self._interface.reason:
             self._interface.reason = line
             self._event_log.info("%s", line, event=Event.QEMU_AWAITED)
-            notify("READY=1\nSTATUS=Waiting for QEMU")
+            self._announce()
 
     def _on_silence(self, peer: PeerCredentials) -> None:
         event = Event.QEMU_STOPPED if is_stopped(peer.pid) else Event.MONITOR_TAKEN
@@ -203,7 +215,7 @@ class QemuPlugger:
         if line != self._interface.reason:
             self._interface.reason = line
             self._event_log.warning("%s", line, event=event)
-            notify("READY=1\nSTATUS=Waiting for QEMU's monitor")
+            self._announce()
 
     async def _attend(self, monitor: Monitor) -> None:
         """Serves one QEMU until it goes, or until told to stop.

@@ -14,7 +14,6 @@ from common.config import DeviceConfig
 from common.errors import UsageError
 from common.messages import Event
 from common.peer import PeerCredentials
-from common.service import notify
 from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.monitor import Monitor
 from proxyd.vm.qmp.places import check_ids, check_place
@@ -28,12 +27,21 @@ __all__ = ["Slots"]
 class Slots:
     """The slots and their functions; those that are being unplugged for good among them."""
 
-    def __init__(self, devices: Sequence[DeviceConfig], make: Callable[[DeviceConfig], Function]) -> None:
-        """``make()`` makes a device's function. Raises UsageError for an id that QEMU wouldn't take."""
+    def __init__(
+        self,
+        devices: Sequence[DeviceConfig],
+        make: Callable[[DeviceConfig], Function],
+        on_settled: Callable[[], None],
+    ) -> None:
+        """``make()`` makes a device's function. ``on_settled()`` is called when all was tried once in a QEMU.
+
+        Raises UsageError for an id that QEMU wouldn't take.
+        """
         check_ids(device.id for device in devices)
         self.functions: list[Function] = []
         """of all slots; the list itself stays the same"""
         self._make = make
+        self._on_settled = on_settled
         self._wanted = _by_slot(devices)
         self._slots: dict[int, Slot] = {}
         self._changed = asyncio.Event()
@@ -116,7 +124,7 @@ class Slots:
     async def _announce(self) -> None:
         for slot in self:
             await slot.settled.wait()
-        notify("READY=1\nSTATUS=Attached to QEMU")
+        self._on_settled()
 
     def _unwanted(self) -> list[int]:
         """The numbers of slots that aren't just as they should be."""

@@ -32,9 +32,13 @@ class Soft:
         """Runs the guest until the loop is stopped. Returns the exit status."""
         self._log.info("running the scripted guest, without KVM; for another VM: --vm qmp:SOCKET or pid:PID")
         self._board.start("soft", TSC_KHZ)
-        notify("READY=1")
+        notify(f"READY=1\nSTATUS={self.describe()}")
         self._guest.run()
         return 0
+
+    def describe(self) -> str:
+        """The state in one line."""
+        return self._board.describe()
 
     def close(self) -> None:
         """Takes the irqfds out of the irqchip and closes everything."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -18,6 +20,7 @@ from common.control import call
 from common.ctl.children import Child
 from common.loop import Loop
 from common.pci import parse_devfn
+from common.peer import PeerCredentials
 from proxyd.control import ProxydService
 from proxyd.machine.board import Board
 from proxyd.vm.soft.softirqchip import SoftIrqchip
@@ -195,7 +198,8 @@ class Unlinked:
     name = "line0"
     devfn = 0
     reconnects = 0
-    pin = gsi = remote = None
+    pin = gsi = None
+    remote: PeerCredentials | None = None
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -213,6 +217,23 @@ def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:
     assert silent == "not connected yet"
     assert loud.startswith("QEMU: no\\noooo")
     assert len(loud) < 300
+
+
+def test_a_link_that_outlives_its_remote_is_that_of_the_next_one(tmp_path: Path) -> None:
+    """Which listens at the control socket; until it does, the one before is told."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    function = Unlinked("")
+    function.remote = PeerCredentials(ended.pid, 0, 0)
+    control = tmp_path / "remoted.varlink"
+    interface = ProxydService("vm1", "soft", "soft", None, [function], str(control))
+    assert status_of(interface)["functions"][0]["remote_pid"] == ended.pid
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(control))
+        listener.listen()
+        assert status_of(interface)["functions"][0]["remote_pid"] == os.getpid()
+        function.remote = PeerCredentials(1, 0, 0)
+        assert status_of(interface)["functions"][0]["remote_pid"] == 1
 
 
 def test_the_qemu_that_has_the_functions_is_told_or_why_there_is_none() -> None:

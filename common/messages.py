@@ -68,6 +68,8 @@ class Event(StrEnum):
     """a device's model can't be loaded"""
     MODEL_HIDDEN = "ce03da8be4714964a865e7f9ccadd4c8"
     """a model has the name of a built-in one"""
+    ATTRIBUTE_UNKNOWN = "d6fb22bcd5ed4db79cdc800d7998faa5"
+    """a device's class sets an attribute whose name resembles one that iohub reads"""
     FUNCTION_UNSEEN = "d7c3796bee9f462586a28e6e684ff5cb"
     """a function has no function 0 in its slot"""
     TAKEN_UP = "e7e1b56ea19a499ba7c882228246f771"

@@ -15,13 +15,15 @@ from remoted.capabilities import Capability, PciExpress
 from remoted.msi import Msi, Msix
 from remoted.options import Option
 
-__all__ = ["check_declaration", "check_options"]
+__all__ = ["check_attributes", "check_declaration", "check_options", "misspelt_attributes"]
 
 _BAR_SIZES = {BarKind.IO: (4, 1 << 16), BarKind.MEM32: (16, 1 << 31), BarKind.MEM64: (16, 1 << 63)}
 """the smallest and the largest; a PC has 16 bits of I/O addresses"""
 _PAGE = 4096
 """what a client can map: the page of x86-64"""
 _MAX_AREAS = 32
+_RESEMBLES = 0.8
+"""from this ratio of difflib on, two names resemble one another"""
 _NUMBERS = (
     ("VENDOR_ID", 16),
     ("DEVICE_ID", 16),
@@ -117,6 +119,32 @@ def check_declaration(function: object, base: type) -> None:
     _check_capabilities(getattr(function, "CAPABILITIES", None))
     _check_registers(getattr(function, "REGISTERS", None), bars)
     check_options(getattr(function, "OPTIONS", None))
+
+
+def misspelt_attributes(model: type, base: type) -> list[str]:
+    """A sentence for each attribute whose name resembles one that the daemon reads and the class doesn't set.
+
+    It is no error: it may be a constant of the device's own. Names that begin with an underscore always are.
+    """
+    own = {name for each in model.__mro__[: model.__mro__.index(base)] for name in vars(each)}
+    known = {name for name in (*vars(base), *base.__annotations__) if name.isupper() and name[0] != "_"}
+    unknown = sorted(name for name in own - known if name.isupper() and name[0] != "_")
+    if not unknown:
+        return []
+    from difflib import get_close_matches
+
+    return [
+        f"its class sets {name}, which iohub does not know: {other} may be meant"
+        for name in unknown
+        for other in get_close_matches(name, known - own, n=1, cutoff=_RESEMBLES)
+    ]
+
+
+def check_attributes(function: object) -> None:
+    """Raises UsageError if an object's own attributes hide methods that the daemon calls."""
+    for name in _RESERVED:
+        if name in vars(function):
+            raise UsageError(f"its __init__() sets {name}, which a device must not redefine")
 
 
 def _check_bars(bars: Any) -> None:

@@ -20,11 +20,13 @@ from common import pci
 from common.amiss import Amiss
 from common.errors import UsageError
 from common.fields import fields_of, set_to_reset_values
+from common.journal import RateLimited
+from common.messages import Event
 from common.pci import Bar
 from remoted.access import BusTarget
 from remoted.capabilities import Capability
 from remoted.configspace import ConfigSpace
-from remoted.declaration import check_declaration
+from remoted.declaration import check_declaration, misspelt_attributes
 from remoted.guard import GuardedAmiss
 from remoted.host import Host, PeriodicTimer
 from remoted.interrupts import Interrupts
@@ -75,6 +77,8 @@ class PciFunction(BusTarget):
     def __init__(self, host: Host, options: Mapping[str, str]) -> None:
         """``options`` holds a text for those of OPTIONS that were given. Raises UsageError."""
         check_declaration(self, PciFunction)
+        for text in misspelt_attributes(type(self), PciFunction):
+            RateLimited(host.log).warning("%s", text, event=Event.ATTRIBUTE_UNKNOWN)
         self.options: Mapping[str, Any] = parse_options(self.OPTIONS, options)
         """the value of each of OPTIONS by name: what was given, or else the default"""
         self.__host = host

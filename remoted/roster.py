@@ -20,6 +20,7 @@ from common.keptfiles import KeptFiles
 from common.loop import Loop
 from common.messages import Event
 from common.pci import format_devfn
+from remoted.declaration import check_attributes
 from remoted.function import PciFunction
 from remoted.guard import DEVICE_ERRORS, Guard, describe_error
 from remoted.host import Host
@@ -230,6 +231,7 @@ def _power_on(model: type[PciFunction], host: Host, device: DeviceConfig) -> Pci
             function = model(host, device.properties)
         if not (isinstance(function, PciFunction) and function.is_initialised):
             raise UsageError("its __init__() does not call that of PciFunction")
+        check_attributes(function)
         for part in function.PARTS:
             if not hasattr(function, part.partition(".")[0]):
                 raise UsageError(f"PARTS: its __init__() sets no attribute {part}")

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from common.errors import UsageError
 from common.loop import Loop
+from remoted.declaration import check_attributes
 from remoted.device import (
     Bar,
     BarKind,
@@ -38,11 +40,12 @@ def shared(areas: Any) -> Bar:
     return Bar(BarKind.MEM32, 0x4000, shared=areas)
 
 
-def create(options: dict[str, str], **attributes: Any) -> PciFunction:
+def create(options: dict[str, str], log: Recorder | None = None, **attributes: Any) -> PciFunction:
     model = type("Thing", (PciFunction,), {"VENDOR_ID": 1, "DEVICE_ID": 2, **attributes})
     loop = Loop()
     loop.close()
-    function = model(Host("thing", loop, Recorder().logger, GuestMemory(), lambda _: None), options)
+    log = log or Recorder()
+    function = model(Host("thing", loop, log.logger, GuestMemory(), lambda _: None), options)
     assert isinstance(function, PciFunction)
     return function
 
@@ -275,3 +278,44 @@ def test_bad_value(key: str, text: str, complaint: str) -> None:
 def test_a_model_without_options_says_so() -> None:
     with pytest.raises(UsageError, match=r"^no option 'colour': the model has none$"):
         create({"colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "warnings"),
+    [
+        ({"MSIX_": Msix(4)}, ["its class sets MSIX_, which iohub does not know: MSIX may be meant"]),
+        ({"BAR": {0: MEM}}, ["its class sets BAR, which iohub does not know: BARS may be meant"]),
+        ({"BAR": 0, "BARS": {0: MEM}}, []),
+        (
+            {"CAPABILITY": ()},
+            ["its class sets CAPABILITY, which iohub does not know: CAPABILITIES may be meant"],
+        ),
+        (
+            {"MSIS": 1, "INTERUPT_PIN": 1},
+            [
+                "its class sets INTERUPT_PIN, which iohub does not know: INTERRUPT_PIN may be meant",
+                "its class sets MSIS, which iohub does not know: MSI may be meant",
+            ],
+        ),
+        ({"_BAR": 1, "bars_": 1, "VERSION": 2, "STATUS": 0x20, "Bars": 1}, []),
+    ],
+)
+def test_an_attribute_that_may_be_misspelt_is_told(attributes: dict[str, Any], warnings: list[str]) -> None:
+    log = Recorder()
+    create({}, log, **attributes)
+    assert log.messages == warnings
+
+
+def test_an_attribute_that_hides_a_method_of_the_daemon() -> None:
+    class Hiding(PciFunction):
+        VENDOR_ID, DEVICE_ID = 1, 2
+
+        def __init__(self, host: Host, options: Mapping[str, str]) -> None:
+            super().__init__(host, options)
+            self.vectors: Any = 5
+
+    loop = Loop()
+    loop.close()
+    function = Hiding(Host("thing", loop, Recorder().logger, GuestMemory(), lambda _: None), {})
+    with pytest.raises(UsageError, match=r"its __init__\(\) sets vectors, which a device must not redefine"):
+        check_attributes(function)

@@ -364,6 +364,30 @@ def test_constructor_that_leaves_out_the_base_classs_is_one_line_and_status_2(
     assert line == "iohub-remoted: device thing: its __init__() does not call that of PciFunction"
 
 
+def test_constructor_that_hides_a_method_of_the_daemon_is_one_line_and_status_2(
+    parts: Callable[[str], Path],
+) -> None:
+    method = "def __init__(self, host, options):\n    super().__init__(host, options)\n    self.vectors = 5\n"
+    directory = parts(
+        f"{HEAD}class Thing(PciFunction):\n    VENDOR_ID = DEVICE_ID = 1\n{indent(method, '    ')}"
+    )
+    (line,) = refused(directory, "acme.parts:Thing,id=thing")
+    assert line == (
+        "iohub-remoted: device thing: its __init__() sets vectors, which a device must not redefine"
+    )
+
+
+def test_a_device_that_needs_messages_over_mpqemu_is_one_line_and_status_2(
+    parts: Callable[[str], Path],
+) -> None:
+    text = f"{HEAD.replace('PciFunction', 'Msi, PciFunction', 1)}class Thing(PciFunction):\n"
+    directory = parts(f"{text}    VENDOR_ID = DEVICE_ID = 1\n    MSI = Msi()\n    NEEDS_MESSAGES = True\n")
+    (line,) = refused(directory, "acme.parts:Thing,id=thing")
+    assert line == (
+        "iohub-remoted: device thing: it needs MSI or MSI-X, which mpqemu does not carry: use transport=vfio-user"
+    )
+
+
 MODULES = {
     "raises": ("\nprice = 1 / 0\n", "ZeroDivisionError: division by zero", 2),
     "exits": ("\nraise SystemExit(3)\n", "SystemExit: 3", 2),

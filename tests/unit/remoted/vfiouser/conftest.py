@@ -18,7 +18,10 @@ from tests.support.vfiouserbench import VfioUserPeer
 
 
 class VectorDevice(LineDevice):
-    """Raises the vector whose number is written to offset 0 of BAR 1; memory to be mapped is in BAR 3."""
+    """Raises the vector whose number is written to offset 0 of BAR 1, and fails at offset 4.
+
+    BAR 2 has registers and an area of memory that can be mapped, BAR 3 is such memory throughout.
+    """
 
     MSI = Msi(vectors=4)
     MSIX = Msix(vectors=8)
@@ -27,6 +30,11 @@ class VectorDevice(LineDevice):
         2: Bar(BarKind.MEM32, 16384, shared=((4096, 8192),)),
         3: Bar(BarKind.MEM32, 8192, shared=True),
     }
+
+    def bar_read(self, bar: int, offset: int, size: int) -> int:
+        if (bar, offset) == (1, 4):
+            raise RuntimeError("a bug")
+        return super().bar_read(bar, offset, size)
 
     def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
         if (bar, offset) == (1, 0):

@@ -18,11 +18,14 @@ import socket
 import stat
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UntrustedError, UsageError
 from common.journal import printable
 from common.peer import peer_credentials
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["MAX_SOCKET_PATH", "TRUST", "Trust", "find_user"]
 

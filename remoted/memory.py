@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from common import mpqemu, vfiouser
+from common import mpqemu
 from common.disposal import is_memory
 from common.errors import IohubError, ProtocolError, ShortageError
 
@@ -151,8 +151,10 @@ class GuestMemory:
         (EEXIST), or is one too many (ENOSPC); ShortageError as sync(). After both everything is as it was, and the
         fd is the caller's.
         """
-        if len(self._regions) >= vfiouser.MAX_DMA_MAPS:
-            raise MapError(errno.ENOSPC, f"more than {vfiouser.MAX_DMA_MAPS} regions of RAM")
+        from common.vfiouser import MAX_DMA_MAPS  # which only devices with that transport load
+
+        if len(self._regions) >= MAX_DMA_MAPS:
+            raise MapError(errno.ENOSPC, f"more than {MAX_DMA_MAPS} regions of RAM")
         try:
             if fd == -1:
                 _check_range(start, size, offset)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from common.chardev.base import Frontend
 from common.chardev.stream import StreamChardev
@@ -30,13 +29,15 @@ _CLIENT = "client-"
 """begins the names of clients in the fd store, which end in a number that grows"""
 
 
-@dataclass(slots=True)
 class _Client:
-    sock: socket.socket
-    name: str
-    """in the fd store"""
-    limit: int = 0
-    """bytes of its input that are kept, once it has left"""
+    __slots__ = ("limit", "name", "sock")
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        self.sock = sock
+        self.name = name
+        """in the fd store"""
+        self.limit = 0
+        """bytes of its input that are kept, once it has left"""
 
 
 class UnixChardev(StreamChardev):

@@ -15,12 +15,14 @@ from common.control import call
 from common.ctl.children import Child
 from common.link import Client
 from common.mpqemu import Command
+from remoted.models import BUILT_IN
+from tests.support.checkout import ROOT
 from tests.support.wait import wait_until
 
 UNWANTED = (
     *("asyncio", "asyncvarlink", "json", "ssl", "subprocess", "tempfile"),
     *("dataclasses", "difflib", "hashlib", "importlib.metadata", "inspect", "pathlib", "tomllib"),
-    *("remoted.keeper", "remoted.modellist"),
+    *("datetime", "common.vfiouser", "remoted.keeper", "remoted.modellist"),
 )
 DEVICE = f"""
 import gc
@@ -37,6 +39,15 @@ class Probe(PciFunction):
         loaded = [name in sys.modules for name in {UNWANTED}]
         return sum(is_loaded << bit for bit, is_loaded in enumerate(loaded))
 """
+
+
+def test_the_modules_of_daemon_and_models_need_neither_libraries_nor_what_is_slow_to_load() -> None:
+    """Not even where Python itself has loaded none of it: -S leaves out what an installation adds."""
+    models = [target.partition(":")[0] for target in BUILT_IN.values()]
+    code = f"import sys, remoted.main, {', '.join(models)}; print(*sys.modules)"
+    command = [sys.executable, "-S", "-c", code]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) & set(UNWANTED) <= {"hashlib"}  # of nvme
 
 
 def loaded_by_python() -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from remoted.devices.nvme.events import MAX_REQUESTS
 from remoted.devices.nvme.features import CRITICAL_TEMPERATURE, WARNING_TEMPERATURE
@@ -40,8 +40,7 @@ _NAMESPACE_WRITE_PROTECTED = 1 << 0
 _UUID_DESCRIPTOR = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """What tells a controller and its namespace from others."""
 
     vendor: int

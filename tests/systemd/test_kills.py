@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""SIGKILL of the daemons at random moments, while a guest in a stock QEMU raises and serves interrupts.
+"""SIGKILL of the daemons at random moments, while a guest in a stock QEMU boots, probes and uses its functions.
 
 ``IOHUB_KILLS=200`` in the environment makes it so many kills of each kind; the report is printed with ``-s``.
 """
@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
 from random import Random
 from statistics import quantiles
 
@@ -27,33 +29,101 @@ LONGEST_SERVICE = 0.1
 """seconds, once the functions are served"""
 BLACKOUT = 0.02
 """seconds from the access that raises a line to its handler, which nothing but a kill takes"""
+PLUGGING = 0.8
+"""seconds that QEMU takes to start, and proxyd to plug, on a machine that is not slow"""
+
+RAM = 0x2000000
+"""where the guest has RAM that it doesn't use"""
+PAGE = 4096
+EDU_BUFFER = 0x40000
+DMA_SOURCE, DMA_DESTINATION, DMA_COUNT, DMA_COMMAND = 0x80, 0x88, 0x90, 0x98
+DMA_RUN, DMA_FROM_DEVICE = 1, 2
+PCI_COMMAND, PCI_COMMAND_MASTER = 0x04, 0x04
+
+
+@pytest.fixture(scope="module")
+def host(
+    installed: Path, requires_systemd: None, requires_kvm: None, requires_qemu: None
+) -> Iterator[HostBench]:
+    """A host whose VM runs, for all tests here: ``setup`` starts the counts anew."""
+    with closing(HostBench(installed)) as bench:
+        bench.start()
+        yield bench
+
+
+class Interrupts:
+    """The guest raises and serves interrupts."""
+
+    def __init__(self, host: HostBench) -> None:
+        self.samples: list[int] = []
+        """TSC cycles from each access that raised a line to the handler"""
+        self._host = host
+
+    def __call__(self) -> None:
+        self._host.command(f"run {ROUNDS} held 4")
+        for addr in ("05.0", "06.0"):
+            for record in self._host.command(f"samples {addr}").of_kind("raise_to_handler"):
+                self.samples += record.cycles()
+
+
+class Transfers:
+    """The guest lets edu copy a page of RAM into its buffer, and from there to another page."""
+
+    def __init__(self, host: HostBench) -> None:
+        self._host = host
+        records = host.command("setup").of_kind("function")
+        self._base = next(record.number("memory0") for record in records if record.text("addr") == "05.0")
+        command = host.command(f"config read 16 05.0 {PCI_COMMAND}").result.number("value")
+        host.command(f"config write 16 05.0 {PCI_COMMAND} {command | PCI_COMMAND_MASTER}")
+        pid = host.wait_for_process(QEMU_UNIT)
+        fds = Path(f"/proc/{pid}/fd")
+        self._memory = os.open(next(fd for fd in fds.iterdir() if "memfd:" in os.readlink(fd)), os.O_RDWR)
+
+    def __call__(self) -> None:
+        page = os.urandom(PAGE)
+        os.pwrite(self._memory, page + bytes(3 * PAGE), RAM)
+        self._copy(RAM, EDU_BUFFER, DMA_RUN)
+        self._copy(EDU_BUFFER, RAM + 2 * PAGE, DMA_RUN | DMA_FROM_DEVICE)
+        assert os.pread(self._memory, 4 * PAGE, RAM) == page + bytes(PAGE) + page + bytes(PAGE)
+
+    def close(self) -> None:
+        os.close(self._memory)
+
+    def _copy(self, source: int, destination: int, command: int) -> None:
+        for register, value in (
+            (DMA_SOURCE, source),
+            (DMA_DESTINATION, destination),
+            (DMA_COUNT, PAGE),
+            (DMA_COMMAND, command),
+        ):
+            self._host.command(f"write 32 {self._base + register:#x} {value:#x}")
+            assert self._read(register) & ~DMA_RUN == value & ~DMA_RUN
+        wait_until(lambda: not self._read(DMA_COMMAND) & DMA_RUN, "the transfer is over")
+
+    def _read(self, register: int) -> int:
+        return self._host.command(f"read 32 {self._base + register:#x}").result.number("value")
 
 
 class Hammer(threading.Thread):
-    """Lets the guest raise and serve interrupts until it is stopped."""
+    """Does some work again and again until it is stopped."""
 
-    def __init__(self, host: HostBench) -> None:
+    def __init__(self, work: Callable[[], object]) -> None:
         super().__init__(daemon=True)
         self.rounds = 0
-        self.samples: list[int] = []
-        """TSC cycles from each access that raised a line to the handler"""
         self.error: BaseException | None = None
-        self._host = host
+        self._work = work
         self._is_over = threading.Event()
 
     def run(self) -> None:
         try:
             while not self._is_over.is_set():
-                self._host.command(f"run {ROUNDS} held 4")
-                self.rounds += ROUNDS
-                for addr in ("05.0", "06.0"):
-                    for record in self._host.command(f"samples {addr}").of_kind("raise_to_handler"):
-                        self.samples += record.cycles()
+                self._work()
+                self.rounds += 1
         except BaseException as error:  # noqa: BLE001  it is raised by stop()
             self.error = error
 
     def stop(self) -> None:
-        """Waits for the end of the present run. Raises what has failed in it."""
+        """Waits for the end of the present round. Raises what has failed in it."""
         self._is_over.set()
         self.join()
         if self.error is not None:
@@ -61,11 +131,13 @@ class Hammer(threading.Thread):
 
 
 @contextmanager
-def hammering(host: HostBench) -> Iterator[Hammer]:
-    hammer = Hammer(host)
+def hammering(work: Callable[[], object]) -> Iterator[Hammer]:
+    hammer = Hammer(work)
     hammer.start()
-    yield hammer
-    hammer.stop()
+    try:
+        yield hammer
+    finally:
+        hammer.stop()
 
 
 def kill_at_random(host: HostBench, units: Sequence[str], kills: int, random: Random) -> None:
@@ -118,13 +190,14 @@ def test_kills_while_the_guest_runs(host: HostBench, units: tuple[str, ...], kil
     host.command("setup")
     said = host.journal("-u", QEMU_UNIT)
     qemu = host.wait_for_process(QEMU_UNIT)
-    with hammering(host) as hammer:
+    interrupts = Interrupts(host)
+    with hammering(interrupts):
         kill_at_random(host, units, kills, Random(kills))
     sums = check_counts(host, spurious=kills)
     assert host.wait_for_process(QEMU_UNIT) == qemu
     assert host.journal("-u", QEMU_UNIT) == said
     hertz = tsc_hertz()
-    blackouts = sorted(cycles / hertz for cycles in hammer.samples if cycles > BLACKOUT * hertz)
+    blackouts = sorted(cycles / hertz for cycles in interrupts.samples if cycles > BLACKOUT * hertz)
     print(
         f"\n{kills} kills of {' and '.join(units)}, {sums['served']} interrupts, {sums['spurious']} spurious"
     )
@@ -132,3 +205,73 @@ def test_kills_while_the_guest_runs(host: HostBench, units: tuple[str, ...], kil
         cuts = quantiles(blackouts, n=100, method="inclusive")
         print(f"blackouts in {len(blackouts)} accesses that raise a line: p50 {cuts[49]:.3f} s,")
         print(f"p99 {cuts[98]:.3f} s, max {blackouts[-1]:.3f} s")
+
+
+@pytest.mark.parametrize("units", [(REMOTED,), (REMOTED, PROXYD)], ids=["remoted", "both"])
+def test_kills_while_the_guest_probes(host: HostBench, units: tuple[str, ...]) -> None:
+    """It finds the same functions each time, and gives them the same BARs and IRQs."""
+    found = host.command("setup").records
+    kills = max(KILLS // 4, 4)
+
+    def probe() -> None:
+        assert host.command("setup").records == found
+
+    with hammering(probe) as hammer:
+        kill_at_random(host, units, kills, Random(kills))
+    assert hammer.rounds
+    host.command(f"run {ROUNDS} held 4")
+    check_counts(host, spurious=1)
+
+
+def test_kills_during_dma(host: HostBench) -> None:
+    """Each transfer moves what it is to move, and nothing else."""
+    kills = max(KILLS // 4, 4)
+    with closing(Transfers(host)) as transfers, hammering(transfers) as hammer:
+        kill_at_random(host, (REMOTED,), kills, Random(kills))
+    assert hammer.rounds
+
+
+@pytest.mark.parametrize("units", [(REMOTED,), (PROXYD,), (REMOTED, PROXYD)], ids=["remoted", "proxyd", "both"])
+def test_kills_while_qemu_starts(host: HostBench, units: tuple[str, ...]) -> None:
+    """While the daemons start, functions are plugged and the guest boots: in the end it has them all."""
+    random = Random(KILLS)
+    for _ in range(max(KILLS // 20, 1)):
+        host.system.systemctl("restart", "--no-block", QEMU_UNIT)
+        for _ in range(3):
+            threading.Event().wait(random.uniform(0, PLUGGING))
+            for unit in units:
+                host.kill(unit)
+        host.attach()
+        host.command("setup")
+        host.command(f"run {ROUNDS} held 4")
+        check_counts(host, spurious=3)
+
+
+def test_kills_while_a_function_is_plugged(host: HostBench) -> None:
+    """Into a guest that runs: the others work on meanwhile, and the new one works in the end."""
+    random = Random(KILLS)
+    path = host.root / "etc/iohub/vm1.toml"
+    before = path.read_text()
+    qemu = host.wait_for_process(QEMU_UNIT)
+    names = {"edu0", "com1"}
+    interrupts = Interrupts(host)
+    host.command("setup")
+    try:
+        for number in range(min(max(KILLS // 8, 2), 20)):
+            unit = random.choice((REMOTED, PROXYD))
+            names.add(f"new{number}")
+            with hammering(interrupts):
+                host.add_device(f'model = "edu"\nid = "new{number}"\naddr = "{7 + number:02x}.0"\n')
+                for each in (REMOTED, PROXYD):
+                    host.kill(each, signal.SIGHUP)
+                threading.Event().wait(random.uniform(0, LONGEST_SERVICE))
+                host.kill(unit)
+                wait_until(lambda: host.linked() == names, f"all of {names} are plugged and linked")
+            assert len(host.command("setup").of_kind("function")) == len(names)
+        host.command(f"run {ROUNDS} held 4")
+        check_counts(host, spurious=1)
+        assert host.wait_for_process(QEMU_UNIT) == qemu
+    finally:
+        path.write_text(before)
+        host.system.systemctl("restart", QEMU_UNIT)
+        host.attach()

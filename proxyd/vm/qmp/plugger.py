@@ -85,13 +85,15 @@ class QemuPlugger:
         path = config.own_socket_path("proxyd.varlink")
         self._control = ControlServer(self._loop, path, lambda: self._interface, log)
         self._qemu: tuple[int, int] | None = None
-        """the process that was attached last"""
+        """the process that was attached last, as far as it can be seen: a sandbox may hide it"""
+        self._has_attached = False
+        """whether a QEMU has been attached, which may have functions of ours"""
 
     def reload(self, config: VmConfig) -> None:
         """Plugs and unplugs devices until they are those of the configuration. Raises UsageError."""
         self._slots.change(config.devices)
         self._config = config
-        if self._qemu is None:
+        if not self._has_attached:
             self._slots.settle_detached()
 
     def run(self) -> int:
@@ -264,7 +266,7 @@ class QemuPlugger:
             for slot in self._slots:
                 slot.forget()
             self._slots.settle_detached()
-        self._qemu = process
+        self._qemu, self._has_attached = process, True
 
     async def _check(self, monitor: Monitor) -> Inventory:
         """What is plugged in QEMU. Raises UsageError when QEMU or what it has doesn't suit."""

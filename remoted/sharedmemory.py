@@ -44,6 +44,7 @@ class SharedMemory:
                 os.ftruncate(self.fd, bar.size)
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._mapping = mmap.mmap(self.fd, bar.size)
+            self._mapping.madvise(mmap.MADV_DONTDUMP)  # it may hold the guest's data
         except (OSError, OverflowError) as error:
             self._close()
             raise UsageError(f"BAR {number}: no shared memory of {bar.size:#x} bytes: {error}") from error

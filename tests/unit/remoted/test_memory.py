@@ -20,6 +20,7 @@ from common.errors import ProtocolError, ShortageError
 from common.mpqemu import CONFIG, Command
 from remoted.memory import DmaError, GuestMemory
 from tests.support.fds import await_fds, count_fds, no_more_fds
+from tests.support.mappings import dumped_mappings
 from tests.support.remotebench import LineDevice, Peer, RemoteBench
 from tests.support.wait import wait_until
 
@@ -323,6 +324,12 @@ class TestViews:
             assert bytes(view[10:15]) == b"guest"
             view[50:56] = b"device"
             assert pread(fd, 6, 60) == b"device"
+
+    def test_what_is_mapped_is_in_no_core_dump(self, memory: GuestMemory, files: Files) -> None:
+        sync(memory, Region(0, PAGE, 0, files.create(1)))
+        assert dumped_mappings(NAME) == []
+        with memory.view(0, PAGE):
+            assert dumped_mappings(NAME) == [False]
 
     def test_no_view_of_two_regions(self, memory: GuestMemory, files: Files) -> None:
         fd = files.create(2)

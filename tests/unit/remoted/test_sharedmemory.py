@@ -14,6 +14,7 @@ import pytest
 from common import pci
 from remoted.device import Bar, BarKind, Msix, PciFunction
 from tests.support.fds import no_fd_is_left
+from tests.support.mappings import dumped_mappings
 from tests.support.messageboard import MessageBoard
 
 PAGE = 4096
@@ -51,6 +52,11 @@ def card(request: pytest.FixtureRequest) -> Iterator[PciFunction]:
         assert function.bus_config_write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
         yield function
         function.shut_down()
+
+
+def test_no_core_dump_has_it(card: PciFunction) -> None:
+    assert card.shared_memory(2) is not None
+    assert dumped_mappings("iohub-bar") == [False, False]
 
 
 def test_the_device_the_client_s_map_and_the_bus_see_the_same(card: PciFunction) -> None:

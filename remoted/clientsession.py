@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the sessions of all transports have in common: one client's link, watched until either end closes it.
 
-Only what puts the stream out of step ends the session: a wrong size, more fds than fit, a flood whose replies
-nobody reads, a message that doesn't end. A shortage on this side, such as of file descriptors, ends the session as
-well: the client would wait in vain for the interrupts of eventfds that were dropped, while one that connects again
-sends new ones.
+Only what puts the stream out of step ends the session: a wrong size, more fds than fit, a message that doesn't
+end. A shortage on this side, such as of file descriptors, ends the session as well: the client would wait in vain
+for the interrupts of eventfds that were dropped, while one that connects again sends new ones.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from remoted.function import PciFunction
 if TYPE_CHECKING:
     from remoted.keeper import Keeper
 
-__all__ = ["ClientLink", "ClientSession"]
+__all__ = ["HALF_MESSAGE_SECONDS", "ClientLink", "ClientSession"]
 
-_HALF_MESSAGE_SECONDS = 5.0
+HALF_MESSAGE_SECONDS = 5.0
 """how long the rest of a message may take"""
 
 
@@ -190,7 +189,7 @@ class ClientSession(abc.ABC):
             self.close()
         else:
             if link.is_partial and self._partial is None:
-                self._partial = self._loop.call_later(_HALF_MESSAGE_SECONDS, self._half_message_expired)
+                self._partial = self._loop.call_later(HALF_MESSAGE_SECONDS, self._half_message_expired)
 
     def _wait_for_rest(self, is_partial: bool) -> None:
         """While half a message lies in the socket, waits for further bytes or the end of the stream."""
@@ -199,7 +198,7 @@ class ClientSession(abc.ABC):
         self._loop.modify(self._link.fileno(), events)
 
     def _half_message_expired(self) -> None:
-        self._reject(ProtocolError(f"half a message and then silence for {_HALF_MESSAGE_SECONDS:g} s"))
+        self._reject(ProtocolError(f"half a message and then silence for {HALF_MESSAGE_SECONDS:g} s"))
         self.close()
 
     def _reject(self, error: ProtocolError, event: Event = Event.CLIENT_BROKE_PROTOCOL) -> None:

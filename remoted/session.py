@@ -3,7 +3,8 @@
 
 A client's mistake costs it its session at most. Out-of-range accesses are answered with all ones, as an error
 is on this wire. Invalid requests without a reply (SYNC_SYSMEM, SET_IRQFD) are ignored as a whole. What ends a
-session is told in remoted.clientsession; here an unknown command does so, too.
+session is told in remoted.clientsession; here an unknown command does so, too, and a flood whose replies nobody
+reads: a client has to wait for each of them.
 """
 
 from __future__ import annotations

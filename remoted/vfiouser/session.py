@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Mapping
+from select import EPOLLIN, EPOLLOUT
 from struct import Struct
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from common.journal import RateLimited
 from common.loop import Loop, Timer
 from common.messages import Event
 from common.vfiouser import HEADER, Command, DeviceFlag, DmaFlag, Flag, RefusedError, UnmapFlag
-from remoted.clientsession import ClientLink, ClientSession
+from remoted.clientsession import HALF_MESSAGE_SECONDS, ClientLink, ClientSession
 from remoted.function import PciFunction
 from remoted.memory import MapError
 from remoted.vfiouser.irqs import Irqs
@@ -86,6 +87,8 @@ class VfioUserSession(ClientSession):
         self._irqs = irqs
         self._regions = Regions(function)
         self._request = _Request(0, 0, 0, 0, 0)
+        self._unsent: tuple[bytes, tuple[int, ...]] | None = None
+        """an answer, and fds that go with it, for which there is no room"""
         self._answer_fds: tuple[int, ...] = ()
         """what goes with the answer to the request"""
         self._refused_ram = -1
@@ -95,6 +98,7 @@ class VfioUserSession(ClientSession):
         self._commit = commit
         super().__init__(loop, sock, function, on_end, log, disposal, None)
         self._frame = self._link.frame
+        self._link_send = self._link.send
 
     def _open_link(self, sock: socket.socket) -> tuple[ClientLink, Mapping[int, Callable[[], None]]]:
         self._requests: dict[int, Callable[[], bytes]] = {Command.VERSION: self._version}
@@ -155,7 +159,7 @@ class VfioUserSession(ClientSession):
         fds, self._answer_fds = self._answer_fds, ()
         if not request.flags & Flag.NO_REPLY:
             size = HEADER.size + len(payload)
-            self._link.send(HEADER.pack(request.id, request.command, size, Flag.REPLY, 0) + payload, fds)
+            self._send(HEADER.pack(request.id, request.command, size, Flag.REPLY, 0) + payload, fds)
 
     def _refuse(self, error: RefusedError) -> None:
         request, text = self._request, str(error)
@@ -164,7 +168,33 @@ class VfioUserSession(ClientSession):
             self._reject(ProtocolError(f"{vfiouser.command_name(request.command)}: {text}"), event)
         if not request.flags & Flag.NO_REPLY:
             flags = Flag.REPLY | Flag.ERROR
-            self._link.send(HEADER.pack(request.id, request.command, HEADER.size, flags, error.code))
+            self._send(HEADER.pack(request.id, request.command, HEADER.size, flags, error.code))
+
+    def _send(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Sends an answer, or keeps it while there is no room: then no further request is read until there is.
+
+        The client may have sent many requests before it reads their answers.
+        """
+        if not self._link_send(message, fds):
+            self._unsent = message, fds
+            self._receive = self._receive_later
+            self._loop.modify(self._link.fileno(), EPOLLOUT)
+
+    def _receive_later(self) -> int:
+        """Sends the answer that is kept, and goes on with the next request; -1 while there still is no room."""
+        if self._unsent is not None:
+            if not self._link_send(*self._unsent):
+                return -1
+            self._unsent = None
+            self._receive = self._link.receive
+            self._loop.modify(self._link.fileno(), EPOLLIN)
+        return self._receive()
+
+    def _half_message_expired(self) -> None:
+        if self._unsent is None:
+            super()._half_message_expired()
+        else:  # the rest of the message may be here, but isn't read
+            self._partial = self._loop.call_later(HALF_MESSAGE_SECONDS, self._half_message_expired)
 
     def _version(self) -> bytes:
         answer = answer_version(self._payload)
@@ -289,7 +319,7 @@ class VfioUserSession(ClientSession):
         message, command, size, flags, _, offset, region, count = _unpack_access(self._frame)
         data = self._regions.read(region, offset, count) if size == _ACCESS.size and not flags else b""
         if data:
-            self._link.send(_pack_access(message, command, size + count, _REPLY, 0, offset, region, count) + data)
+            self._send(_pack_access(message, command, size + count, _REPLY, 0, offset, region, count) + data)
         else:
             self._serve()
 
@@ -313,7 +343,7 @@ class VfioUserSession(ClientSession):
             self._request = _Request(message, command, size, flags, 0)
             self._refuse(RefusedError(code))
         else:
-            self._link.send(_pack_access(message, command, _ACCESS.size, _REPLY, 0, offset, region, count))
+            self._send(_pack_access(message, command, _ACCESS.size, _REPLY, 0, offset, region, count))
 
     def _write(self) -> bytes:
         """An access that _region_write() leaves."""

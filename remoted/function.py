@@ -145,7 +145,8 @@ class PciFunction(BusTarget):
         """Interrupts by a vector: 0 to what the class declares, less one; 0 if it declares none.
 
         While the guest has enabled MSI-X or MSI, each call sends a message, or keeps it pending while it can't
-        be sent. Else the INTx line is high until all vectors are lowered. Raises ValueError.
+        be sent. Else the INTx line is high until all vectors are lowered; those that are still raised when the
+        guest enables messages are sent then. Raises ValueError.
         """
         self.__interrupts.raise_irq(vector)
 
@@ -278,7 +279,7 @@ class PciFunction(BusTarget):
             if self.keeps_registers:
                 self.restored()
             else:
-                self.__interrupts.reset()
+                self.__interrupts.lower_all()
                 self.reset()
 
     def shut_down(self) -> None:

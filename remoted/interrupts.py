@@ -4,7 +4,8 @@
 PCI Local Bus Specification 3.0, chapter 6.8. While messages are enabled the line is low (6.8.1.4). A message is
 pending while its vector is masked or has no eventfd, and while the function is not bus master (a message is a
 memory write, 6.2.2). It is sent once when that has changed. lower_irq() clears the pending bit of what has not
-been sent, as 6.8.3.5 demands for a cause that is gone.
+been sent, as 6.8.3.5 demands for a cause that is gone. What was raised while the line carried it, and has not been
+lowered since, is sent when messages are enabled: otherwise the change would lose it.
 
 The entries' own mask bits of the MSI-X table silence nothing here: the client emulates the table, and masks by its
 transport.
@@ -179,13 +180,13 @@ class Interrupts:
         self._vectors = max(1, msi.vectors if msi else 0, msix.vectors if msix else 0)
         size, table_size = (self._vectors + 7) // 8, msix.table_size if msix else 0
         pba_size = msix.pba_size if msix else 0
-        self.state = bytearray(size + 4 + pba_size + table_size)
-        """what resume() takes: a bit for each vector that is raised, MSI's pending bits, PBA, table"""
+        self.state = bytearray(2 * size + 4 + pba_size + table_size)
+        """what resume() takes: two bits for each vector, MSI's pending bits, PBA, table"""
         view = memoryview(self.state)
-        self._bits = view[:size]
-        msi_pending = view[size : size + 4]
-        pba = view[size + 4 : size + 4 + pba_size]
-        self._table = view[size + 4 + pba_size :]
+        self._bits, self._unsent = view[:size], view[size : 2 * size]
+        """the vectors that are raised; those of them of which only the line has told"""
+        msi_pending, view = view[2 * size : 2 * size + 4], view[2 * size + 4 :]
+        pba, self._table = view[:pba_size], view[pba_size:]
         self._table[:] = _MASKED * (table_size // ENTRY_SIZE)
         if msix is not None and msix.pba is not None:
             self.areas = (
@@ -227,6 +228,8 @@ class Interrupts:
                 self._update_line()
         if self._current is not None:
             self._current.send(vector, self._may_send)
+        else:
+            self._unsent[vector >> 3] |= bit
 
     def lower_irq(self, vector: int) -> None:
         """See PciFunction."""
@@ -235,6 +238,7 @@ class Interrupts:
         bit = 1 << (vector & 7)
         if self._bits[vector >> 3] & bit:
             self._bits[vector >> 3] &= ~bit
+            self._unsent[vector >> 3] &= ~bit
             self._raised -= 1
             for messages in self._kinds.values():
                 self._forget(messages, vector)
@@ -250,8 +254,14 @@ class Interrupts:
         """Command or a capability was written: what they enable takes effect."""
         self._look()
         self._update_line()
-        if self._current is not None and self._may_send:
-            self._current.release(0, self._current.vectors)
+        if self._current is not None:
+            if any(self._unsent):
+                for vector in range(self._vectors):
+                    if self._unsent[vector >> 3] & 1 << (vector & 7):
+                        self._current.send(vector, self._may_send)
+                self._unsent[:] = bytes(len(self._unsent))
+            if self._may_send:
+                self._current.release(0, self._current.vectors)
 
     def resume(self, state: bytes, level: bool) -> None:
         """Takes the state of the previous process, drives no line, and sends nothing."""
@@ -261,14 +271,18 @@ class Interrupts:
         self._look()
         self.is_asserted = self.is_high and self._may_drive
 
-    def reset(self) -> None:
-        """Lowers everything, forgets what is pending, and masks the table's entries."""
-        self._bits[:] = bytes(len(self._bits))
+    def lower_all(self) -> None:
+        """Lowers everything, and forgets what is pending."""
+        self._bits[:] = self._unsent[:] = bytes(len(self._bits))
         self._raised = 0
         for messages in self._kinds.values():
             messages.reset()
-        self._table[:] = _MASKED * (len(self._table) // ENTRY_SIZE)
         self.set_level(False)
+
+    def reset(self) -> None:
+        """As lower_all(), and sets the table to its values after a reset."""
+        self.lower_all()
+        self._table[:] = _MASKED * (len(self._table) // ENTRY_SIZE)
 
     def _look(self) -> None:
         """Finds out what is enabled."""

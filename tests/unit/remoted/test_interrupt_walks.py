@@ -48,6 +48,7 @@ class Model:
 
     def reset(self) -> None:
         self.raised: set[int] = set()
+        self.unsent: set[int] = set()
         self.pending: dict[VectorKind, set[int]] = {MSI: set(), MSIX: set()}
         self.msi_enabled = self.msix_enabled = self.all_masked = False
         self.allocated = 1
@@ -79,10 +80,13 @@ class Model:
         self.raised.add(vector)
         if self.enabled is not None:
             self.send(self.enabled, vector)
+        else:
+            self.unsent.add(vector)
 
     def lower_irq(self, vector: int) -> None:
         if vector in self.raised:
             self.raised.remove(vector)
+            self.unsent.discard(vector)
             for kind, pending in self.pending.items():
                 pending.intersection_update(
                     pending - {self.message(kind, vector)}
@@ -91,6 +95,11 @@ class Model:
 
     def release(self) -> None:
         """Something has changed: sends what can be sent now."""
+        if (kind := self.enabled) is not None:
+            while self.unsent:
+                vector = min(self.unsent)
+                self.unsent.remove(vector)
+                self.send(kind, vector)
         if (kind := self.enabled) is not None and self.is_awake and self.is_master:
             for vector in sorted(self.pending[kind]):
                 self.pending[kind].discard(vector)

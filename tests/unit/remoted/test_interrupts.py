@@ -74,6 +74,8 @@ def test_msix_is_sent_by_each_call_and_the_line_is_low_meanwhile(board: MessageB
     board.msix_control(0x8000)
     assert not board.line
     assert function.intx_level
+    assert board.pba == 1 << 69, "only the line has told of it"
+    function.lower_irq(69)
     board.attach(VectorKind.MSIX, 0, 70)
     function.raise_irq(69)
     function.raise_irq(69)
@@ -83,6 +85,25 @@ def test_msix_is_sent_by_each_call_and_the_line_is_low_meanwhile(board: MessageB
     board.msix_control(0)
     assert board.line
     assert board.function.vectors(VectorKind.MSIX) == 70
+
+
+def test_what_the_line_has_told_is_sent_once_when_messages_are_enabled(board: MessageBoard) -> None:
+    board.attach(VectorKind.MSIX, 0, 70)
+    board.attach(VectorKind.MSI, 0, 8)
+    board.function.raise_irq(3)
+    board.function.raise_irq(5)
+    board.function.lower_irq(5)
+    board.msix_control(0x8000)
+    assert board.port.take() == [3]
+    board.msix_control(0x0000)
+    assert board.line
+    board.msi_control(0x31)
+    assert board.port.take() == [], "a message has told of it"
+    board.msi_control(0x30)
+    board.function.full_reset()
+    board.command(MASTER)
+    board.msi_control(0x31)
+    assert board.port.take() == []
 
 
 def test_msix_comes_before_msi(board: MessageBoard) -> None:

@@ -194,7 +194,7 @@ def test_msi() -> None:
     write(0, IRQ_RAISE, 4, 1)
     assert (board.line, board.port.take()) == (True, [])
     board.msi_control(0x01)
-    assert (board.line, board.port.take()) == (False, [])
+    assert (board.line, board.port.take()) == (False, [0]), "it would be lost"
     write(0, IRQ_RAISE, 4, 2)
     write(0, IRQ_RAISE, 4, 2)
     assert board.port.take() == [0, 0]

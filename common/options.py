@@ -8,6 +8,7 @@ the model first. ``,,`` stands for a comma in a value.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -138,6 +139,17 @@ class Parser(argparse.ArgumentParser):
         emit(self.format_help())
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal. argparse would ask shutil at each start: three compression libraries."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns
+        except (ValueError, OSError):
+            columns = 80
+        super().__init__(prog, width=columns - 2)
+
+
 class _Version(argparse.Action):
     """Prints the version and exits."""
 
@@ -168,7 +180,7 @@ def make_parser(role: Role) -> Parser:
         prog=role.program,
         description=role.summary,
         epilog=role.epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     add_version(parser)

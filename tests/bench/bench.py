@@ -28,6 +28,8 @@ from tests.bench.candidates import (
     ADAPTIVE,
     BINARIES,
     CANDIDATES,
+    INTERPRETER,
+    KEPT,
     LOOPS,
     OFF,
     PEER,
@@ -35,7 +37,7 @@ from tests.bench.candidates import (
     Candidate,
 )
 from tests.bench.exchanges import EXCHANGES, Plan, Series, run_exchanges, setups
-from tests.bench.footprint import beside_others, first_answers, idle, memory_alone
+from tests.bench.footprint import beside_others, first_answers, idle, memory_alone, start_parts
 from tests.bench.functions import measure_functions
 from tests.bench.guest import run_guests
 from tests.bench.machine import OtherLoad, describe
@@ -51,6 +53,7 @@ from tests.bench.targets import (
     guest_verdicts,
     many_verdicts,
 )
+from tests.support.checkout import ROOT
 
 Results = dict[str, Any]
 
@@ -95,6 +98,11 @@ class Run:
             self.verdicts += exchange_verdicts(setup, summaries)
             print(f"\n{setup}; microseconds, {self.plan.rounds} rounds of {self.plan.count}")
             print_exchanges(figures, CANDIDATES)
+            extra = {
+                EXCHANGES[exchange]: {"kept link": by_name[KEPT]["p50"] - by_name[ADAPTIVE]["p50"]}
+                for exchange, by_name in summaries.items()
+            }
+            self.table(f"us more of a kept link, {setup}", extra)
             if not panels:
                 panels = {
                     f"{EXCHANGES[exchange]}, {setup}": {
@@ -121,11 +129,14 @@ class Run:
     def footprint(self) -> None:
         """Start, memory, and idle processes."""
         candidates = [each for each in CANDIDATES if each.name in (PEER, OFF, ADAPTIVE)]
+        (adaptive,) = chosen(ADAPTIVE)
         with self.part("footprint"):
             starts = first_answers(candidates, self.plan.rounds, self.directory)
+            parts = start_parts(adaptive, self.plan.rounds, self.directory)
             memory = memory_alone(candidates, self.directory)
             silent = idle(candidates, self.directory)
         self.table("first answer, ms", {"1 function": starts})
+        self.table("of it, ms of CPU time", {ADAPTIVE: parts})
         self.table("memory, MiB", memory)
         self.table("3 s of silence; CPU in ms", silent)
         self.verdicts += footprint_verdicts(starts, memory, silent)
@@ -276,6 +287,9 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     failed = False
 
+    packages = ("common", "proxyd", "remoted", "qemu_iohub.py")
+    # As an installation does; where Python may not write its caches, each start would compile everything.
+    subprocess.run([INTERPRETER, "-m", "compileall", "-q", *packages], cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory(prefix="iohub-bench-") as directory:
         run = Run(arguments, Path(directory))
         print("\n".join(f"{name}: {value}" for name, value in run.results["machine"].items()))

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -21,13 +21,16 @@ from common.disposal import Disposal
 from common.link import Client
 from common.mpqemu import Command
 from tests.support.checkout import ROOT
+from tests.support.storemanager import StoreManager
 
 __all__ = [
     "ADAPTIVE",
     "BINARIES",
     "CANDIDATES",
     "FLOOR",
+    "INTERPRETER",
     "IO_BASE",
+    "KEPT",
     "LOOPS",
     "OFF",
     "PEER",
@@ -36,6 +39,7 @@ __all__ = [
     "Remote",
     "cpu_seconds",
     "process_cpu_seconds",
+    "remoted_command",
     "start_process",
 ]
 
@@ -45,6 +49,9 @@ PEER = "x-remote"
 FLOOR = "floor polling"
 ADAPTIVE = "remoted adaptive"
 OFF = "remoted off"
+KEPT = "remoted kept"
+INTERPRETER = os.path.realpath(sys.executable)
+"""not that of .venv, which reads what an editable installation has put there; installed programs don't"""
 BINARIES = ROOT / "build" / "bench"
 """where make puts the C programs"""
 POLL_MICROSECONDS = 50
@@ -65,6 +72,8 @@ class Candidate:
     """of the inherited link and a directory of its own"""
     settle: float = 0.0
     """seconds from the first answer until it can be used"""
+    has_store: bool = False
+    """whether it runs as under a service manager, with an fd store that keeps its link"""
 
 
 class Remote:
@@ -73,16 +82,22 @@ class Remote:
     def __init__(self, candidate: Candidate, directory: Path, *, settle: bool = True) -> None:
         """Without ``settle`` it may forget its BAR: only for what doesn't need it."""
         self.candidate = candidate
+        self._manager = StoreManager(directory) if candidate.has_store else None
+        address = "" if self._manager is None else self._manager.address
         begin = time.perf_counter()
-        self.process, self.link = start_process(candidate, directory)
+        self.process, self.link = start_process(candidate, directory, address)
         self.pid = self.process.pid
         client = Client(socket.socket(fileno=os.dup(self.link.fileno())), _DEADLINE, Disposal())
         client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4))
         self.first_answer = time.perf_counter() - begin
         """seconds from before the process is made"""
+        self.first_answer_cpu = self.cpu_seconds()
+        """CPU time that the process has used by then"""
         time.sleep(candidate.settle * settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
         self.irqfd, self.resamplefd = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
         client.send(Command.SET_IRQFD, fds=(self.irqfd, self.resamplefd))
+        if self._manager is not None:
+            self._manager.serve_until_stored("irqfd")
         client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_BASE_ADDRESS_0, IO_BASE, 4))
         client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_COMMAND, pci.PCI_COMMAND_IO, 2))
         client.close_own_copy()
@@ -101,6 +116,8 @@ class Remote:
         self.process.wait()
         os.close(self.irqfd)
         os.close(self.resamplefd)
+        if self._manager is not None:
+            self._manager.close()
 
     def pin(self, cpus: set[int]) -> None:
         """Lets all its threads run on these CPUs only."""
@@ -120,22 +137,27 @@ class Remote:
         return total
 
     def memory(self) -> dict[str, int]:
-        """Resident and private bytes."""
+        """Bytes: resident, private, and of these those that no other process could share."""
         lines = Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines()[1:]
         sizes = {
             name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)
         }
-        return {"resident": sizes["Rss"], "private": sizes["Private_Clean"] + sizes["Private_Dirty"]}
+        private = sizes["Private_Clean"] + sizes["Private_Dirty"]
+        return {"resident": sizes["Rss"], "private": private, "dirty": sizes["Private_Dirty"]}
 
 
-def start_process(candidate: Candidate, directory: Path) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A process and the client's end of its link."""
+def start_process(
+    candidate: Candidate, directory: Path, store: str = ""
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A process and the client's end of its link; ``store`` is the address of its service manager."""
+    variables = {"NOTIFY_SOCKET": store, "FDSTORE": "4096"} if store else {}
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
             candidate.command(theirs.fileno(), directory),
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
+            env={**os.environ, **variables},
             stderr=subprocess.DEVNULL,
         )
     return process, ours
@@ -152,12 +174,20 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _remoted(*args: str, program: Sequence[str] = ("remoted",)) -> Callable[[int, Path], list[str]]:
+def remoted_command(directory: Path, *args: str, module: str = "qemu_iohub") -> list[str]:
+    """What starts remoted as an installed program starts it; or a module that runs it otherwise."""
+    libraries = [path for path in sys.path if path.endswith("-packages")]
+    start = "from qemu_iohub import iohub_remoted; sys.exit(iohub_remoted())"
+    if module != "qemu_iohub":
+        start = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path += {libraries!r}; {start}"
+    return [INTERPRETER, "-P", "-S", "-c", code, *args, "--name=bench", f"--runtime-dir={directory}"]
+
+
+def _remoted(*args: str, module: str = "qemu_iohub") -> Callable[[int, Path], list[str]]:
     def command(fd: int, directory: Path) -> list[str]:
-        return [
-            *(sys.executable, "-m", *program, "--name=bench", f"--runtime-dir={directory}"),
-            *(f"--device=pci-serial,id=serial0,addr=05.0,fd={fd}", *args),
-        ]
+        device = f"--device=pci-serial,id=serial0,addr=05.0,fd={fd}"
+        return [*remoted_command(directory, *args, module=module), device]
 
     return command
 
@@ -179,13 +209,14 @@ CANDIDATES = (
     Candidate("floor", _floor(0)),
     Candidate(FLOOR, _floor(POLL_MICROSECONDS)),
     Candidate(OFF, _remoted("--poll-max-us=0")),
-    Candidate("remoted fixed", _remoted(program=("tests.bench.fixedloop",))),
+    Candidate("remoted fixed", _remoted(module="tests.bench.fixedloop")),
     Candidate(ADAPTIVE, _remoted()),
+    Candidate(KEPT, _remoted(), has_store=True),
 )
 """in the order of the columns"""
 
 LOOPS = tuple(
-    Candidate(name, _remoted("--poll-max-us=0", program=("tests.bench.otherloop", name)))
+    Candidate(name, _remoted(name, "--poll-max-us=0", module="tests.bench.otherloop"))
     for name in ("asyncio", "uvloop")
     if importlib.util.find_spec(name)
 )

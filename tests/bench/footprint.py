@@ -6,15 +6,22 @@ from __future__ import annotations
 import os
 import select
 import statistics
+import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.bench.candidates import Candidate, Remote
+from tests.bench.candidates import INTERPRETER, Candidate, Remote, cpu_seconds
 from tests.bench.exchanges import exchange_times
+from tests.support.checkout import ROOT
 
-__all__ = ["beside_others", "first_answers", "idle", "memory_alone"]
+__all__ = ["beside_others", "first_answers", "idle", "memory_alone", "start_parts"]
 
+_OWN_PACKAGES = ("common", "remoted", "qemu_iohub")
+_OWN_MODULES = "import qemu_iohub, remoted.main, remoted.devices.pci_serial"
+
+_STARTS = 4
+"""of each candidate in a round"""
 _IDLE_SECONDS = 3.0
 _SETTLE_SECONDS = 1.5
 """more than the time between two samples of remoted's watchdog"""
@@ -23,11 +30,46 @@ _SETTLE_SECONDS = 1.5
 def first_answers(candidates: Sequence[Candidate], rounds: int, directory: Path) -> dict[str, float]:
     """Median milliseconds from before the process is made to the answer to a config read, by candidate."""
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    for _ in range(rounds):
+    for _ in range(_STARTS * rounds):
         for candidate in candidates:
             with Remote(candidate, directory, settle=False) as remote:
                 times[candidate.name].append(remote.first_answer * 1000)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def start_parts(candidate: Candidate, rounds: int, directory: Path) -> dict[str, float]:
+    """Median milliseconds of CPU time that a remoted uses before its first answer, by what it does."""
+    names = _output(
+        f"import sys; before = {{*sys.modules}}; {_OWN_MODULES}; print(*{{*sys.modules}} - before)"
+    ).split()
+    library = [name for name in names if name.partition(".")[0] not in _OWN_PACKAGES]
+    steps = {
+        "interpreter": "",
+        "its library": "".join(f"import {name}\n" for name in library),
+        "own modules": _OWN_MODULES,
+    }
+    until: dict[str, list[float]] = {name: [] for name in (*steps, "the rest")}
+    for _ in range(rounds):
+        for name, code in steps.items():
+            before = cpu_seconds()
+            _output(code)
+            until[name].append((cpu_seconds() - before) * 1000)
+        with Remote(candidate, directory, settle=False) as remote:
+            until["the rest"].append(remote.first_answer_cpu * 1000)
+    medians = [0.0, *(statistics.median(values) for values in until.values())]
+    return {name: after - before for name, before, after in zip(until, medians[:-1], medians[1:], strict=True)}
+
+
+def _output(code: str) -> str:
+    """What Python prints that runs the code."""
+    return subprocess.run(
+        [INTERPRETER, "-P", "-S", "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def memory_alone(candidates: Sequence[Candidate], directory: Path) -> dict[str, dict[str, float]]:
@@ -61,8 +103,8 @@ def beside_others(
 ) -> dict[int, dict[str, float]]:
     """One busy process beside so many idle ones with a live link each.
 
-    By the number of all: milliseconds of the start of one, private MiB of the busy one, and microseconds (p50) of
-    its BAR read, with each end on a core of its own.
+    By the number of all: milliseconds of the start of one, private and dirty MiB of the busy one, and microseconds
+    (p50) of its BAR read, with each end on a core of its own.
     """
     cpus = sorted(os.sched_getaffinity(0))
     found = {}
@@ -85,6 +127,7 @@ def beside_others(
             found[count] = {
                 "start": statistics.median(starts),
                 "private": _mebibytes(busy)["private"],
+                "dirty": _mebibytes(busy)["dirty"],
                 "bar read": statistics.median(times) / 1000,
             }
     return found

@@ -7,7 +7,6 @@ import os
 import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Self
 from common import mpqemu
 from common.mpqemu import Command
 from common.pci import format_devfn
-from tests.bench.candidates import process_cpu_seconds
+from tests.bench.candidates import process_cpu_seconds, remoted_command
 from tests.support.checkout import ROOT
 
 __all__ = ["ManyFunctions", "measure_functions"]
@@ -35,7 +34,7 @@ class ManyFunctions:
             f"--device=pci-serial,id=serial{devfn},addr={format_devfn(devfn)},fd={theirs.fileno()}"
             for devfn, (_, theirs) in enumerate(pairs)
         ]
-        command = [sys.executable, "-m", "remoted", "--name=bench", f"--runtime-dir={directory}", *devices]
+        command = remoted_command(directory, *devices)
         begin = time.perf_counter()
         self.process = subprocess.Popen(
             command,

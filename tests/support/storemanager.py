@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class StoreManager:
         """what was said besides"""
         self.files: dict[str, list[int]] = {}
         """what is in the store, by name"""
+        self._known: list[str] = []
+        """what was in the store at the last barrier"""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.bind(self.address)
@@ -42,6 +45,12 @@ class StoreManager:
                 fds.frombytes(rights)
             count += 1
             self._take(dict(line.partition("=")[::2] for line in data.decode().splitlines()), list(fds))
+
+    def serve_until_stored(self, kind: str) -> None:
+        """Serves until a file whose name contains that is in the store, and the process knows that it is."""
+        while not any(kind in name for name in self._known):
+            select.select([self._socket], [], [])
+            self.serve()
 
     def hand_over(self) -> dict[str, list[int]]:
         """Copies of what is in the store, as for the next process."""
@@ -65,7 +74,9 @@ class StoreManager:
             return
         if "FDSTOREREMOVE" in fields:
             fds = fds + self.files.pop(name, [])
-        elif "BARRIER" not in fields:
+        elif "BARRIER" in fields:
+            self._known = list(self.files)
+        else:
             self.states.append(str(fields))
         for fd in fds:
             os.close(fd)

@@ -20,7 +20,7 @@ from tests.support.checkout import ROOT
 from tests.support.wait import wait_until
 
 UNWANTED = (
-    *("asyncio", "asyncvarlink", "json", "ssl", "subprocess", "tempfile"),
+    *("asyncio", "asyncvarlink", "json", "shutil", "ssl", "subprocess", "tempfile"),
     *("dataclasses", "difflib", "hashlib", "importlib.metadata", "inspect", "pathlib", "tomllib"),
     *("datetime", "common.vfiouser", "remoted.keeper", "remoted.modellist"),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support.checkout import ROOT
 from tests.support.qemu import PATIENCE, QEMU, Qemu, make
 
-__all__ = ["CommandFailed", "LinuxGuest", "build", "check_ext4"]
+__all__ = ["CommandFailed", "LinuxGuest", "build", "busybox", "check_ext4", "read_ext4"]
 
 _FOLDER = ROOT / "build" / "linux-guest"
 _PACKAGES = _FOLDER / "packages"
@@ -120,19 +120,26 @@ class LinuxGuest(Qemu):
         return self._received[-2000:].decode(errors="replace")
 
 
-def check_ext4(image: Path) -> str:
-    """What e2fsck says of a filesystem in an image. Raises CalledProcessError for any fault in it."""
+def check_ext4(image: Path) -> None:
+    """Checks a filesystem in an image. Raises CalledProcessError for any fault in it."""
+    _run_packaged("sbin/e2fsck", "-f", "-n", image)
+
+
+def read_ext4(image: Path, path: str) -> bytes:
+    """The contents of a file in a filesystem in an image."""
+    return _run_packaged("sbin/debugfs", "-R", f"cat {path}", image)
+
+
+def busybox() -> bytes:
+    """The guest's /bin/busybox."""
+    return _packaged("bin/busybox").read_bytes()
+
+
+def _run_packaged(program: str, *arguments: str | Path) -> bytes:
+    """Runs a program of the packages on the host, by its own loader. Returns what it printed on stdout."""
     libraries = [_PACKAGES / "lib" / "x86_64-linux-gnu", _PACKAGES / "usr" / "lib" / "x86_64-linux-gnu"]
-    return subprocess.run(
-        [
-            _packaged("lib64/ld-linux-x86-64.so.2"),
-            *("--library-path", ":".join(map(str, libraries))),
-            *(_packaged("sbin/e2fsck"), "-f", "-n", image),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    loader = [str(_packaged("lib64/ld-linux-x86-64.so.2")), "--library-path", ":".join(map(str, libraries))]
+    return subprocess.run([*loader, _packaged(program), *arguments], check=True, capture_output=True).stdout
 
 
 def _packaged(path: str) -> Path:

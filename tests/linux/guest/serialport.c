@@ -2,8 +2,8 @@
 /* What busybox can't do with a serial port, in the Linux guest: ioctl_tty(2), and setserial's TIOCSSERIAL.
  *
  * serialport DEVICE irq N: the driver uses this IRQ; with 0 it polls.
- * serialport DEVICE modem: prints the modem lines that are on, one a line.
- * serialport DEVICE set LINE... and clear LINE...: changes modem outputs.
+ * serialport DEVICE modem [+LINE|-LINE]...: changes modem outputs, then prints the lines that are on, one a line. (The
+ * driver sets DTR and RTS each time the port is opened.)
  * serialport DEVICE break: sends a break of a quarter of a second.
  */
 #include <err.h>
@@ -33,6 +33,14 @@ static int line_bit(const char *name)
 		if (!strcmp(lines[i].name, name))
 			return lines[i].bit;
 	errx(2, "no modem line: %s", name);
+}
+
+static void change_line(int port, const char *change)
+{
+	int bit = line_bit(change + 1);
+
+	if (ioctl(port, *change == '+' ? TIOCMBIS : TIOCMBIC, &bit))
+		err(1, "%s", change);
 }
 
 static void use_irq(int port, int irq)
@@ -65,16 +73,12 @@ int main(int argc, char **argv)
 	if (port < 0)
 		err(1, "%s", argv[1]);
 	const char *what = argv[2];
-	int bits = 0;
-	for (int i = 3; i < argc && strcmp(what, "irq"); i++)
-		bits |= line_bit(argv[i]);
 	if (!strcmp(what, "irq") && argc == 4)
 		use_irq(port, atoi(argv[3]));
-	else if (!strcmp(what, "modem"))
+	else if (!strcmp(what, "modem")) {
+		for (int i = 3; i < argc; i++)
+			change_line(port, argv[i]);
 		print_modem(port);
-	else if (!strcmp(what, "set") || !strcmp(what, "clear")) {
-		if (ioctl(port, *what == 's' ? TIOCMBIS : TIOCMBIC, &bits))
-			err(1, "%s", what);
 	} else if (!strcmp(what, "break")) {
 		if (tcsendbreak(port, 0))
 			err(1, "break");

@@ -35,6 +35,9 @@ _TRUNCATED = int(socket.MSG_CTRUNC)
 _HEADER_SIZE = HEADER.size
 _pack_value = mpqemu.RET.pack_into
 _RET_SIZE = HEADER.size + mpqemu.RET.size
+_RET_HEADER = HEADER.pack(Command.RET, mpqemu.RET.size)
+_pack_header = HEADER.pack
+_unpack_value = mpqemu.RET.unpack_from
 
 
 class Link(FrameLink):
@@ -100,6 +103,10 @@ class Client:
         self._poll.register(sock, select.POLLIN)
         self._buffer = bytearray(_RET_SIZE + 1)
         self._view = memoryview(self._buffer)
+        self._whole = [self._view]
+        self._send = sock.send
+        self._recvmsg_into = sock.recvmsg_into
+        self._is_readable = self._poll.poll
 
     @classmethod
     def connect(cls, path: str, deadline: float) -> Client:
@@ -154,11 +161,15 @@ class Client:
 
     def send(self, command: Command, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """Sends a message that has no reply. Raises PeerGone and ProtocolError."""
-        self.check_quiet()
-        frame = mpqemu.request_frame(command, payload)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        if self._is_readable(0):
+            self.check_quiet()
+        frame = _pack_header(command, len(payload)) + payload
         try:
-            sent = self._sock.sendmsg([frame], rights)
+            if fds:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                sent = self._sock.sendmsg([frame], rights)
+            else:
+                sent = self._send(frame)
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -175,17 +186,16 @@ class Client:
         """
         expires = time.monotonic() + self.deadline
         self.send(command, payload)
-        have, wanted = 0, _RET_SIZE
-        while have < wanted:
-            have += self._receive(have, expires, command, payload)
-            if have >= _HEADER_SIZE:
-                reply, size = HEADER.unpack_from(self._buffer)
-                mpqemu.check_reply(command, reply, size)
-                wanted = _HEADER_SIZE + size
-        if have > wanted:
-            raise ProtocolError(f"more than one RET to {command.name}")
-        self._path = ""
-        return 0 if wanted == _HEADER_SIZE else int(mpqemu.RET.unpack_from(self._buffer, _HEADER_SIZE)[0])
+        remaining = expires - time.monotonic()
+        if remaining <= 0 or not self._is_readable(remaining * 1000):
+            raise self._too_slow(command, payload)
+        have = self._read(self._whole)
+        if have == _RET_SIZE and self._buffer.startswith(_RET_HEADER):  # nearly always
+            self._path = ""
+            return int(_unpack_value(self._buffer, _HEADER_SIZE)[0])
+        if have == 0:
+            raise self._gone(f"the peer closed the link instead of answering {command.name}")
+        return self._receive_rest(max(have, 0), expires, command, payload)
 
     def shutdown(self) -> None:
         """Ends the link for both sides; a request that another thread waits in raises PeerGone."""
@@ -200,24 +210,38 @@ class Client:
         """Closes this copy of the socket; the link goes on for other copies. A second call does nothing."""
         self._disposal.close_socket(self._sock)
 
-    def _receive(self, have: int, expires: float, command: Command, payload: bytes) -> int:
-        remaining = expires - time.monotonic()
-        if remaining <= 0 or not self._poll.poll(remaining * 1000):
-            request = mpqemu.describe_request(command, payload)
-            raise PeerTooSlow(f"no answer to {request} within {self.deadline:g} s")
-        count = self._read(self._view[have:])
-        if count == 0:
-            raise self._gone(f"the peer closed the link instead of answering {command.name}")
-        return max(count, 0)
+    def _receive_rest(self, have: int, expires: float, command: Command, payload: bytes) -> int:
+        """The u64 of a RET of which so many bytes are here, or that is another one than request() expects."""
+        wanted = _RET_SIZE
+        while True:
+            if have >= _HEADER_SIZE:
+                reply, size = HEADER.unpack_from(self._buffer)
+                mpqemu.check_reply(command, reply, size)
+                wanted = _HEADER_SIZE + size
+            if have >= wanted:
+                break
+            remaining = expires - time.monotonic()
+            if remaining <= 0 or not self._is_readable(remaining * 1000):
+                raise self._too_slow(command, payload)
+            count = self._read([self._view[have:]])
+            if count == 0:
+                raise self._gone(f"the peer closed the link instead of answering {command.name}")
+            have += max(count, 0)
+        if have > wanted:
+            raise ProtocolError(f"more than one RET to {command.name}")
+        self._path = ""
+        return 0 if wanted == _HEADER_SIZE else int(_unpack_value(self._buffer, _HEADER_SIZE)[0])
+
+    def _too_slow(self, command: Command, payload: bytes) -> PeerTooSlow:
+        request = mpqemu.describe_request(command, payload)
+        return PeerTooSlow(f"no answer to {request} within {self.deadline:g} s")
 
     def check_quiet(self) -> None:
         """Checks that nothing is unread: without message ids it would be taken for the next answer.
 
         Raises PeerGone when the link has ended, and ProtocolError when the peer sent an unexpected message.
         """
-        if not self._poll.poll(0):  # a read that finds nothing costs an exception
-            return
-        count = self._read(self._view)
+        count = self._read(self._whole) if self._is_readable(0) else -1
         if count == 0:
             raise self._gone("the peer closed the link")
         if count > 0:
@@ -228,10 +252,10 @@ class Client:
             return PeerGone(f"{self._path}: {self.peer} closed it at once: it may be serving another client")
         return PeerGone(text)
 
-    def _read(self, view: memoryview) -> int:
+    def _read(self, buffers: list[memoryview]) -> int:
         """How many bytes arrived, 0 at the end of the stream, -1 when none are here."""
         try:
-            count, ancillary, flags, _ = self._sock.recvmsg_into([view], ANCILLARY_SIZE, _FLAGS)
+            count, ancillary, flags, _ = self._recvmsg_into(buffers, ANCILLARY_SIZE, _FLAGS)
         except BlockingIOError:
             return -1
         except OSError as error:

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from fcntl import ioctl
 from typing import Self, TypeAlias
@@ -63,6 +64,11 @@ _TSS_ADDRESS = (1 << 31) - 3 * mmap.PAGESIZE
 _IDENTITY_MAP_ADDRESS = _TSS_ADDRESS - mmap.PAGESIZE
 
 _SOFT = "--vm soft works without KVM"
+
+_KVM_RUN = int(Request.KVM_RUN)
+_REASONS = {int(reason): reason for reason in ExitReason}
+_unpack_io = struct.Struct("<BBHIQ").unpack_from
+_IO_OFFSET = kvm_run.io.offset
 
 
 _Argument: TypeAlias = int | ctypes.Structure | ctypes.Array[ctypes.c_char]
@@ -151,12 +157,16 @@ class Vm:
     def ioctl_on(self, fd: int, request: Request, argument: _Argument = 0) -> int:
         """The same on the VM's own fd or on that of one of its vCPUs."""
         try:
-            return _ioctl(fd, request, argument)
+            return ioctl(fd, request, argument)
         except OSError as error:
-            if error.errno == errno.EIO and os.getpid() != self._owner:
-                reason = f"the VM belongs to process {self._owner}, KVM refuses process {os.getpid()}"
-                raise OSError(errno.EIO, reason, request.name) from error
-            raise
+            raise self.explain(error, request) from error
+
+    def explain(self, error: OSError, request: Request) -> OSError:
+        """The error of a failed request with the request's name, and in a forked child with the reason."""
+        if error.errno == errno.EIO and os.getpid() != self._owner:
+            reason = f"the VM belongs to process {self._owner}, KVM refuses process {os.getpid()}"
+            return OSError(errno.EIO, reason, request.name)
+        return OSError(error.errno, error.strerror, request.name)
 
     def check_extension(self, capability: Capability) -> int:
         """KVM_CHECK_EXTENSION: 0 if the VM lacks the capability, else 1 or a value with a meaning of its own."""
@@ -273,10 +283,13 @@ class Vcpu:
         The data of an IN or a read is taken over by the next call.
         """
         try:
-            self._ioctl(Request.KVM_RUN)
+            ioctl(self.fd, _KVM_RUN)
         except InterruptedError:
             return ExitReason.INTR
-        return ExitReason(self.state.exit_reason)
+        except OSError as error:
+            raise self._vm.explain(error, Request.KVM_RUN) from error
+        reason: int = self.state.exit_reason
+        return _REASONS.get(reason) or ExitReason(reason)
 
     @property
     def immediate_exit(self) -> bool:
@@ -295,15 +308,15 @@ class Vcpu:
         ``port_in(port, size) -> value``, ``port_out(port, size, value)``; sizes are 1, 2 or 4 bytes, values
         unsigned; more bits than fit are cut off.
         """
-        io = self.state.io
-        size: int = io.size
+        # One call instead of a ctypes access for each field.
+        direction, size, port, count, offset = _unpack_io(self._shared, _IO_OFFSET)
         mask = (1 << 8 * size) - 1
-        for start in range(io.data_offset, io.data_offset + io.count * size, size):
-            if io.direction == KVM_EXIT_IO_IN:
-                value = port_in(io.port, size) & mask
+        for start in range(offset, offset + count * size, size):
+            if direction == KVM_EXIT_IO_IN:
+                value = port_in(port, size) & mask
                 self._shared[start : start + size] = value.to_bytes(size, "little")
             else:
-                port_out(io.port, size, int.from_bytes(self._shared[start : start + size], "little"))
+                port_out(port, size, int.from_bytes(self._shared[start : start + size], "little"))
 
     def complete_mmio(self, read: Callable[[int, int], int], write: Callable[[int, int, int], None]) -> None:
         """Serves an MMIO exit of 1 to 8 bytes: ``read(address, size)``, ``write(address, size, value)``."""

@@ -93,19 +93,29 @@ class PciHost:
 
     def pio_read(self, port: int, size: int) -> int:
         """An I/O port read of 1, 2 or 4 bytes; all ones where nothing decodes it."""
+        if _is_whole(port, size):
+            return self._port_read(port, size)
         return _read_parts(self._port_read, port, size)
 
     def pio_write(self, port: int, size: int, value: int) -> None:
         """An I/O port write of 1, 2 or 4 bytes."""
+        if _is_whole(port, size):
+            self._port_write(port, size, value)
+            return
         for part, length, piece in _write_parts(port, size, value):
             self._port_write(part, length, piece)
 
     def mmio_read(self, addr: int, size: int) -> int:
         """A memory read of 1 to 8 bytes; all ones where nothing decodes it."""
+        if _is_whole(addr, size):
+            return self._bar_read(True, addr, size)
         return _read_parts(partial(self._bar_read, True), addr, size)
 
     def mmio_write(self, addr: int, size: int, value: int) -> None:
         """A memory write of 1 to 8 bytes."""
+        if _is_whole(addr, size):
+            self._bar_write(True, addr, size, value)
+            return
         for part, length, piece in _write_parts(addr, size, value):
             self._bar_write(True, part, length, piece)
 
@@ -200,6 +210,11 @@ def _reset_at_once(proxies: Iterable[PciProxy]) -> None:
 
 def _ones(size: int) -> int:
     return (1 << 8 * size) - 1
+
+
+def _is_whole(addr: int, size: int) -> bool:
+    """Whether an access has one part only, as nearly all have; _parts() would say the same."""
+    return not (addr | size) & (size - 1)
 
 
 def _parts(addr: int, size: int) -> Iterator[tuple[int, int]]:

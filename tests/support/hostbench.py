@@ -56,6 +56,8 @@ class HostBench:
         """``installed`` is a directory with what ``make install PREFIX=/usr`` has put there, or a .deb."""
         self._connection: socket.socket | None = None
         self._console: GuestConsole | None = None
+        self._cursor: str | None = None
+        """the last line of the journal that is of before renew()"""
         self.system = BootedSystem()
         try:
             self._install(installed)
@@ -67,6 +69,17 @@ class HostBench:
     def root(self) -> Path:
         """The host's root directory."""
         return self.system.root
+
+    def renew(self) -> None:
+        """Stops the VM, and makes all as it was before its first start; the journal begins anew."""
+        self.system.systemctl("stop", QEMU_UNIT, REMOTED, PROXYD)
+        self.system.systemctl("reset-failed")
+        for unit in (QEMU_UNIT, REMOTED, PROXYD):
+            shutil.rmtree(self.root / f"etc/systemd/system/{unit}.d", ignore_errors=True)
+        self.system.systemctl("daemon-reload")
+        (self.root / "etc/iohub/vm1.toml").write_text(_CONFIG)
+        self._cursor = None
+        self._cursor = self.journal("-n", "1", "--show-cursor").rpartition("cursor: ")[2].strip()
 
     def start(self, names: Collection[str] = ("edu0", "com1")) -> None:
         """Starts QEMU's unit, and with it the daemons; returns when the guest is ready and has its functions."""
@@ -158,7 +171,8 @@ class HostBench:
 
     def journal(self, *arguments: str) -> str:
         """What journalctl prints."""
-        return self.system.run("journalctl", "--no-pager", "-o", "short-monotonic", *arguments).stdout
+        after = () if self._cursor is None else ("--after-cursor", self._cursor)
+        return self.system.run("journalctl", "--no-pager", "-o", "short-monotonic", *after, *arguments).stdout
 
     def install_package(self, package: Path) -> None:
         """Installs a .deb, or upgrades to it."""

@@ -45,11 +45,24 @@ def package(shared: Path) -> Path:
     return package
 
 
-@pytest.fixture
-def host(
+@pytest.fixture(scope="module")
+def booted(
     installed: Path, requires_systemd: None, requires_kvm: None, requires_qemu: None
 ) -> Iterator[HostBench]:
-    """A host whose VM runs, with its functions plugged."""
+    """A host, for all tests of a module: to boot one takes seconds."""
     with closing(HostBench(installed)) as bench:
-        bench.start()
         yield bench
+
+
+@pytest.fixture
+def stopped_host(booted: HostBench) -> HostBench:
+    """A host whose VM hasn't been started."""
+    booted.renew()
+    return booted
+
+
+@pytest.fixture
+def host(stopped_host: HostBench) -> HostBench:
+    """A host whose VM runs, with its functions plugged."""
+    stopped_host.start()
+    return stopped_host

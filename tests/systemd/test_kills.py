@@ -207,6 +207,72 @@ def test_kills_while_the_guest_runs(host: HostBench, units: tuple[str, ...], kil
         print(f"p99 {cuts[98]:.3f} s, max {blackouts[-1]:.3f} s")
 
 
+def stop_until_the_watchdog_ends_it(host: HostBench) -> None:
+    host.kill(REMOTED, signal.SIGSTOP)
+
+
+def run_out_of_memory(host: HostBench) -> None:
+    """The kernel's OOM killer ends it, as its control group has no page left for what it allocates next."""
+    pid = host.wait_for_process(REMOTED)
+
+    def has_ended() -> bool:
+        host.functions("remoted")  # an answer takes memory
+        return not Path(f"/proc/{pid}").exists()
+
+    with memory_limited(host, pid):
+        wait_until(has_ended, "it has run out of memory")
+
+
+@contextmanager
+def memory_limited(host: HostBench, pid: int) -> Iterator[None]:
+    """Leaves a process without free memory, until it has ended."""
+    unit = host.root / "sys/fs/cgroup" / host.system.show(REMOTED, "ControlGroup").lstrip("/")
+    if (unit / "memory.max").exists():
+        # The unit's next process is in a new group.
+        (unit / "memory.max").write_text((unit / "memory.current").read_text())
+        yield
+        return
+    group = Path("/sys/fs/cgroup/memory/iohub-test")
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory controller to limit a process: {error}")
+    try:
+        (group / "memory.limit_in_bytes").write_text("65536")
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+        assert "oom_kill 1" in (group / "memory.oom_control").read_text()
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), "the process has ended")
+        group.rmdir()
+
+
+ENDS: dict[str, Callable[[HostBench], object]] = {
+    "watchdog": stop_until_the_watchdog_ends_it,
+    "out of memory": run_out_of_memory,
+    "crash": lambda host: host.kill(REMOTED, signal.SIGSEGV),
+    "restart": lambda host: host.system.systemctl("restart", REMOTED),
+    "end": lambda host: host.kill(REMOTED, signal.SIGTERM),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_other_ends_while_the_guest_runs(host: HostBench, end: str) -> None:
+    """Each costs one spurious interrupt at most, as a kill does."""
+    host.drop_in(REMOTED, "[Service]\nWatchdogSec=1s\n")
+    pid = host.kill(REMOTED)
+    pid = host.wait_for_process(REMOTED, pid)
+    host.wait_state(REMOTED, "active")
+    wait_until(lambda: host.linked() == {"edu0", "com1"}, "all functions are served")
+    host.command("setup")
+    with hammering(Interrupts(host)):
+        ENDS[end](host)
+        host.wait_for_process(REMOTED, pid)
+        host.wait_state(REMOTED, "active")
+    host.command(f"run {ROUNDS} held 4")
+    check_counts(host, spurious=1)
+
+
 @pytest.mark.parametrize("units", [(REMOTED,), (REMOTED, PROXYD)], ids=["remoted", "both"])
 def test_kills_while_the_guest_probes(host: HostBench, units: tuple[str, ...]) -> None:
     """It finds the same functions each time, and gives them the same BARs and IRQs."""

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The units beside qemu@vm1.service: they start and end with it, and whatever happens to them, it runs on."""
+"""The units beside qemu@vm1.service at work: reload, watchdog, status, journal, and what outlives a process."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -31,19 +29,6 @@ class Stuck(PciFunction):
 """
 
 
-@pytest.fixture
-def stopped_host(
-    installed: Path, requires_systemd: None, requires_kvm: None, requires_qemu: None
-) -> Iterator[HostBench]:
-    """A host whose VM hasn't been started."""
-    with closing(HostBench(installed)) as bench:
-        yield bench
-
-
-def states(host: HostBench) -> list[str]:
-    return [host.system.show(unit, "ActiveState") for unit in DAEMONS]
-
-
 def run_and_check(host: HostBench) -> None:
     """The guest is served: a run, and all of it."""
     host.command("setup")
@@ -52,67 +37,21 @@ def run_and_check(host: HostBench) -> None:
         assert [record.number(key) for key in ("raised", "served", "lost", "redone")] == [20, 20, 0, 0]
 
 
-def power_off(host: HostBench) -> None:
-    """What ACPI's \\_S5 does on a PIIX4: gives its power management registers a place, and writes SLP_EN there."""
-    host.command("config write 32 01.3 0x40 0x601")
-    host.command("config write 8 01.3 0x80 1")
-    host.send("out 16 0x604 0x2000")
-
-
-ENDS: dict[str, Callable[[HostBench], object]] = {
-    "stop": lambda host: host.system.systemctl("stop", QEMU_UNIT),
-    "crash": lambda host: host.kill(QEMU_UNIT, signal.SIGSEGV),
-    "kill": lambda host: host.kill(QEMU_UNIT),
-    "power off": power_off,
-}
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_the_daemons_end_with_qemu(host: HostBench, end: str) -> None:
-    assert states(host) == ["active", "active"]
-    ENDS[end](host)
-    for unit in DAEMONS:
-        host.wait_state(unit, "inactive")
-    assert host.system.show(QEMU_UNIT, "ActiveState") in ("inactive", "failed")
-    journal = host.journal("-u", REMOTED, "-u", PROXYD)
-    assert "Failed" not in journal
-    assert "Traceback" not in journal
-
-
-def test_a_restart_of_qemu_is_served(host: HostBench) -> None:
+def test_a_reload_adds_a_device_and_the_others_notice_nothing(host: HostBench) -> None:
     run_and_check(host)
-    host.system.systemctl("restart", QEMU_UNIT)
-    host.attach()
-    run_and_check(host)
-
-
-@pytest.mark.parametrize("unit", DAEMONS)
-def test_a_daemon_without_qemu_ends_at_once(stopped_host: HostBench, unit: str) -> None:
-    stopped_host.system.systemctl("start", unit)
-    stopped_host.wait_state(unit, "inactive")
-    assert stopped_host.system.show(QEMU_UNIT, "ActiveState") == "inactive"
-
-
-@pytest.mark.parametrize("unit", DAEMONS)
-def test_qemu_runs_on_whatever_happens_to_a_daemon(host: HostBench, unit: str) -> None:
-    """Killed, restarted, stopped and started again: the guest is served whenever the daemon runs."""
-    qemu = host.wait_for_process(QEMU_UNIT)
-    run_and_check(host)
-    for verb in ("kill", "restart", "try-restart"):
-        pid = host.wait_for_process(unit)
-        host.system.systemctl(verb, *(("--signal=KILL",) if verb == "kill" else ()), unit)
-        host.wait_for_process(unit, pid)
-        host.wait_state(unit, "active")
-        run_and_check(host)
-    pid = host.wait_for_process(unit)
-    host.system.systemctl("reload", unit)
-    wait_until(lambda: "reloaded" in host.journal("-u", unit), "it has read its configuration again")
-    run_and_check(host)
-    assert host.wait_for_process(unit) == pid
-    host.system.systemctl("stop", unit)
-    assert host.system.show(unit, "ActiveState") == "inactive"
-    assert host.wait_for_process(QEMU_UNIT) == qemu
-    assert host.system.show(QEMU_UNIT, "NRestarts") == "0"
+    pids = [host.wait_for_process(unit) for unit in DAEMONS]
+    host.add_device('model = "edu"\nid = "edu1"\naddr = "07.0"\n')
+    with ThreadPoolExecutor(1) as pool:
+        guest = pool.submit(host.command, "run 50")
+        for unit in DAEMONS:
+            host.system.systemctl("reload", unit)
+        wait_until(lambda: host.linked() == {"edu0", "com1", "edu1"}, "the new one is plugged and linked")
+        guest.result()
+    for record in host.command("stats").of_kind("function"):
+        assert [record.number(key) for key in ("raised", "served", "lost", "redone")] == [70, 70, 0, 0]
+    assert host.command("setup").result.number("functions") == 3
+    host.command("run 20")
+    assert [host.wait_for_process(unit) for unit in DAEMONS] == pids
 
 
 def test_an_adopted_function_stays_plugged_when_remoted_is_killed(host: HostBench) -> None:
@@ -132,16 +71,6 @@ def test_an_adopted_function_stays_plugged_when_remoted_is_killed(host: HostBenc
     assert len(re.findall(r": pid \d+ goes on with its link", journal)) == 4
     assert "link to" not in journal
     assert journal.count(" plugged at ") == 2 + 4, "found plugged twice, plugged once"
-
-
-def test_a_daemon_that_can_not_start_does_not_keep_qemu_from_it(stopped_host: HostBench) -> None:
-    path = stopped_host.root / "etc/iohub/vm1.toml"
-    path.write_text("name = 1\n")
-    stopped_host.system.systemctl("start", QEMU_UNIT)
-    for unit in DAEMONS:
-        stopped_host.wait_state(unit, "failed")
-        assert stopped_host.system.show(unit, "NRestarts") == "0"
-    assert stopped_host.system.show(QEMU_UNIT, "ActiveState") == "active"
 
 
 @pytest.mark.parametrize("unit", DAEMONS)

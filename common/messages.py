@@ -142,6 +142,8 @@ class Event(StrEnum):
     """a function can't be plugged"""
     PLUGGED_WITHOUT_LINK = "affbc4c6734d4fc583e604d4ae36f5bd"
     """a plugged function has no link"""
+    PLUGGED_AT_RISK = "0e354e56f2b942a9b8961673e7e810b4"
+    """a plugged vfio-user function has no link: a reset of the guest would end QEMU"""
     UNPLUGGED = "483c7a6babe4493f9b256f1abfa254a0"
     """a function was unplugged on request of proxyd"""
     UNPLUGGED_BY_OTHERS = "86b77f40322343c58c961a7b07e9540c"

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Protocol, runtime_checkable
 
 from common import eventsignal
-from common.config import VmConfig, parse_proxyd
+from common.config import Transport, VmConfig, parse_proxyd
 from common.errors import IohubError, UsageError
 from common.fdstore import FdStore
 from common.journal import RateLimited, device_log, report_failure, setup
@@ -63,6 +63,8 @@ class ReloadableVm(Vm, Protocol):
 def open_vm(config: VmConfig, loop: Loop, store: FdStore | None) -> Vm:
     """The way that --vm names. ``store`` is that of the unit. Raises UsageError, OSError."""
     kind, _, _argument = config.vm.partition(":")
+    if kind != "qmp":
+        _refuse_vfio_user(config, kind)
     if kind != "pid" and store is not None:
         store.drop_inherited()  # the unit's VM was another one
     # Each way is imported alone: none needs what the others are made of.
@@ -83,6 +85,12 @@ def open_vm(config: VmConfig, loop: Loop, store: FdStore | None) -> Vm:
     from proxyd.vm.pid.attached import Attached
 
     return Attached(PROGRAM, config, loop, store)
+
+
+def _refuse_vfio_user(config: VmConfig, kind: str) -> None:
+    for device in config.devices:
+        if device.transport is Transport.VFIO_USER:
+            raise UsageError(f"device {device.id}: --vm {kind} has no transport=vfio-user: qmp:SOCKET has it")
 
 
 def _tell_unseen(config: VmConfig) -> None:

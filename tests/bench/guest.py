@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tests.bench.candidates import Candidate, start_process
-from tests.support.qemu import GUESTS, PATIENCE, Qemu, build_guests, kvm_machine
+from tests.support.qemu import GUESTS, PATIENCE, Qemu, build_guests, pc_machine
 
 __all__ = ["IN_PROCESS", "KINDS", "run_guests"]
 
@@ -59,7 +59,7 @@ def _run_one(candidate: Candidate | None, reports: int, directory: Path) -> dict
             pass_fds.append(ours.fileno())
         qemu = Qemu(
             [
-                *kvm_machine(",memory-backend=ram"),
+                *pc_machine(",memory-backend=ram"),
                 *("-object", "memory-backend-memfd,id=ram,size=64M,share=on"),
                 *("-bios", str(GUESTS / "cycles.bin")),
                 *("-device", "isa-debugcon,iobase=0xe9,chardev=reports", *device),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.monitorclient import MonitorClient
-from tests.support.qemu import PATIENCE, Qemu
+from tests.support.qemu import PATIENCE, QEMU, Qemu, newer_qemu
 from tests.support.qmpbench import RAM
 
 pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
@@ -77,6 +77,13 @@ def refuse(directory: Path, qemu: Sequence[str], *devices: str) -> str:
 )
 def test_says_what_to_change_on_the_command_line(tmp_path: Path, qemu: Sequence[str], change: str) -> None:
     assert refuse(tmp_path, qemu).endswith(change)
+
+
+def test_a_qemu_without_vfio_user_is_refused(tmp_path: Path) -> None:
+    if newer_qemu() == QEMU:
+        pytest.skip("the system's QEMU has vfio-user-pci")
+    reason = "it has no vfio-user-pci: use QEMU 10.1 or later, or devices with transport=mpqemu"
+    assert refuse(tmp_path, GOOD, "id=dev0,addr=05.0", "id=dev1,addr=06.0,transport=vfio-user") == reason
 
 
 def test_a_machine_without_acpi_takes_no_devices(tmp_path: Path) -> None:

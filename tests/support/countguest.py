@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.support.monitorclient import Monitor
-from tests.support.qemu import GUESTS, PATIENCE, Qemu, boot, kvm_machine
+from tests.support.qemu import GUESTS, PATIENCE, Qemu, boot, pc_machine
 
 
 class CountGuest(Qemu):
@@ -19,7 +19,7 @@ class CountGuest(Qemu):
         """``machine`` follows on -machine, with its comma."""
         super().__init__(
             [
-                *kvm_machine(machine),
+                *pc_machine(machine),
                 *boot(GUESTS / "irqcount.bin"),
                 *("-device", "isa-debugcon,iobase=0xe9,chardev=letters", "-mon", "qmp,mode=control"),
                 *args,

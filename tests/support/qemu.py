@@ -58,9 +58,9 @@ def guest_image() -> Path:
     return ROOT / "proxyd" / "vm" / "embedded" / "guest.bin"
 
 
-def kvm_machine(options: str = "") -> list[str]:
-    """A ``pc`` on KVM with 64 MiB and nothing but its chipset; ``options`` of -machine, with their comma."""
-    return ["-machine", f"pc,accel=kvm{options}", "-m", "64", "-nodefaults", "-display", "none"]
+def pc_machine(options: str = "", accelerator: str = "kvm") -> list[str]:
+    """A ``pc`` with 64 MiB and nothing but its chipset; ``options`` of -machine, with their comma."""
+    return ["-machine", f"pc,accel={accelerator}{options}", "-m", "64", "-nodefaults", "-display", "none"]
 
 
 def boot(image: Path, seabios: bool = False) -> list[str]:

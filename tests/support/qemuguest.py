@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A stock QEMU on KVM that runs the guest, with its console on an inherited socket."""
+"""A stock QEMU that runs the guest, with its console on an inherited socket."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.ctl.guestconsole import GuestConsole
-from tests.support.qemu import PATIENCE, Qemu, boot, guest_image, kvm_machine
+from tests.support.qemu import PATIENCE, QEMU, Qemu, boot, guest_image, pc_machine
 
 
 def guest_symbol(name: str) -> int:
@@ -22,18 +22,25 @@ class QemuGuest(Qemu):
     """One QEMU process with a ``pc`` machine; ``console`` speaks to the guest, which is ready."""
 
     def __init__(
-        self, args: Sequence[str], pass_fds: Sequence[int] = (), machine: str = "", seabios: bool = False
+        self,
+        args: Sequence[str],
+        pass_fds: Sequence[int] = (),
+        machine: str = "",
+        seabios: bool = False,
+        program: str = QEMU,
+        accelerator: str = "kvm",
     ) -> None:
         """``args`` follow on the command line, ``machine`` on the machine's options (with its comma)."""
         super().__init__(
             [
-                *kvm_machine(machine),
+                *pc_machine(machine, accelerator),
                 *boot(guest_image(), seabios),
                 *("-name", "guest,debug-threads=on", "-serial", "chardev:console"),
                 *args,
             ],
             pass_fds,
             channels=("console",),
+            program=program,
         )
         with self._starting() as owned:
             self.console = owned.enter_context(GuestConsole(self.channels["console"]))

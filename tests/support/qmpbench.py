@@ -13,6 +13,7 @@ from common.control import call
 from common.ctl.children import Child
 from common.ctl.guestconsole import Reply
 from tests.support.monitorclient import MonitorClient
+from tests.support.qemu import QEMU
 from tests.support.qemuguest import QemuGuest
 from tests.support.wait import wait_until
 
@@ -28,9 +29,13 @@ _DOWN, _EJECT, _SELECT = 0x4, 0x8, 0x10
 class QmpBench:
     """One VM. The guest does no ACPI: eject() does for it what its tables would tell it to."""
 
-    def __init__(self, directory: Path, *devices: Sequence[str]) -> None:
-        """``devices``: model, id and addr of each."""
+    def __init__(
+        self, directory: Path, *devices: Sequence[str], program: str = QEMU, accelerator: str = "kvm"
+    ) -> None:
+        """``devices``: model, id, addr and so on of each."""
         self.directory = directory
+        self._program = program
+        self._accelerator = accelerator
         self._devices = devices or (EDU, SERIAL)
         self._stack = ExitStack()
         self._remoted: Child | None = None
@@ -93,7 +98,10 @@ class QmpBench:
         ours = self.directory / "qmp.test"
         arguments = [*RAM, "-qmp", f"unix:{self.monitor_path},server=on,wait=off"]
         self._guest = QemuGuest(
-            [*arguments, "-qmp", f"unix:{ours},server=on,wait=off"], machine=",memory-backend=ram0"
+            [*arguments, "-qmp", f"unix:{ours},server=on,wait=off"],
+            machine=",memory-backend=ram0",
+            program=self._program,
+            accelerator=self._accelerator,
         )
         return self._stack.enter_context(MonitorClient(ours))
 

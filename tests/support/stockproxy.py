@@ -16,7 +16,7 @@ from common.mpqemu import CONFIG, Command
 from tests.support.asleep import settled_log
 from tests.support.fds import count_fds
 from tests.support.monitorclient import MonitorClient
-from tests.support.qemu import GUESTS, Qemu, build_guests, kvm_machine
+from tests.support.qemu import GUESTS, Qemu, build_guests, pc_machine
 from tests.support.qemuguest import QemuGuest
 
 __all__ = ["HAMMER_ADDR", "Remoted", "StockGuest", "start_hammer"]
@@ -117,7 +117,7 @@ def start_hammer(remoted: Remoted, *args: str) -> Qemu:
     try:
         return Qemu(
             [
-                *(*kvm_machine(_BACKEND), *_RAM, "-bios", str(GUESTS / "hammer.bin")),
+                *(*pc_machine(_BACKEND), *_RAM, "-bios", str(GUESTS / "hammer.bin")),
                 *("-device", f"x-pci-proxy-dev,addr={HAMMER_ADDR},fd={link.fileno()}", *args),
             ],
             [link.fileno()],

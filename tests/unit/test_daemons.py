@@ -151,6 +151,18 @@ def test_the_embedded_guest_is_told_of_at_the_start(requires_kvm: None, tmp_path
     assert "running the embedded guest on /dev/kvm; for another VM: --vm qmp:SOCKET" in child.log.read_text()
 
 
+@pytest.mark.parametrize("vm", ["embedded", "soft", "pid:1"])
+def test_only_qemu_has_vfio_user(tmp_path: Path, vm: str) -> None:
+    gsi = ",gsi=10" if vm.startswith("pid") else ""
+    device = f"--device=id=dev0,transport=vfio-user{gsi}"
+    result = run("proxyd", "--name=vm", f"--runtime-dir={tmp_path}", f"--vm={vm}", device)
+    kind = vm.partition(":")[0]
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"iohub-proxyd: device dev0: --vm {kind} has no transport=vfio-user: qmp:SOCKET has it\n"
+    )
+
+
 def test_without_kvm_the_error_names_the_way_that_needs_none(tmp_path: Path) -> None:
     """In a mount namespace of its own, where /dev/kvm is an ordinary file."""
     script = 'mount --bind /dev/null /dev/kvm && exec "$@"'

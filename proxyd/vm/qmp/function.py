@@ -8,16 +8,18 @@ from collections.abc import Awaitable, Callable, Iterator
 from select import EPOLLIN, EPOLLRDHUP
 
 from common.amiss import Amiss
-from common.config import DeviceConfig
+from common.config import DeviceConfig, Transport
 from common.journal import Log, RateLimited
 from common.loop import Loop
 from common.messages import Event
 from common.peer import PeerCredentials
 from proxyd.vm.qmp.handover import Handover
+from proxyd.vm.qmp.qemu import DRIVERS
 
 __all__ = ["NOT_ATTACHED", "Function"]
 
 NOT_ATTACHED = "not known: no QEMU is attached"
+_AT_RISK = "QEMU aborts if the guest is reset, or changes its memory map, before it has ejected the function"
 
 
 class Function:
@@ -25,7 +27,8 @@ class Function:
 
     QEMU's proxy keeps the link that it was created with. A duplicate of it is kept here to see it end; it is
     closed as soon as QEMU's is, since the other side would wait for both. A function that was found plugged has no
-    such duplicate: there the process at its device's socket is watched instead.
+    such duplicate, nor has one whose link QEMU has made itself (vfio-user): there the process that serves its
+    device is watched instead.
     """
 
     pin = None
@@ -60,6 +63,10 @@ class Function:
         """whether somebody else has unplugged it"""
         self.handover: Handover | None = None
         """the link, from its examination until QEMU has closed its copy"""
+        self.server: PeerCredentials | None = None
+        """who will serve QEMU's link, if QEMU makes it itself"""
+        self.find_server: Callable[[], Awaitable[PeerCredentials]] | None = None
+        """finds who that is; raises PeerGone if nobody will"""
         self.is_broken = False
         """whether QEMU's link was ended from here"""
         self.find_successor: Callable[[], Awaitable[PeerCredentials | None]] | None = None
@@ -70,6 +77,16 @@ class Function:
         self.on_change: Callable[[], None] = lambda: None
         self._loop = loop
         self._watched = -1
+
+    @property
+    def driver(self) -> str:
+        """QEMU's device for it."""
+        return DRIVERS[self.config.transport]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be plugged."""
+        return self.handover is not None or self.server is not None
 
     @property
     def is_sound(self) -> bool:
@@ -86,14 +103,17 @@ class Function:
         self.reason = text
         self.log.warning("%s", text, event=event)
 
-    def plugged(self, handover: Handover) -> None:
-        """QEMU has a proxy now, with a duplicate of this link: watches its end."""
+    def plugged(self) -> None:
+        """QEMU has it now, with a duplicate of the link, whose end is watched, or with a link of its own."""
         self.is_plugged = True
         self.is_asked = False
         self.is_broken = False
-        self.remote = handover.client.peer
-        # Not EPOLLIN: every reply to QEMU would wake this process.
-        self._watch(handover.client.fileno(), EPOLLRDHUP)
+        if self.handover is not None:
+            self.remote = self.handover.client.peer
+            # Not EPOLLIN: every reply to QEMU would wake this process.
+            self._watch(self.handover.client.fileno(), EPOLLRDHUP)
+        elif self.server is not None:
+            self.adopt(self.server)
 
     def adopt(self, server: PeerCredentials) -> None:
         """QEMU had a proxy already: watches the process that serves it, if that can be watched."""
@@ -151,7 +171,7 @@ class Function:
 
     def release(self) -> None:
         """Forgets the link, and closes what of it is here."""
-        self.remote = None
+        self.remote = self.server = None
         fd, self._watched = self._watched, -1
         handover, self.handover = self.handover, None
         if fd != -1:
@@ -202,9 +222,27 @@ class Function:
         self.release()
         self.on_change()
 
+    def lose_link(self) -> None:
+        """QEMU's link has ended, although the process that served it goes on."""
+        if self.is_sound:
+            self._warn_unlinked()
+            self.release()
+            self.on_change()
+
+    def warn_unlinked(self, what: str) -> None:
+        """Logs that there is no link, and what is at stake."""
+        if self.config.transport is Transport.VFIO_USER:
+            self.warn(f"{what}: the guest reads all ones, and {_AT_RISK}", Event.PLUGGED_AT_RISK)
+        else:
+            stake = "QEMU's proxy can't take a new one, the guest reads all ones"
+            self.warn(f"{what}: {stake}", Event.PLUGGED_WITHOUT_LINK)
+
+    def warn_not_ejected(self, seconds: float) -> None:
+        """Logs that the guest hasn't ejected it in time."""
+        text = f"the guest has not ejected it within {seconds:g} s; it is replaced as soon as the guest ejects it"
+        at_risk = self.config.transport is Transport.VFIO_USER and not self.is_sound
+        self.warn(f"{text}; {_AT_RISK}" if at_risk else f"{text} or is reset", Event.NOT_EJECTED)
+
     def _warn_unlinked(self) -> None:
         remote = "the process before" if self.remote is None else self.remote
-        self.warn(
-            f"the link to {remote} has ended: QEMU's proxy can't take a new one, the guest reads all ones",
-            Event.PLUGGED_WITHOUT_LINK,
-        )
+        self.warn_unlinked(f"the link to {remote} has ended")

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from common.backoff import FIRST_SECONDS, Backoff
-from common.config import DeviceConfig, VmConfig
+from common.config import DeviceConfig, Transport, VmConfig
 from common.controlsocket import ControlServer
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log, printable
@@ -36,7 +36,13 @@ from proxyd.vm.qmp.health import Health
 from proxyd.vm.qmp.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qmp.places import check_place
 from proxyd.vm.qmp.qemu import Inventory
-from proxyd.vm.qmp.servers import find_servers, find_successor, wait_for_remoted
+from proxyd.vm.qmp.servers import (
+    find_servers,
+    find_successor,
+    find_unlinked,
+    find_waiting,
+    wait_for_remoted,
+)
 from proxyd.vm.qmp.slot import CONSENT_SECONDS, Turn
 from proxyd.vm.qmp.slots import Slots
 from proxyd.vm.qmp.stepper import Stepper, cancel
@@ -49,6 +55,8 @@ _LEAVE_SECONDS = 20.0
 """how long the end of the daemon may wait for QEMU: for a command under way, and for the guest's consent"""
 _RETRY_SECONDS = 1.0
 """the pause before a monitor that has just ended, or failed, is tried again"""
+_LOOK_SECONDS = 5.0
+"""how often remoted is asked for the links that QEMU has made itself"""
 _POLL_SECONDS = 2.0
 """how often a monitor is looked for where nobody listens"""
 
@@ -75,13 +83,13 @@ class QemuPlugger:
         self._uevents = KvmEvents()
         self._loop.add(self._uevents.fileno(), self._on_uevent)
         self._watch = PathWatch(loop, lambda _path: self._appeared.set())
+        self._remoted = config.own_socket_path("remoted.varlink")
         self._interface = ProxydService(
-            config.name, config.vm, "kvm", None, self._slots.functions, f"{config.runtime_dir}/remoted.varlink"
+            config.name, config.vm, "kvm", None, self._slots.functions, self._remoted
         )
         self._interface.reason = "looking for QEMU"
         self._health = Health()
         self._interface.amiss.add(self._health.amiss)
-        self._remoted = config.own_socket_path("remoted.varlink")
         path = config.own_socket_path("proxyd.varlink")
         self._control = ControlServer(self._loop, path, lambda: self._interface, log)
         self._qemu: tuple[int, int] | None = None
@@ -230,7 +238,8 @@ class QemuPlugger:
             await wait_for_remoted(self._remoted)
         servers = await find_servers(
             self._remoted,
-            {each.name: each.path for each in self._slots.functions if each.name in inventory.drivers},
+            [each.config for each in self._slots.functions if each.name in inventory.drivers],
+            self._config.socket_path,
         )
         self._interface.attached, self._interface.reason = monitor.name, None
         self._event_log.info("attached to QEMU", event=Event.QEMU_ATTACHED, peer=str(monitor.peer))
@@ -238,6 +247,7 @@ class QemuPlugger:
             asyncio.create_task(monitor.wait_closed()),
             asyncio.create_task(self._stop.wait()),
             asyncio.create_task(self._health.watch(monitor)),
+            asyncio.create_task(self._watch_links()),
         ]
         turn = Turn()
         serving = asyncio.create_task(self._slots.serve(monitor, inventory, servers, turn))
@@ -252,9 +262,26 @@ class QemuPlugger:
         if self._stop.is_set() and self._unplug_on_exit:
             await self._unplug(monitor)
 
+    async def _watch_links(self) -> None:
+        """Looks whether links that QEMU has made itself are still there, where their processes are."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            remotes = {
+                each: each.remote
+                for each in self._slots.functions
+                if each.is_sound and each.config.transport is Transport.VFIO_USER
+            }
+            unlinked = await find_unlinked(self._remoted) if remotes else set()
+            for function, remote in remotes.items():
+                if function.name in unlinked and function.remote is remote:
+                    function.lose_link()
+
     def _make_function(self, device: DeviceConfig) -> Function:
         path, log = self._config.socket_path(device), device_log(self._program, device.id, device.devfn)
         function = Function(device, path, self._loop, log)
+        if device.transport is Transport.VFIO_USER:
+            is_others = device.socket is not None
+            function.find_server = lambda: find_waiting(self._remoted, device.id, path, is_others=is_others)
         if self._has_store:
             function.find_successor = lambda: find_successor(self._remoted, device.id)
         return function
@@ -271,7 +298,8 @@ class QemuPlugger:
     async def _check(self, monitor: Monitor) -> Inventory:
         """What is plugged in QEMU. Raises UsageError when QEMU or what it has doesn't suit."""
         try:
-            await qemu.check(monitor)
+            transports = {function.config.transport for function in self._slots.functions}
+            self._interface.irqchip = await qemu.check(monitor, transports)
             for function in self._slots.functions:
                 function.is_gone = False
             inventory = await qemu.take_inventory(monitor)

@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the monitor tells of a running QEMU: whether x-pci-proxy-dev works there, and what is plugged.
+"""What the monitor tells of a running QEMU: whether devices can be plugged there, and what is plugged.
 
-Paths and types are those of QEMU's object model (QOM) for the machine type ``pc``.
+Paths and types are those of QEMU's object model (QOM), of the machine type ``pc`` where they have i440fx or pci.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+from common.config import Transport
 from common.errors import ProtocolError, UsageError
 from proxyd.vm.qmp.monitor import CommandError, Monitor
 
 __all__ = [
+    "DRIVERS",
     "PROXY_DRIVER",
+    "VFIO_USER_DRIVER",
     "Inventory",
     "check",
+    "children",
     "drop_note",
+    "has_flat_bus",
+    "malformed",
     "note_request",
     "run_state",
     "take_inventory",
 ]
 
 PROXY_DRIVER = "x-pci-proxy-dev"
+VFIO_USER_DRIVER = "vfio-user-pci"
+DRIVERS = {Transport.MPQEMU: PROXY_DRIVER, Transport.VFIO_USER: VFIO_USER_DRIVER}
+"""QEMU's device for each transport"""
 
 _HOST_BRIDGE = "/machine/i440fx"
 _BUS = f"{_HOST_BRIDGE}/pci.0"
@@ -43,50 +52,82 @@ class Inventory(NamedTuple):
     """what to call a function of bus 0, by devfn"""
     asked: frozenset[str] = frozenset()
     """ids of what this daemon, or one before it, has told QEMU to unplug: see note_request()"""
+    is_flat: bool = True
+    """see has_flat_bus(); elsewhere each slot goes behind a PCI Express port: see proxyd.vm.qmp.ports"""
 
 
-async def check(monitor: Monitor) -> None:
-    """Raises UsageError, which says what to change on QEMU's command line, unless the proxies can work there."""
-    with _malformed("its machine"):
-        kvm = await monitor.execute("query-kvm")
-        if not kvm["enabled"]:
-            raise UsageError("it runs without KVM: start it with -accel kvm")
-        try:
-            bridge = await _children(monitor, _HOST_BRIDGE)
-            handler = await monitor.execute("qom-get", path=_BUS, property="hotplug-handler")
-        except CommandError as error:
-            raise UsageError("it has no PCI bus pci.0: start it with -machine pc") from error
-        if bridge["ioapic"] != "child<kvm-ioapic>":
-            raise UsageError(
-                "its interrupt controllers are not all in the kernel: start it with -machine kernel-irqchip=on"
-            )
-        # The handler alone doesn't tell: QEMU 10.0 sets it with hot-plug off, too, 7.2 does not.
-        if not handler or not await monitor.execute(
-            "qom-get", path=handler, property="acpi-root-pci-hotplug"
-        ):
-            raise UsageError(
-                "its PCI bus takes no devices while it runs: start it with -machine acpi=on and "
-                "-global PIIX4_PM.acpi-root-pci-hotplug=on"
-            )
-        try:
-            await monitor.execute("device-list-properties", typename=PROXY_DRIVER)
-        except CommandError as error:
-            raise UsageError(
-                f"it has no {PROXY_DRIVER}: use a QEMU that was configured with --enable-multiprocess"
-            ) from error
-        await _check_ram(monitor)
+async def check(monitor: Monitor, transports: Collection[Transport]) -> str:
+    """Raises UsageError, which says what to change, unless devices of these transports can work there.
+
+    Returns who raises interrupts: ``kvm``, or ``qemu`` without KVM.
+    """
+    with malformed("its machine"):
+        has_kvm = bool((await monitor.execute("query-kvm"))["enabled"])
+        for transport in sorted(transports):
+            await _check_driver(monitor, DRIVERS[transport])
+        if Transport.MPQEMU in transports:
+            await _check_proxies(monitor, has_kvm)
+        if await has_flat_bus(monitor):
+            await _check_hot_plug(monitor)
+    return "kvm" if has_kvm else "qemu"
+
+
+async def has_flat_bus(monitor: Monitor) -> bool:
+    """Whether the machine is a ``pc``, whose bus pci.0 takes devices at any address while it runs."""
+    try:
+        await monitor.execute("qom-list", path=_HOST_BRIDGE)
+    except CommandError:
+        return False
+    return True
+
+
+async def _check_driver(monitor: Monitor, driver: str) -> None:
+    try:
+        await monitor.execute("device-list-properties", typename=driver)
+    except CommandError as error:
+        reason = {
+            PROXY_DRIVER: "use a QEMU that was configured with --enable-multiprocess",
+            VFIO_USER_DRIVER: "use QEMU 10.1 or later, or devices with transport=mpqemu",
+        }[driver]
+        raise UsageError(f"it has no {driver}: {reason}") from error
+
+
+async def _check_proxies(monitor: Monitor, has_kvm: bool) -> None:
+    """What x-pci-proxy-dev needs besides."""
+    if not has_kvm:
+        raise UsageError("it runs without KVM: start it with -accel kvm")
+    try:
+        bridge = await children(monitor, _HOST_BRIDGE)
+    except CommandError as error:
+        raise UsageError("it has no PCI bus pci.0: start it with -machine pc") from error
+    if bridge["ioapic"] != "child<kvm-ioapic>":
+        raise UsageError(
+            "its interrupt controllers are not all in the kernel: start it with -machine kernel-irqchip=on"
+        )
+    await _check_ram(monitor)
+
+
+async def _check_hot_plug(monitor: Monitor) -> None:
+    handler = await monitor.execute("qom-get", path=_BUS, property="hotplug-handler")
+    # The handler alone doesn't tell: QEMU 10.0 sets it with hot-plug off, too, 7.2 does not.
+    if not handler or not await monitor.execute("qom-get", path=handler, property="acpi-root-pci-hotplug"):
+        raise UsageError(
+            "its PCI bus takes no devices while it runs: start it with -machine acpi=on and "
+            "-global PIIX4_PM.acpi-root-pci-hotplug=on"
+        )
 
 
 async def take_inventory(monitor: Monitor) -> Inventory:
     """Asks what is plugged at present."""
-    with _malformed("its devices"):
-        peripheral = await _children(monitor, "/machine/peripheral")
-        objects = await _children(monitor, "/objects")
+    with malformed("its devices"):
+        peripheral = await children(monitor, "/machine/peripheral")
+        objects = await children(monitor, "/objects")
         inventory = Inventory(
             {name: _type(kind) for name, kind in peripheral.items() if name != "type"},
             {},
             {},
             frozenset(name.removeprefix(_NOTE) for name in objects if name.startswith(_NOTE)),
+            await has_flat_bus(monitor),
         )
         for bus in await monitor.execute("query-pci"):
             for device in bus["devices"] if bus["bus"] == 0 else ():
@@ -124,7 +165,7 @@ async def run_state(execute: Callable[[str], Awaitable[Any]]) -> tuple[bool, str
 
     ``execute`` is the monitor's method for it. Raises what that raises, and ProtocolError.
     """
-    with _malformed("its state"):
+    with malformed("its state"):
         status = await execute("query-status")
         return bool(status["running"]), str(status["status"])
 
@@ -135,7 +176,7 @@ async def _check_ram(monitor: Monitor) -> None:
     Every backend is held to that: DIMMs and NUMA nodes have their own, -m without memory-backend= makes one. Where
     a file is the monitor doesn't tell: remoted refuses one that is neither on tmpfs nor on hugetlbfs.
     """
-    types = await _children(monitor, "/objects")
+    types = await children(monitor, "/objects")
     for backend in await monitor.execute("query-memdev"):
         name = str(backend["id"])
         if types.get(name) not in _FD_BACKENDS:
@@ -150,7 +191,8 @@ async def _check_ram(monitor: Monitor) -> None:
             )
 
 
-async def _children(monitor: Monitor, path: str) -> dict[str, str]:
+async def children(monitor: Monitor, path: str) -> dict[str, str]:
+    """Names and types of the properties of an object. Raises CommandError."""
     return {str(entry["name"]): str(entry["type"]) for entry in await monitor.execute("qom-list", path=path)}
 
 
@@ -159,7 +201,7 @@ def _type(kind: str) -> str:
 
 
 @contextmanager
-def _malformed(what: str) -> Iterator[None]:
+def malformed(what: str) -> Iterator[None]:
     """Turns what comes of an answer of another shape than QEMU's into a ProtocolError."""
     try:
         yield

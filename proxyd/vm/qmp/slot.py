@@ -14,18 +14,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 from common.backoff import Backoff
 from common.config import DeviceConfig
-from common.errors import PeerGone, ProtocolError
+from common.errors import IohubError, PeerGone, ProtocolError
 from common.messages import Event
 from common.pci import format_devfn
 from common.peer import PeerCredentials
 from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.handover import Handover, connect, examine
 from proxyd.vm.qmp.monitor import CommandError, Monitor
-from proxyd.vm.qmp.qemu import PROXY_DRIVER, Inventory, drop_note, note_request, take_inventory
+from proxyd.vm.qmp.ports import NoPort, Place, choose_place, find_place
+from proxyd.vm.qmp.qemu import Inventory, drop_note, note_request, take_inventory
 
 __all__ = ["CONSENT_SECONDS", "Slot", "Turn"]
 
@@ -38,6 +40,10 @@ _LAST_RETRY_SECONDS = 1.0
 _LAST_REPLACEMENT_SECONDS = 5.0
 """the same for what loses its link within a second each time: every replacement is a hot-plug for the guest"""
 _LASTING_SECONDS = 1.0
+
+
+class _NotReached(IohubError):
+    """QEMU could not connect to a device's socket, or got no fit answer there."""
 
 
 class Turn:
@@ -73,6 +79,8 @@ class Slot:
         """whether everything was tried once"""
         self._changed = asyncio.Event()
         self._backoff = Backoff()
+        self._is_flat = True
+        """whether the present QEMU's root bus takes the functions"""
         for function in self.functions:
             function.on_change = self._changed.set
 
@@ -101,6 +109,7 @@ class Slot:
         after the end of ``turn``: nothing is half done then. Raises PeerGone and ProtocolError when the monitor is
         out of order; close() comes after it, however it ends.
         """
+        self._is_flat = inventory.is_flat
         async with turn:
             await self._reconcile(monitor, inventory, servers)
         loop = asyncio.get_running_loop()
@@ -182,7 +191,7 @@ class Slot:
             server = None if function.is_broken else servers.get(function.name)
             if server is None:
                 function.is_plugged = True
-                function.warn(f"found plugged without a link to {function.path}", Event.PLUGGED_WITHOUT_LINK)
+                function.warn_unlinked(f"found plugged without a link to {function.path}")
             else:
                 function.log.info(
                     "found plugged at %s, served by %s",
@@ -199,80 +208,90 @@ class Slot:
     async def _plug(self, monitor: Monitor, turn: Turn) -> bool:
         """Plugs all functions that aren't; False if QEMU refuses one. Waits for their devices."""
         missing = [function for function in self.functions if not function.is_plugged]
-        await self._connect(missing)
-        async with turn:
-            try:
-                for function in missing:
-                    if function.handover is not None:
-                        await self._add(monitor, function, function.handover)
-            except CommandError as error:
-                function.warn(f"QEMU refuses to plug it: {error}", Event.NOT_PLUGGED)
-                return False
-            except (PeerGone, asyncio.CancelledError):
-                function.break_link()
-                raise
-            finally:
-                for other in missing:
-                    if not other.is_plugged:
-                        other.release()
-        return True
+        while True:
+            await self._connect(missing)
+            async with turn:
+                try:
+                    for function in missing:
+                        if not function.is_plugged and function.is_ready:
+                            await self._add(monitor, function)
+                    return True
+                except _NotReached as error:
+                    self._tell_waiting(function, error)
+                except (CommandError, NoPort) as error:
+                    function.warn(f"QEMU refuses to plug it: {error}", Event.NOT_PLUGGED)
+                    return False
+                except (PeerGone, asyncio.CancelledError):
+                    function.break_link()
+                    raise
+                finally:
+                    for other in missing:
+                        if not other.is_plugged:
+                            other.release()
+            await self._pause(_LAST_REPLACEMENT_SECONDS)
 
     async def _connect(self, functions: Sequence[Function]) -> None:
-        """Gets a link for each, however long that takes."""
+        """Gets a link for each, or whoever will serve QEMU's, however long that takes."""
         while True:
             for function in functions:
-                if function.handover is not None:
+                if function.is_ready or function.is_plugged:
                     continue
                 try:
-                    function.handover = await _open(function.path)
+                    if function.find_server is None:
+                        function.handover = await _open(function.path)
+                    else:
+                        function.server = await function.find_server()
                 except (PeerGone, ProtocolError) as error:
-                    reason = f"not plugged yet: {error}"
-                    if reason != function.reason:
-                        function.warn(reason, Event.NOT_PLUGGED)
-                    self.settled.set()
+                    self._tell_waiting(function, error)
                     break
             else:
                 return
             await self._pause(_LAST_RETRY_SECONDS)
 
+    def _tell_waiting(self, function: Function, error: Exception) -> None:
+        reason = f"not plugged yet: {error}"
+        if reason != function.reason:
+            function.warn(reason, Event.NOT_PLUGGED)
+        self.settled.set()
+
     async def _pause(self, most: float) -> None:
         """Waits before the next attempt, longer each time."""
         await asyncio.sleep(self._backoff.next(most))
 
-    async def _add(self, monitor: Monitor, function: Function, handover: Handover) -> None:
+    async def _add(self, monitor: Monitor, function: Function) -> None:
+        """Raises _NotReached if QEMU doesn't reach the device, CommandError if it refuses it, NoPort."""
         await self._drop_note(monitor, function)
-        await monitor.getfd(function.fdname, handover.client.fileno())
-        try:
-            await monitor.execute(
-                "device_add",
-                driver=PROXY_DRIVER,
-                id=function.name,
-                bus="pci.0",
-                addr=format_devfn(function.devfn),
-                multifunction=len(self.functions) > 1,
-                fd=function.fdname,
-            )
-        except CommandError:
-            with contextlib.suppress(CommandError):
-                await monitor.execute("closefd", fdname=function.fdname)
-            raise
-        inventory = await take_inventory(monitor)
-        if inventory.devfns.get(function.name) != function.devfn:
-            raise CommandError(
-                f"QEMU took device_add, but has no function at {format_devfn(function.devfn)}", ""
-            )
-        function.plugged(handover)
-        function.log.info(
-            "plugged at %s: %04x:%04x",
-            format_devfn(function.devfn),
-            handover.vendor,
-            handover.device,
-            event=Event.PLUGGED,
-        )
+        sibling = next((other.name for other in self.plugged), None)
+        place = await choose_place(monitor, function.devfn, sibling, is_flat=self._is_flat)
+        arguments = {
+            "driver": function.driver,
+            "id": function.name,
+            "bus": place.bus,
+            "addr": place.addr,
+            "multifunction": len(self.functions) > 1,
+        }
+        if function.handover is None:
+            await _add_by_path(monitor, arguments, os.path.abspath(function.path))
+        else:
+            await _add_by_fd(monitor, arguments, function.fdname, function.handover.client.fileno())
+        if not await self._is_at(monitor, function, place):
+            raise CommandError(f"QEMU took device_add, but has no function at {place}", "")
+        handover = function.handover
+        function.plugged()
+        if handover is None:
+            function.log.info("plugged at %s, served by %s", place, function.remote, event=Event.PLUGGED)
+            return
+        ids = handover.vendor, handover.device
+        function.log.info("plugged at %s: %04x:%04x", place, *ids, event=Event.PLUGGED)
         for remark in handover.remarks:
             function.log.info("behind QEMU's proxy %s", remark)
         for defect in handover.defects:
             function.log.warning("%s", defect, event=Event.PROXY_DEFECT)
+
+    async def _is_at(self, monitor: Monitor, function: Function, place: Place) -> bool:
+        if self._is_flat:
+            return (await take_inventory(monitor)).devfns.get(function.name) == place.devfn
+        return await find_place(monitor, function.name) == place
 
     async def _remove(self, monitor: Monitor) -> None:
         """Unplugs all of the slot, however long the guest takes."""
@@ -280,11 +299,7 @@ class Slot:
         while waiting := await self.unplug(monitor, seconds):
             if seconds == CONSENT_SECONDS:
                 for function in waiting:
-                    function.warn(
-                        f"the guest has not ejected it within {seconds:g} s; it is replaced as soon as the guest "
-                        "ejects it or is reset",
-                        Event.NOT_EJECTED,
-                    )
+                    function.warn_not_ejected(seconds)
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
         for function in self.functions:
             function.reconnects += 1
@@ -313,6 +328,27 @@ class Slot:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+
+async def _add_by_fd(monitor: Monitor, arguments: Mapping[str, object], name: str, fd: int) -> None:
+    """Hands a link over to QEMU, with the device for it. Raises CommandError."""
+    await monitor.getfd(name, fd)
+    try:
+        await monitor.execute("device_add", **arguments, fd=name)
+    except CommandError:
+        with contextlib.suppress(CommandError):
+            await monitor.execute("closefd", fdname=name)
+        raise
+
+
+async def _add_by_path(monitor: Monitor, arguments: Mapping[str, object], path: str) -> None:
+    """Lets QEMU connect to a socket. Raises CommandError, _NotReached."""
+    try:
+        await monitor.execute("device_add", **arguments, socket={"type": "unix", "path": path})
+    except CommandError as error:
+        if path in str(error):
+            raise _NotReached(f"QEMU: {error}") from error
+        raise
 
 
 async def _open(path: str) -> Handover:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from common.config import Transport
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.peer import PeerCredentials
 from proxyd.vm.qmp import monitor as monitor_module
@@ -318,7 +319,7 @@ FIT: dict[str, Any] = {
 def ask(answers: Mapping[str, Any]) -> None:
     async def main() -> None:
         monitor: Any = Answers(answers)
-        await qemu.check(monitor)
+        await qemu.check(monitor, set(Transport))
         await qemu.take_inventory(monitor)
         await qemu.run_state(monitor.execute)
 

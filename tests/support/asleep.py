@@ -16,7 +16,10 @@ def switches(pid: int) -> dict[str, tuple[str, ...]]:
     """State and context switches of every thread."""
     found: dict[str, tuple[str, ...]] = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        lines = (task / "status").read_text(encoding="utf-8").splitlines()
+        try:
+            lines = (task / "status").read_text(encoding="utf-8").splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended
+            continue
         fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         found[task.name] = (
             fields["State"],

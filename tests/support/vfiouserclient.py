@@ -10,9 +10,9 @@ Sizes are in bytes. All integers are little-endian: the protocol has the host's 
 from __future__ import annotations
 
 import array
-import contextlib
 import json
 import os
+import select
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -153,6 +153,8 @@ class VfioUserClient:
         the server has to say must be there when it returns.
         """
         self.sock = sock
+        self.capabilities: dict[str, Any] = {}
+        """the server's, after version()"""
         self._settle = settle
         self._last_id = 0
         sock.settimeout(PATIENCE if settle is None else 0)
@@ -181,8 +183,7 @@ class VfioUserClient:
 
     def send_frame(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Sends bytes, the fds with the first of them, and lets the server handle them."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        sent = self.sock.sendmsg([data], rights)
+        sent = self.sock.sendmsg([data], rights(fds))
         if sent != len(data):
             self.sock.sendall(data[sent:])
         if self._settle is not None:
@@ -197,10 +198,7 @@ class VfioUserClient:
     def receive(self) -> Message:
         """The next message. Raises EOFError at the end of the stream, and BrokenServer."""
         data, ancillary, flags, _ = self.sock.recvmsg(HEADER.size, socket.CMSG_SPACE(4 * MAX_FDS))
-        fds = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        fds = received_fds(ancillary)
         try:
             if not data:
                 raise EOFError("the server has closed the connection")
@@ -214,7 +212,7 @@ class VfioUserClient:
         except BaseException:
             close_all(fds)
             raise
-        return Message(message_id, command, message_flags, error, payload, list(fds))
+        return Message(message_id, command, message_flags, error, payload, fds)
 
     def receive_reply(self, command: int, message_id: int) -> Message:
         """The next message, which must be the reply to that command. Raises Refused where it is an error."""
@@ -253,14 +251,16 @@ class VfioUserClient:
             return False
 
     @property
+    def most_data(self) -> int:
+        """The largest count of a read or write."""
+        return int(self.capabilities.get("max_data_xfer_size", 1 << 20))
+
+    @property
     def is_silent(self) -> bool:
         """Whether nothing has come that is yet to be received."""
         if self._settle is not None:
             self._settle()
-        with contextlib.suppress(BlockingIOError):
-            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            return False
-        return True
+        return not select.select([self.sock], [], [], 0)[0]
 
     # Commands
 
@@ -278,7 +278,8 @@ class VfioUserClient:
             return {}
         if text[-1] or 0 in text[:-1]:
             raise BrokenServer(f"version data with a NUL elsewhere than at the end: {text!r}")
-        return dict(json.loads(text[:-1]).get("capabilities", {}))
+        self.capabilities = dict(json.loads(text[:-1]).get("capabilities", {}))
+        return self.capabilities
 
     def dma_map(
         self,
@@ -458,7 +459,21 @@ def _sparse_areas(payload: bytes, position: int, size: int) -> Iterator[tuple[in
         position = following
 
 
-def close_all(fds: Sequence[int] | array.array[int]) -> None:
+def rights(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
+    """The ancillary data that sends fds."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+
+def received_fds(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    """The fds that have come with ancillary data."""
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return list(fds)
+
+
+def close_all(fds: Sequence[int]) -> None:
     """Closes what came with a message."""
     for fd in fds:
         os.close(fd)

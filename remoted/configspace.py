@@ -103,11 +103,10 @@ class ConfigSpace:
     def settle(self) -> bool:
         """Lets what was written take effect on the power state; True when the function is to be reset.
 
-        A power state that there isn't is not taken (PCI Bus Power Management 1.2, 3.2.4). FLR reads as 0.
+        A power state that there isn't is not taken (PCI Bus Power Management 1.2, 3.2.4).
         """
         data, pmcsr = self.data, self._pmcsr
         if self._express and data[self._express + DEVICE_CONTROL + 1] & _FLR:
-            data[self._express + DEVICE_CONTROL + 1] &= ~_FLR
             link_control = self._express + LINK_CONTROL
             self._kept_link_control = bytes(data[link_control : link_control + 2])
             return True

@@ -102,6 +102,8 @@ CALLS: dict[str, tuple[Callable[[PciFunction], object], object]] = {
         ONES,
     ),
     "writing 1 bytes at BAR 0 + 0x0": (lambda function: function.bus_write(False, IO_BASE, 1, 0), False),
+    "reading 8 bytes at BAR 1 + 0x10": (lambda function: function.region_read(1, 0x10, 8), ONES),
+    "writing 2 bytes at BAR 1 + 0x4": (lambda function: function.region_write(1, 4, 2, 7), False),
     "reading 2 bytes of config space at 0x6": (lambda function: function.bus_config_read(6, 2), ONES),
     "writing 4 bytes of config space at 0x40": (
         lambda function: function.bus_config_write(0x40, 4, 0),
@@ -197,7 +199,9 @@ class Liar(int):
 def test_value_that_is_cut_to_size(bench: Bench, value: object, read: int) -> None:
     bench.function.value = value
     assert bench.function.bus_read(True, MEM_BASE, 2) == read
+    assert bench.function.region_read(1, 0, 2) == read
     assert bench.function.bus_config_read(0x40, 2) == read
+    assert type(bench.function.region_read(1, 0, 2)) is int
     assert type(bench.function.bus_read(True, MEM_BASE, 2)) is int
     assert type(bench.function.bus_config_read(0x40, 2)) is int
     assert bench.function.errors == 0
@@ -210,8 +214,9 @@ NO_INTEGERS = [None, 1.0, "1", b"1", [1], Index(None), Index("1"), object()]
 def test_value_that_is_no_integer(bench: Bench, value: object) -> None:
     bench.function.value = value
     assert bench.function.bus_read(True, MEM_BASE, 2) == ONES
+    assert bench.function.region_read(1, 0, 2) == ONES
     assert bench.function.bus_config_read(0x40, 2) == ONES
-    assert bench.function.errors == 2
+    assert bench.function.errors == 3
     assert bench.function.last_error.startswith("TypeError: ")
 
 

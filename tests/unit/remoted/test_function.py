@@ -222,6 +222,38 @@ def test_decoders_follow_the_command_register(board: Board, command: int, io: bo
     assert (board.function.bus_read(True, MEM64_BASE, 1) == 0) is memory
 
 
+def test_a_region_is_accessed_wherever_its_bar_is(board: Board) -> None:
+    function = board.function
+    assert function.region_write(1, 8, 2, 0x12345678)
+    assert function.region_read(1, 8, 4) == 0x5678, "two bytes were written"
+    assert function.region_write(0, 8, 1, 0x99)
+    board.enable()
+    assert function.bus_read(True, MEM_BASE + 8, 4) == 0x5678
+    assert function.bus_read(False, IO_BASE + 8, 1) == 0x99
+    assert function.region_read(2, 0xFFF8, 8) == 0
+
+
+@pytest.mark.parametrize(
+    ("bar", "offset", "size"),
+    [
+        (3, 0, 4),
+        (-1, 0, 4),
+        (7, 0, 4),
+        (1, -4, 4),
+        (1, 4096, 1),
+        (1, 4092, 8),
+        (1, 0, 3),
+        (1, 0, 0),
+        (1, 0, 16),
+        (1, 1 << 64, 4),
+    ],
+)
+def test_an_access_that_is_not_within_a_region(board: Board, bar: int, offset: int, size: int) -> None:
+    assert board.function.region_read(bar, offset, size) == ONES
+    assert not board.function.region_write(bar, offset, size, 0)
+    assert board.function.errors == 0
+
+
 def test_a_function_without_bars_needs_no_decoding() -> None:
     class Model(LineDevice):
         BARS: ClassVar[Mapping[int, Bar]] = {}

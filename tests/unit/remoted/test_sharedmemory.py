@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ class Card(PciFunction):
         0: Bar(BarKind.MEM32, 8 * PAGE, shared=((0x5000, 0x1000), (0x1000, 0x2000))),
         2: Bar(BarKind.MEM64, 4 * PAGE, prefetchable=True, shared=True),
     }
-    MSIX = Msix(vectors=2, bar=0, table=0x3010)
+    MSIX: ClassVar[Msix | None] = Msix(vectors=2, bar=0, table=0x3010)
 
     accesses: ClassVar[list[tuple[int, int, int]]] = []
 
@@ -135,6 +136,28 @@ def test_the_file_can_not_be_cut(card: PciFunction) -> None:
         with pytest.raises(OSError, match="Operation not permitted") as caught:
             os.ftruncate(memory.fd, size)
         assert caught.value.errno == errno.EPERM
+
+
+def test_a_bar_that_is_nothing_but_memory_is_decoded() -> None:
+    class Ram(Card):
+        BARS: ClassVar = {2: Card.BARS[2]}
+        MSIX = None
+
+    function = MessageBoard(Ram).function
+    assert not function.is_decoded
+    assert function.bus_config_write(0x18, 4, BASES[2])
+    assert function.bus_config_write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+    assert function.is_decoded
+    function.shut_down()
+
+
+def test_a_view_of_the_device_outlives_the_memory(card: PciFunction) -> None:
+    part = card.bar_memory(2)[:4]
+    card.shut_down()
+    part[:] = b"abcd"
+    assert bytes(part) == b"abcd"
+    del part
+    gc.collect()
 
 
 def test_a_bar_without_memory(card: PciFunction) -> None:

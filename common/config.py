@@ -73,7 +73,6 @@ _LONGEST_NAME = "remoted.varlink"
 """of the sockets that the daemons make besides the devices'"""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
-_NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
 _VM = re.compile(r"embedded|soft|qmp:.+|pid:[1-9][0-9]{0,9}", re.ASCII | re.DOTALL)
 
 
@@ -105,6 +104,8 @@ class DeviceConfig(NamedTuple):
     """the model's own options; booleans of the file are ``on`` and ``off``"""
     transport: Transport = Transport.MPQEMU
     """the protocol that its clients speak"""
+    msix: bool = True
+    """whether the guest sees its MSI-X, which only vfio-user carries"""
 
 
 class VmConfig(NamedTuple):
@@ -264,7 +265,7 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
         vm,
         _build(role, devices),
         allow_users=tuple(_user(user) for user in users),
-        poll_max_us=_number(top["poll-max-us"], "", _LONGEST_POLL_US)
+        poll_max_us=top["poll-max-us"].number("", _LONGEST_POLL_US)
         if "poll-max-us" in top
         else _POLL_MAX_US,
         verbose=options.verbose,
@@ -289,7 +290,7 @@ def _top_level(top: Keys, file: str | None) -> tuple[str, str, str]:
         raise UsageError(f"{vm.where}: {vm.text!r} is neither embedded, soft, qmp:SOCKET nor pid:PID")
     _check_length(vm.text.removeprefix("qmp:"), vm.where)
     if "runtime-dir" in top:
-        runtime_dir, where = _path(top["runtime-dir"]).rstrip("/") or "/", top["runtime-dir"].where
+        runtime_dir, where = top["runtime-dir"].path().rstrip("/") or "/", top["runtime-dir"].where
     else:
         runtime_dir, where = default_runtime_dir(name, os.geteuid(), os.environ), "--runtime-dir"
     _check_length(os.path.join(runtime_dir, _LONGEST_NAME), where)
@@ -349,25 +350,23 @@ def _build(role: Role, devices: Mapping[str, Keys]) -> tuple[DeviceConfig, ...]:
             raise UsageError(f"{keys['id'].where}: the model is missing")
         if "socket" in keys and "fd" in keys:
             raise UsageError(f"{keys['fd'].where}: fd and socket exclude each other")
+        transport = _transport(keys["transport"]) if "transport" in keys else Transport.MPQEMU
+        if "msix" in keys and transport is not Transport.VFIO_USER:
+            raise UsageError(f"{keys['msix'].where}: msix: only with transport=vfio-user")
         built.append(
             DeviceConfig(
                 id=device_id,
                 model=keys["model"].text if "model" in keys else None,
                 devfn=addresses[device_id],
-                socket=_path(keys["socket"], "socket: ") if "socket" in keys else None,
-                fd=_number(keys["fd"], "fd: ", _MAX_FD) if "fd" in keys else None,
-                gsi=_number(keys["gsi"], "gsi: ", _MAX_GSI) if "gsi" in keys else None,
-                transport=_transport(keys["transport"]) if "transport" in keys else Transport.MPQEMU,
+                socket=keys["socket"].path("socket: ") if "socket" in keys else None,
+                fd=keys["fd"].number("fd: ", _MAX_FD) if "fd" in keys else None,
+                gsi=keys["gsi"].number("gsi: ", _MAX_GSI) if "gsi" in keys else None,
+                transport=transport,
+                msix=keys["msix"].flag("msix: ") if "msix" in keys else True,
                 properties={key: value.text for key, value in keys.items() if key not in COMMON_KEYS},
             )
         )
     return tuple(built)
-
-
-def _number(value: Value, key: str, maximum: int) -> int:
-    if not _NUMBER.fullmatch(value.text) or int(value.text) > maximum:
-        raise UsageError(f"{value.where}: {key}{value.text!r} is not an integer from 0 to {maximum}")
-    return int(value.text)
 
 
 def _transport(value: Value) -> Transport:
@@ -376,12 +375,6 @@ def _transport(value: Value) -> Transport:
     except ValueError:
         names = " or ".join(Transport)
         raise UsageError(f"{value.where}: transport: {value.text!r} must be {names}") from None
-
-
-def _path(value: Value, key: str = "") -> str:
-    if not value.text:
-        raise UsageError(f"{value.where}: {key}{value.text!r} is not a path")
-    return value.text
 
 
 def _check_sockets(role: Role, config: VmConfig, devices: Mapping[str, Keys]) -> None:

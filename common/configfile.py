@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from common.errors import UsageError
 from common.journal import printable
-from common.options import INTEGER_KEYS, KEY, STRING_KEYS, Keys, Value, check_id, check_text
+from common.options import BOOLEAN_KEYS, INTEGER_KEYS, KEY, STRING_KEYS, Keys, Value, check_id, check_text
 
 __all__ = ["TOP_KEYS", "ConfigFile", "read_file"]
 
@@ -79,6 +79,8 @@ def _table_keys(entry: Mapping[str, object], where: str) -> Keys:
             text = _text(value, key, where, int)
         elif key in STRING_KEYS:
             text = _text(value, key, where, str)
+        elif key in BOOLEAN_KEYS:
+            text = _text(value, key, where, bool)
         else:
             text = _text(value, key, where, str, int, bool)
         keys[key] = Value(text, where)

@@ -37,6 +37,7 @@ __all__ = [
     "parse_device",
 ]
 
+BOOLEAN_KEYS = frozenset(("msix",))
 INTEGER_KEYS = frozenset(("fd", "gsi"))
 STRING_KEYS = frozenset(("id", "model", "addr", "socket", "transport"))
 DEVICE_OPTIONS = {
@@ -45,14 +46,16 @@ DEVICE_OPTIONS = {
     "socket=PATH": "where it listens (default: ID.sock in the runtime directory)",
     "transport=mpqemu|vfio-user": "what its clients speak (default: mpqemu)",
     "fd=N": "serves an inherited, connected socket instead",
+    "msix=on|off": "with vfio-user: whether the guest sees the device's MSI-X (default: on)",
 }
 """what remoted takes for a device of any model, and what it means"""
-COMMON_KEYS = INTEGER_KEYS | STRING_KEYS
+COMMON_KEYS = BOOLEAN_KEYS | INTEGER_KEYS | STRING_KEYS
 """of a device; every other key belongs to its model"""
 
 KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
 _LEAST_LIKENESS = 0.7
 """as difflib counts it: ``adr`` and ``address`` are meant to be ``addr``"""
+_NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
 _ID = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
 
 
@@ -61,6 +64,24 @@ class Value(NamedTuple):
 
     text: str
     where: str
+
+    def number(self, key: str, maximum: int) -> int:
+        """An integer from 0 to the maximum. Raises UsageError, which begins with where and ``key``."""
+        if not _NUMBER.fullmatch(self.text) or int(self.text) > maximum:
+            raise UsageError(f"{self.where}: {key}{self.text!r} is not an integer from 0 to {maximum}")
+        return int(self.text)
+
+    def flag(self, key: str) -> bool:
+        """Whether it is on. Raises UsageError, which begins with where and ``key``."""
+        if self.text not in ("on", "off"):
+            raise UsageError(f"{self.where}: {key}{self.text!r} must be on or off")
+        return self.text == "on"
+
+    def path(self, key: str = "") -> str:
+        """A path. Raises UsageError, which begins with where and ``key``."""
+        if not self.text:
+            raise UsageError(f"{self.where}: {key}{self.text!r} is not a path")
+        return self.text
 
 
 Keys = dict[str, Value]
@@ -85,11 +106,11 @@ class Role(NamedTuple):
 REMOTED = Role(
     "iohub-remoted",
     "Runs a VM's PCI devices, each behind a socket of its own.",
-    "MODEL,id=ID[,addr=SLOT.FN][,transport=mpqemu|vfio-user][,socket=PATH|fd=N][,OPTION=VALUE...]",
+    "MODEL,id=ID[,addr=SLOT.FN][,transport=mpqemu|vfio-user][,msix=on|off][,socket=PATH|fd=N][,OPTION=VALUE...]",
     "a device, which listens at PATH (default: ID.sock in the runtime directory) or serves "
     "the connected socket that was inherited as fd N; addr defaults to the first slot from 02.0 upward that no "
-    "other device given here or in the file has; transport is what its clients speak (default: mpqemu); repeat "
-    "for more; ,, is a comma in a value",
+    "other device given here or in the file has; transport is what its clients speak (default: mpqemu); "
+    "msix=off hides MSI-X from the guest; repeat for more; ,, is a comma in a value",
     """\
 models:
   NAME            edu, irq-line, nvme, pci-serial, or a model of an installed package: --models lists them
@@ -104,7 +125,7 @@ listens; 1 for a failure that may pass, such as a full disk; 2 for invalid optio
 
 example:
   iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty""",
-    frozenset(("id", "model", "addr", "socket", "fd", "transport")),
+    frozenset(("id", "model", "addr", "socket", "fd", "transport", "msix")),
     True,
 )
 

@@ -92,9 +92,12 @@ class PciFunction(BusTarget):
         if self.NEEDS_MESSAGES and port is None:
             raise UsageError("it needs MSI or MSI-X, which mpqemu does not carry: use transport=vfio-user")
         bars, msix = dict(self.BARS), self.MSIX
-        if msix is not None and (msix.bar is not None or port is not None):
+        if msix is not None and (msix.bar is not None or host.has_msix):
             msix, bars = place_msix(msix, bars)
-        messages = [each for each in (self.MSI, msix) if each is not None and port is not None]
+        kinds = (self.MSI if port is not None else None, msix if host.has_msix else None)
+        messages = [each for each in kinds if each is not None]
+        if self.NEEDS_MESSAGES and not messages:
+            raise UsageError("it needs MSI-X, which msix=off hides from the guest")
         space = ConfigSpace(self, bars, _shown(self.CAPABILITIES, messages, port is not None))
         self.__space = space
         self.__config = space.data

@@ -190,7 +190,18 @@ class PeriodicTimer:
 class Host:
     """What the daemon gives to a device."""
 
-    __slots__ = ("files", "guard", "kept_memory", "log", "loop", "memory", "name", "set_irq", "vectors")
+    __slots__ = (
+        "files",
+        "guard",
+        "has_msix",
+        "kept_memory",
+        "log",
+        "loop",
+        "memory",
+        "name",
+        "set_irq",
+        "vectors",
+    )
 
     def __init__(
         self,
@@ -203,6 +214,7 @@ class Host:
         vectors: VectorPort | None = None,
         kept_memory: Callable[[int], int] = lambda _bar: -1,
         files: KeptFiles | None = None,
+        msix: bool = True,
     ) -> None:
         """``loop`` and ``watchdog`` are the daemon's."""
         self.name = name
@@ -219,6 +231,8 @@ class Host:
         """for the daemon: drives the function's pirq; devices use set_intx()"""
         self.vectors = vectors
         """for the daemon: sends MSI and MSI-X; None where the transport carries none. Devices use raise_irq()"""
+        self.has_msix = msix and vectors is not None
+        """for the daemon: whether the guest may see MSI-X"""
         self.kept_memory = kept_memory
         """for the daemon: the file with a BAR's shared memory that the previous process had, or -1"""
         self.files = files

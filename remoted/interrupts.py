@@ -158,7 +158,7 @@ class Interrupts:
     """The level that a device drives, the vectors that it has raised, and what is signalled of them."""
 
     def __init__(self, host: Host, space: ConfigSpace, pin: int, msi: Msi | None, msix: Msix | None) -> None:
-        """``msi`` and ``msix`` are what the class declares, whether the transport carries them or not."""
+        """``msi`` and ``msix`` are what the class declares, whether the guest sees them or not."""
         self.level = False
         """set_intx()'s"""
         self.is_asserted = False
@@ -193,7 +193,7 @@ class Interrupts:
                 MsixArea(msix.table, self._table, is_writable=True),
                 MsixArea(msix.pba, pba, is_writable=False),
             )
-        if host.vectors is not None and msix is not None:
+        if host.vectors is not None and host.has_msix and msix is not None:
             offset = space.offset_of(msix)
             self._kinds[VectorKind.MSIX] = _MsixMessages(
                 msix.vectors, host.vectors, self._config, offset, pba

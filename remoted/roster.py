@@ -172,6 +172,7 @@ class Roster:
             vectors,
             kept_memory=partial(self._take_memory, device.devfn),
             files=files,
+            msix=device.msix,
         )
         try:
             function = _power_on(model, host, device)

@@ -39,18 +39,21 @@ class Port:
 class MessageBoard:
     """A function between a transport and a guest."""
 
-    def __init__(self, model: type[PciFunction], *, has_messages: bool = True) -> None:
+    def __init__(
+        self, model: type[PciFunction], *, has_messages: bool = True, msix: bool = True
+    ) -> None:
         self.lines: list[bool] = []
         self.port = Port()
-        self.function = self._create(model, has_messages)
+        self.function = self._create(model, has_messages, msix)
         self.function.full_reset()
 
-    def _create(self, model: type[PciFunction], has_messages: bool) -> PciFunction:
+    def _create(self, model: type[PciFunction], has_messages: bool, msix: bool = True) -> PciFunction:
         loop = Loop()
         loop.close()
         log = Recorder().logger
         vectors = self.port if has_messages else None
-        return model(Host("dev0", loop, log, GuestMemory(), self.lines.append, vectors=vectors), {})
+        host = Host("dev0", loop, log, GuestMemory(), self.lines.append, vectors=vectors, msix=msix)
+        return model(host, {})
 
     def keep(self) -> FunctionState:
         """A state file as it is after a commit; it stays as it is."""

@@ -69,6 +69,16 @@ def test_both_daemons_know_a_devices_transport(tmp_path: Path) -> None:
     assert proxyd("id=a,transport=mpqemu").devices[0].transport is Transport.MPQEMU
 
 
+def test_a_devices_msix_can_be_off(tmp_path: Path) -> None:
+    path = tmp_path / "vm1.toml"
+    table = '[[device]]\nid = "{}"\nmodel = "edu"\ntransport = "vfio-user"\n'
+    path.write_text(f'name = "vm1"\n{table.format("a")}msix = false\n{table.format("b")}')
+    for parse in (parse_remoted, parse_proxyd):
+        assert [device.msix for device in parse(["--config", str(path)]).devices] == [False, True]
+    assert not remoted("edu,id=a,transport=vfio-user,msix=off").devices[0].msix
+    assert remoted("edu,id=a,transport=vfio-user,msix=on").devices[0].msix
+
+
 @pytest.mark.parametrize("given", ["0", "1000"])
 def test_the_limit_of_polling_is_the_files_or_the_command_lines(tmp_path: Path, given: str) -> None:
     path = tmp_path / "vm1.toml"

@@ -124,6 +124,8 @@ def test_allow_users_of_the_file_and_of_the_command_line_which_wins(tmp_path: Pa
         (["edu,id=a,fd=3,socket=/tmp/a"], ["fd and socket"]),
         (["edu,id=a,fd=3", "edu,id=b,fd=3"], ["--device 'edu,id=b", "fd 3", "'a'"]),
         (["edu,id=a,transport=vfio"], ["transport: 'vfio'", "mpqemu or vfio-user"]),
+        (["edu,id=a,transport=vfio-user,msix=no"], ["msix: 'no'", "on or off"]),
+        (["edu,id=a,msix=off"], ["msix", "only with transport=vfio-user"]),
         (["edu,id=a,socket="], ["socket", "''"]),
         (["edu,id=a,socket=/x", "edu,id=b,socket=/x"], ["--device 'edu,id=b", "/x", "'a'"]),
         (["edu,id=a,socket=" + "x" * 108], ["108 bytes", "at most 107"]),
@@ -146,6 +148,7 @@ def test_bad_device_of_remoted(devices: list[str], names: list[str]) -> None:
         ("id=a,model=edu", ["unknown key 'model'"]),
         ("id=a,chardev=pty", ["unknown key 'chardev'", "iohub-proxyd takes id=ID"]),
         ("id=a,transport=", ["transport: ''", "mpqemu or vfio-user"]),
+        ("id=a,transport=vfio-user,msix=off", ["unknown key 'msix'"]),
         ("id=a,gsi=4096", ["gsi", "'4096'", "4095"]),
     ],
 )

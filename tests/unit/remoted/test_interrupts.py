@@ -251,6 +251,30 @@ def test_a_device_that_needs_messages_is_refused_without_them() -> None:
         MessageBoard(Needy, has_messages=False)
 
 
+def test_msix_can_be_hidden_from_the_guest() -> None:
+    board = MessageBoard(Both, msix=False)
+    board.command(MASTER)
+    assert board.capability(pci.PCI_CAP_ID_MSIX) == 0
+    assert set(board.function.bars) == {0}
+    assert [board.function.vectors(kind) for kind in VectorKind] == [8, 0]
+    board.attach(VectorKind.MSI, 0, 8)
+    board.attach(VectorKind.MSIX, 0, 70)
+    board.msi_control(0x31)
+    board.function.raise_irq(69)
+    assert board.port.sent == [(VectorKind.MSI, 69 % 8)]
+
+
+def test_a_device_that_needs_msix_is_refused_without_it() -> None:
+    class Needy(PciFunction):
+        VENDOR_ID, DEVICE_ID = 0x1234, 0x0002
+        MSIX = Msix(vectors=2)
+        NEEDS_MESSAGES = True
+
+    MessageBoard(Needy)
+    with pytest.raises(UsageError, match="it needs MSI-X, which msix=off hides from the guest"):
+        MessageBoard(Needy, msix=False)
+
+
 def test_a_declaration_is_shown_with_its_values_and_the_same_in_every_process() -> None:
     """The layout of kept state is told apart by it."""
     assert repr(Msix(5, bar=2)) == "Msix(bar=2, pba=None, table=0, vectors=5)"

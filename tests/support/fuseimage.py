@@ -18,7 +18,7 @@ import pytest
 __all__ = ["FALLOCATE", "FSYNC", "READ", "WRITE", "FuseImage", "fuse_image"]
 
 _LOOKUP, _FORGET, _GETATTR, _SETATTR, _OPEN, READ, WRITE, _RELEASE = 1, 2, 3, 4, 14, 15, 16, 18
-FSYNC, _FLUSH, _INIT, _INTERRUPT, _BATCH_FORGET, FALLOCATE = 20, 25, 26, 36, 42, 43
+FSYNC, _INIT, _INTERRUPT, _BATCH_FORGET, FALLOCATE = 20, 26, 36, 42, 43
 _NO_REPLY = (_FORGET, _INTERRUPT, _BATCH_FORGET)
 _IN_HEADER = struct.Struct("<IIQQIIII")
 _OUT_HEADER = struct.Struct("<IiQ")
@@ -26,7 +26,8 @@ _ATTR = struct.Struct("<6Q10I")
 _IO = struct.Struct("<QQI20x")
 """fuse_read_in and fuse_write_in: handle, offset, size"""
 _ROOT, _FILE = 1, 2
-_DIRECT_IO = 1
+_DIRECT_IO, _NO_FLUSH = 1 << 0, 1 << 5
+"""flags of an open file; without FLUSH the process that serves it can exit while it is open"""
 _MNT_DETACH = 2
 _PUNCH_HOLE = 2
 
@@ -73,7 +74,7 @@ class FuseImage:
         """Unmounts the filesystem, which ends the server."""
         self.release()
         _libc.umount2(self._directory, _MNT_DETACH)
-        self._thread.join()
+        self._thread.join(5.0)
         os.close(self._device)
 
     def _serve(self) -> None:
@@ -118,7 +119,7 @@ class FuseImage:
         if opcode == _OPEN and self._is_read_only and int.from_bytes(body[:4], "little") & os.O_ACCMODE:
             return errno.EROFS, b""
         if opcode == _OPEN:
-            return 0, struct.pack("<QII", 0, _DIRECT_IO, 0)
+            return 0, struct.pack("<QII", 0, _DIRECT_IO | _NO_FLUSH, 0)
         if opcode == READ:
             _, offset, size = _IO.unpack_from(body)
             return 0, bytes(self.content[offset : offset + size])
@@ -132,7 +133,7 @@ class FuseImage:
                 return errno.EOPNOTSUPP, b""
             self.content[offset : offset + length] = bytes(length)
             return 0, b""
-        return (0, b"") if opcode in (_RELEASE, _FLUSH, FSYNC) else (errno.ENOSYS, b"")
+        return (0, b"") if opcode in (_RELEASE, FSYNC) else (errno.ENOSYS, b"")
 
     def _attributes(self, node: int) -> bytes:
         mode = stat.S_IFDIR | 0o755 if node == _ROOT else stat.S_IFREG | 0o600

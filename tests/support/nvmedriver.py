@@ -67,7 +67,7 @@ class Driver:
         self._free = RAM_START
         self.page = PAGE
         try:
-            self.bench = FunctionBench(Nvme, loop, **options)
+            self.bench = self.make_bench()
         except BaseException:
             self.ram.close()
             os.close(self._fd)
@@ -76,9 +76,17 @@ class Driver:
         self.attach()
         self.admin = QueuePair(0, 0, 0, 0)
 
+    def make_bench(self) -> FunctionBench[Nvme]:
+        return FunctionBench(Nvme, self.loop, **self._options)
+
     def attach(self) -> None:
         """Gives the function its RAM, and bus mastering."""
-        self.bench.function.config_write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER)
+        command = pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER
+        self.bench.function.config_write(pci.PCI_COMMAND, 2, command)
+        self.attach_ram()
+
+    def attach_ram(self) -> None:
+        """Gives the function its RAM."""
         rest = [0] * 7
         table = SYSMEM.pack(RAM_START, *rest, RAM_SIZE, *rest, 0, *rest)
         self.bench.function.host.memory.sync(table, [os.dup(self._fd)])

@@ -79,7 +79,7 @@ class Nvme(PciFunction):
         if self.options["drive"] is None:
             raise UsageError("drive= is missing: file:PATH or memory:SIZE")
         block_size = self.options["block-size"]
-        self._drive = open_drive(self.options["drive"])
+        self._drive = open_drive(self.options["drive"], host.files)
         blocks, rest = divmod(self._drive.size, block_size)
         if not blocks:
             self._drive.close()

@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Sequence
 
+from common.keptfiles import KeptFiles
 from remoted.device import UsageError
 from remoted.devices.nvme.imagelock import lock_image
 
@@ -32,6 +33,7 @@ _CHUNK = 1 << 20
 _SIZE = re.compile(r"([1-9][0-9]{0,15})([KMGT]?)", re.ASCII)
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _MAX_SIZE = 1 << 62
+_KEPT_NAME = "memory"
 _NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """what fallocate(2), or RWF_NOWAIT, is answered with where the filesystem or driver doesn't have it"""
 
@@ -131,17 +133,20 @@ class Drive:
         raise OSError(code, os.strerror(code))
 
 
-def open_drive(text: str) -> Drive:
-    """The drive of the option ``drive=``: ``file:PATH`` or ``memory:SIZE``. Raises UsageError."""
+def open_drive(text: str, files: KeptFiles | None) -> Drive:
+    """The drive of the option ``drive=``: ``file:PATH`` or ``memory:SIZE``. Raises UsageError.
+
+    Memory is kept in ``files``, where there are any, and found there by the next process.
+    """
     kind, _, rest = text.partition(":")
     if kind == "memory" and rest:
-        return _create_memory(rest)
+        return _open_memory(rest, files)
     if kind == "file" and rest:
         return _open_image(rest)
     raise UsageError(f"drive={text}: must be file:PATH or memory:SIZE")
 
 
-def _create_memory(text: str) -> Drive:
+def _open_memory(text: str, files: KeptFiles | None) -> Drive:
     match = _SIZE.fullmatch(text)
     if not match:
         raise UsageError(
@@ -150,14 +155,22 @@ def _create_memory(text: str) -> Drive:
     size = int(match[1]) << _UNITS[match[2]]
     if size > _MAX_SIZE:
         raise UsageError(f"drive=memory:{text}: is too large")
+    fd = -1
     try:
-        fd = os.memfd_create("nvme", os.MFD_CLOEXEC)
+        if files is not None:
+            fd = files.take(_KEPT_NAME)
+            if fd != -1 and os.fstat(fd).st_size != size:
+                os.close(fd)
+                fd = -1
+                files.remove(_KEPT_NAME)
+        if fd == -1:
+            fd = os.memfd_create("nvme", os.MFD_CLOEXEC)
+            os.ftruncate(fd, size)
+            if files is not None:
+                files.put(_KEPT_NAME, fd)
     except OSError as error:
-        raise UsageError(f"drive=memory:{text}: {error.strerror}") from error
-    try:
-        os.ftruncate(fd, size)
-    except OSError as error:
-        os.close(fd)
+        if fd != -1:
+            os.close(fd)
         raise UsageError(f"drive=memory:{text}: {error.strerror}") from error
     return Drive(fd, size, is_read_only=False, is_memory=True)
 

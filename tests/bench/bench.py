@@ -139,7 +139,7 @@ class Run:
         self.table("of it, ms of CPU time", {ADAPTIVE: parts})
         self.table("memory, MiB", memory)
         self.table("3 s of silence; CPU in ms", silent)
-        self.verdicts += footprint_verdicts(starts, memory, silent)
+        self.verdicts += footprint_verdicts(starts, parts, memory, silent)
 
     def many(self) -> None:
         """Many processes side by side, all idle but one."""
@@ -301,7 +301,13 @@ def main() -> int:
                 print(f"\n{part}: FAILED: {type(error).__name__}: {error}")
                 run.results.setdefault("failed", {})[part] = str(error)
     run.results["targets"] = [
-        {"target": each.what, "measured": each.measured, "bound": each.bound, "hit": each.is_hit}
+        {
+            "target": each.what,
+            "measured": each.measured,
+            "bound": each.bound,
+            "hit": each.is_hit,
+            "where": each.where,
+        }
         for each in run.verdicts
     ]
     (arguments.output / "bench.json").write_text(json.dumps(run.results, indent=1) + "\n")

@@ -54,20 +54,23 @@ class Verdict(NamedTuple):
     measured: float
     bound: float
     unit: str = ""
+    where: str = ""
+    """what was measured of where it goes, for the report of a miss"""
 
     @property
     def is_hit(self) -> bool:
         return self.measured <= self.bound
 
     def describe(self) -> str:
-        """One line of the table."""
+        """Its line of the table; of a miss with a second line, that tells where it goes."""
         mark = "hit " if self.is_hit else "MISS"
-        return f"{mark}  {self.what:66} {self.measured:8.2f}{self.unit} <= {self.bound:g}{self.unit}"
+        line = f"{mark}  {self.what:66} {self.measured:8.2f}{self.unit} <= {self.bound:g}{self.unit}"
+        return line if self.is_hit or not self.where else f"{line}\n        {self.where}"
 
 
-def ratio_verdict(what: str, value: float, reference: float, bound: float) -> Verdict:
+def ratio_verdict(what: str, value: float, reference: float, bound: float, where: str = "") -> Verdict:
     """A target for ``value / reference``."""
-    return Verdict(what, value / reference, bound)
+    return Verdict(what, value / reference, bound, where=where)
 
 
 def exchange_verdicts(setup: str, summaries: Summaries) -> Iterator[Verdict]:
@@ -79,15 +82,24 @@ def exchange_verdicts(setup: str, summaries: Summaries) -> Iterator[Verdict]:
         peer = by_candidate[PEER]
         for number, candidate in enumerate((ADAPTIVE, OFF)):
             own = by_candidate[candidate]
+            where = _where({PEER: peer, candidate: own, FLOOR: by_candidate[FLOOR]})
             bound = _P50[exchange][number] if setup == OWN_CORE else _FREE[number]
-            yield ratio_verdict(f"{name}, p50, {candidate}", own["p50"], peer["p50"], bound)
+            yield ratio_verdict(f"{name}, p50, {candidate}", own["p50"], peer["p50"], bound, where)
             if setup == OWN_CORE:
-                yield ratio_verdict(f"{name}, p99, {candidate}", own["p99"], peer["p99"], _P99[number])
+                tails = _where({PEER: peer, candidate: own}, "p99")
+                yield ratio_verdict(f"{name}, p99, {candidate}", own["p99"], peer["p99"], _P99[number], tails)
         if setup == OWN_CORE:
-            floor = by_candidate[FLOOR]
-            yield ratio_verdict(
-                f"{name}, p50, {ADAPTIVE} to floor", by_candidate[ADAPTIVE]["p50"], floor["p50"], _FLOOR
-            )
+            own, floor = by_candidate[ADAPTIVE], by_candidate[FLOOR]
+            where = _where({FLOOR: floor, ADAPTIVE: own})
+            yield ratio_verdict(f"{name}, p50, {ADAPTIVE} to floor", own["p50"], floor["p50"], _FLOOR, where)
+
+
+def _where(summaries: Mapping[str, Mapping[str, float]], figure: str = "p50") -> str:
+    """The CPU time that each remote uses for an exchange: the rest are wake-ups, the client and the kernel."""
+    return "; ".join(
+        f"{name} {values[figure]:.1f} us, the remote's CPU time {values['cpu']:.1f}, best {values['min']:.1f}"
+        for name, values in summaries.items()
+    )
 
 
 Rows = Mapping[str, Mapping[str, float]]
@@ -96,31 +108,40 @@ Rows = Mapping[str, Mapping[str, float]]
 def busy_verdicts(situation: str, means: Rows) -> Iterator[Verdict]:
     """Polling doesn't hurt: the mean of all exchanges, as one exchange's is a matter of luck."""
     adaptive, off = (sum(row[name] for row in means.values()) for name in (ADAPTIVE, OFF))
-    yield ratio_verdict(f"{situation}: mean, {ADAPTIVE} to {OFF}", adaptive, off, _BUSY)
+    where = f"sums of the means: {adaptive:.1f} us to {off:.1f}"
+    yield ratio_verdict(f"{situation}: mean, {ADAPTIVE} to {OFF}", adaptive, off, _BUSY, where)
 
 
-def footprint_verdicts(starts: Mapping[str, float], memory: Rows, silent: Rows) -> Iterator[Verdict]:
-    """Start and memory beside the peer's, and no wake-up in silence."""
+def footprint_verdicts(
+    starts: Mapping[str, float], parts: Mapping[str, float], memory: Rows, silent: Rows
+) -> Iterator[Verdict]:
+    """Start and memory beside the peer's, and no wake-up in silence; ``parts`` are those of the start."""
     if PEER in starts:
-        yield ratio_verdict("first answer", starts[ADAPTIVE], starts[PEER], _FIRST_ANSWER)
-        private = memory[ADAPTIVE]["private"], memory[PEER]["private"]
-        yield ratio_verdict("private memory, alone", *private, _PRIVATE)
+        spent = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
+        where = f"{starts[ADAPTIVE]:.1f} ms to {starts[PEER]:.1f}; ms of CPU time: {spent}"
+        yield ratio_verdict("first answer", starts[ADAPTIVE], starts[PEER], _FIRST_ANSWER, where)
+        own, peer = memory[ADAPTIVE], memory[PEER]
+        where = _memory_where(own, peer)
+        yield ratio_verdict("private memory, alone", own["private"], peer["private"], _PRIVATE, where)
     yield Verdict("wake-ups in 3 s of silence", silent[ADAPTIVE]["wake-ups"], 0)
+
+
+def _memory_where(own: Mapping[str, float], peer: Mapping[str, float]) -> str:
+    sizes = " to ".join(f"{each['private']:.1f} MiB ({each['dirty']:.1f} dirty)" for each in (own, peer))
+    return f"{sizes}: pages of files that another process has mapped as well aren't private"
 
 
 def many_verdicts(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Iterator[Verdict]:
     """The busy one of many is as fast as alone."""
     own = found[ADAPTIVE]
     least, most = min(own), max(own)
-    yield ratio_verdict(
-        f"BAR read, 1 busy of {most} processes, to alone",
-        own[most]["bar read"],
-        own[least]["bar read"],
-        _BESIDE_OTHERS,
-    )
+    times = own[most]["bar read"], own[least]["bar read"]
+    where = "{:.1f} us to {:.1f}".format(*times)
+    yield ratio_verdict(f"BAR read, 1 busy of {most} processes, to alone", *times, _BESIDE_OTHERS, where)
     if PEER in found:
-        private = own[most]["private"], found[PEER][most]["private"]
-        yield ratio_verdict(f"private memory, 1 of {most}", *private, _PRIVATE)
+        one, peer = own[most], found[PEER][most]
+        where = _memory_where(one, peer)
+        yield ratio_verdict(f"private memory, 1 of {most}", one["private"], peer["private"], _PRIVATE, where)
 
 
 def functions_verdicts(found: Mapping[int, Mapping[str, float]]) -> Iterator[Verdict]:
@@ -128,14 +149,18 @@ def functions_verdicts(found: Mapping[int, Mapping[str, float]]) -> Iterator[Ver
     least, most = min(found), max(found)
     few = sorted(found)[1]
     one = found[most]["one busy"], found[least]["one busy"]
-    yield ratio_verdict(f"config read, 1 busy of {most} functions, to alone", *one, _BESIDE_OTHERS)
+    where = "{:.1f} us to {:.1f}".format(*one)
+    yield ratio_verdict(f"config read, 1 busy of {most} functions, to alone", *one, _BESIDE_OTHERS, where)
     busy = found[most]["all busy"], found[few]["all busy"]
-    yield ratio_verdict(f"CPU time of a request, {most} busy functions to {few}", *busy, 1.25)
+    where = "{:.1f} us to {:.1f}".format(*busy)
+    yield ratio_verdict(f"CPU time of a request, {most} busy functions to {few}", *busy, 1.25, where)
     yield Verdict(f"first answer, {most} functions", found[most]["first answer"], _FIRST_ANSWER_OF_256, " ms")
 
 
-def guest_verdicts(cycles: Rows) -> Iterator[Verdict]:
+def guest_verdicts(found: Rows) -> Iterator[Verdict]:
     """A real guest, beside the same with the peer."""
-    for kind, by_name in cycles.items():
+    for kind, by_name in found.items():
         for bound, candidate in zip(_GUEST[kind], (ADAPTIVE, OFF), strict=True):
-            yield ratio_verdict(f"guest: {kind}, mean, {candidate}", by_name[candidate], by_name[PEER], bound)
+            where = ", ".join(f"{name} {cycles:.0f}" for name, cycles in by_name.items()) + " cycles"
+            what = f"guest: {kind}, mean, {candidate}"
+            yield ratio_verdict(what, by_name[candidate], by_name[PEER], bound, where)

@@ -54,7 +54,12 @@ def test_a_series_is_summed_up_in_microseconds() -> None:
 
 def test_a_target_is_a_ratio_to_the_peer_in_the_same_set_up() -> None:
     figures = {PEER: (40.0, 90.0), OFF: (41.0, 90.0), ADAPTIVE: (18.0, 90.0), FLOOR: (9.0, 20.0)}
-    summaries = {"bar-read": {name: {"p50": p50, "p99": p99} for name, (p50, p99) in figures.items()}}
+    summaries = {
+        "bar-read": {
+            name: {"p50": p50, "p99": p99, "cpu": p50 / 2, "min": p50 / 4}
+            for name, (p50, p99) in figures.items()
+        }
+    }
     own = {verdict.what: verdict.is_hit for verdict in exchange_verdicts(OWN_CORE, summaries)}
     assert own == {
         f"{OWN_CORE}: BAR read, p50, {ADAPTIVE}": True,
@@ -63,6 +68,10 @@ def test_a_target_is_a_ratio_to_the_peer_in_the_same_set_up() -> None:
         f"{OWN_CORE}: BAR read, p99, {OFF}": True,
         f"{OWN_CORE}: BAR read, p50, {ADAPTIVE} to floor": True,
     }
+    (missed,) = (each for each in exchange_verdicts(OWN_CORE, summaries) if "p50" in each.what and not each.is_hit)
+    line, where = missed.describe().splitlines()
+    assert line.startswith("MISS  ")
+    assert f"{OFF} 41.0 us, the remote's CPU time 20.5, best 10.2" in where
     free = {verdict.what: verdict.is_hit for verdict in exchange_verdicts("free", summaries)}
     assert free == {f"free: BAR read, p50, {ADAPTIVE}": True, f"free: BAR read, p50, {OFF}": True}
 

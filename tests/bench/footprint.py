@@ -18,6 +18,7 @@ from tests.support.checkout import ROOT
 __all__ = ["beside_others", "first_answers", "idle", "memory_alone", "start_parts"]
 
 _OWN_PACKAGES = ("common", "remoted", "qemu_iohub")
+_AS_AT_A_START = "import gc; gc.disable()"
 _OWN_MODULES = "import qemu_iohub, remoted.main, remoted.devices.pci_serial"
 
 _STARTS = 4
@@ -45,14 +46,14 @@ def start_parts(candidate: Candidate, rounds: int, directory: Path) -> dict[str,
     library = [name for name in names if name.partition(".")[0] not in _OWN_PACKAGES]
     steps = {
         "interpreter": "",
-        "its library": "".join(f"import {name}\n" for name in library),
-        "own modules": _OWN_MODULES,
+        "its library": f"{_AS_AT_A_START}; import {', '.join(library)}",
+        "own modules": f"{_AS_AT_A_START}; {_OWN_MODULES}",
     }
     until: dict[str, list[float]] = {name: [] for name in (*steps, "the rest")}
     for _ in range(rounds):
         for name, code in steps.items():
             before = cpu_seconds()
-            _output(code)
+            _output(f"{code}\nimport os; os._exit(0)")  # without what a regular end takes
             until[name].append((cpu_seconds() - before) * 1000)
         with Remote(candidate, directory, settle=False) as remote:
             until["the rest"].append(remote.first_answer_cpu * 1000)

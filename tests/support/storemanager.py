@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -30,6 +31,8 @@ class StoreManager:
         """what was in the store at the last barrier"""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.address)
         self._socket.bind(self.address)
 
     def serve(self) -> int:

@@ -105,19 +105,13 @@ class PciExpress(Capability):
         return self._registers(
             {
                 0x02: (2, 2),  # version 2, endpoint
-                0x04: (
-                    4,
-                    1 << 28 | 1 << 15,
-                ),  # function-level reset, role-based error reporting, 128 bytes payload
-                DEVICE_CONTROL: (
-                    2,
-                    2 << 12 | 1 << 11 | 1 << 4,
-                ),  # reads of 512 bytes, no snoop, relaxed order
+                0x04: (4, 1 << 28 | 1 << 15),  # function-level reset, role-based errors, payload of 128
+                DEVICE_CONTROL: (2, 2 << 12 | 1 << 11 | 1 << 4),  # reads of 512 bytes, no snoop, relaxed
                 0x0C: (4, 1 << 22 | 1 << 4 | 1),  # ASPM optionality, one lane, 2.5 GT/s
                 0x12: (2, 1 << 4 | 1),  # one lane, 2.5 GT/s
                 0x24: (4, 1 << 4),  # the completion timeout can be disabled
                 0x2C: (4, 1 << 1),  # 2.5 GT/s
-                0x30: (2, 1),  # the same as target
+                0x30: (2, 1),  # 2.5 GT/s
             }
         )
 

@@ -146,7 +146,6 @@ class VfioUserSession(ClientSession):
             )
         size = request.size - HEADER.size
         if not rule.least <= size <= rule.most:
-            self._link.discard(self._link.take_fds())
             raise RefusedError(errno.EINVAL, f"{size} bytes of payload")
         return handler()
 

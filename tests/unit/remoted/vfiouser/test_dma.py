@@ -145,12 +145,20 @@ def test_bad_region(
     await_fds(fds)
 
 
-def test_a_file_that_is_not_memory_is_refused(client: VfioUserPeer) -> None:
+def test_a_file_that_is_not_memory_is_refused(client: VfioUserPeer, ram: int) -> None:
     with open("/proc/self/stat", "rb") as file:
         assert client.map(0, PAGE, file.fileno()) == errno.EINVAL
     server = client.bench.servers["vectors"]
     text = "DMA is impossible, the guest's RAM was refused: RAM at 0x0, 0x1000 bytes from offset 0x0: the fd is"
-    assert [amiss for amiss in server.function.amiss.texts() if amiss.startswith(text)] != []
+
+    def complaints() -> list[str]:
+        return [amiss for amiss in server.function.amiss.texts() if amiss.startswith(text)]
+
+    assert len(complaints()) == 1
+    assert client.map(PAGE, PAGE, ram) == 0
+    assert len(complaints()) == 1, "that is elsewhere"
+    assert client.map(0, PAGE, ram) == 0
+    assert complaints() == []
 
 
 def test_ram_without_a_file_is_named_together_with_its_mend(
@@ -171,6 +179,17 @@ def test_ram_without_a_file_is_named_together_with_its_mend(
     assert sum("DMA is impossible: the guest's RAM has no file" in line for line in log.messages) == 1
     assert client.map(4 * PAGE, PAGE, ram) == 0
     assert not any("memory-backend-memfd" in text for text in server.function.amiss.texts())
+
+
+def test_the_mend_is_logged_for_the_client_that_is_there(bench: RemoteBench) -> None:
+    for _ in range(3):
+        with VfioUserPeer(bench, "vectors") as client:
+            assert client.map(0, PAGE) == 0
+    with VfioUserPeer(bench, "vectors") as client:
+        assert client.map(0, PAGE) == 0
+        bench.clock.now += 2.0
+        bench.loop.step()
+    assert sum("DMA is impossible" in line for line in bench.log.messages) == 1
 
 
 def test_unreachable_ram_that_is_unmapped_is_no_complaint(client: VfioUserPeer, memory: GuestMemory) -> None:

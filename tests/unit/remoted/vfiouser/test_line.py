@@ -8,7 +8,8 @@ import os
 
 import pytest
 
-from tests.support.remotebench import RemoteBench
+from common.config import Transport
+from tests.support.remotebench import LineDevice, RemoteBench
 from tests.support.vfiouserbench import DISABLE, MASK, TRIGGER, UNMASK, UNMASK_BY, VfioUserPeer, signals
 
 LINE = 0
@@ -53,6 +54,22 @@ def test_a_level_is_signalled_once_until_the_eoi_and_again_while_it_is_high(
     assert signals(trigger) == 0
     drive(peer, True)
     assert signals(trigger) == 1
+    line = peer.bench.servers["dev"].line
+    assert (line.raised, line.resamples, line.reasserts) == (3, 4, 3)
+
+
+def test_a_line_with_two_sources_falls_with_the_last(peer: VfioUserPeer, kvm: tuple[int, int]) -> None:
+    trigger, unmask = kvm
+    line = peer.bench.servers["dev"].line
+    line.set_irq(True)
+    line.set_irq(True)
+    assert (signals(trigger), line.raised) == (1, 1)
+    line.set_irq(False)
+    eoi(peer, unmask)
+    assert signals(trigger) == 1
+    line.set_irq(False)
+    eoi(peer, unmask)
+    assert signals(trigger) == 0
 
 
 def test_without_kvm_a_message_unmasks(peer: VfioUserPeer, eventfds: list[int]) -> None:
@@ -74,6 +91,33 @@ def test_a_masked_line_is_signalled_when_it_is_unmasked(peer: VfioUserPeer, kvm:
     assert signals(trigger) == 0
     assert peer.set_irqs(UNMASK) == 0
     assert signals(trigger) == 1
+
+
+def test_a_line_that_is_disabled_is_not_masked_afterwards(
+    peer: VfioUserPeer, kvm: tuple[int, int], eventfds: list[int]
+) -> None:
+    assert peer.set_irqs(MASK) == 0
+    assert peer.set_irqs(DISABLE, count=0) == 0
+    assert peer.set_irqs(TRIGGER, fds=[eventfds[2]]) == 0
+    drive(peer, True)
+    assert signals(eventfds[2]) == 1
+
+
+def test_nothing_is_disabled_by_masking_no_interrupts(peer: VfioUserPeer, kvm: tuple[int, int]) -> None:
+    for flags in (MASK, UNMASK):
+        assert peer.set_irqs(flags, count=0) == 0
+    drive(peer, True)
+    assert signals(kvm[0]) == 1
+
+
+def test_a_function_without_a_pin_has_no_line(bench: RemoteBench, eventfds: list[int]) -> None:
+    class Pinless(LineDevice):
+        INTERRUPT_PIN = 0
+
+    bench.add(Pinless, "pinless", 0x38, Transport.VFIO_USER)
+    with VfioUserPeer(bench, "pinless") as peer:
+        assert peer.set_irqs(TRIGGER, fds=eventfds[:1]) == errno.EINVAL
+        assert peer.set_irqs(DISABLE, count=0) == 0, "as QEMU does whatever the pin"
 
 
 def test_an_acknowledge_behind_the_eoi_in_the_socket_counts(peer: VfioUserPeer, kvm: tuple[int, int]) -> None:

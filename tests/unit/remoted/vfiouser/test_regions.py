@@ -13,8 +13,9 @@ from contextlib import contextmanager
 
 import pytest
 
+from common.config import Transport
 from common.vfiouser import DEVICE_INFO, HEADER, MAX_DATA, REGION_INFO, Command, RegionFlag, RegionIndex
-from tests.support.remotebench import LineDevice
+from tests.support.remotebench import LineDevice, RemoteBench
 from tests.support.vfiouserbench import VfioUserPeer
 
 CONFIG = RegionIndex.CONFIG
@@ -26,7 +27,7 @@ SIZES = {0: 16, 1: 4096, 2: 1 << 16, CONFIG: 256}
 def info(client: VfioUserPeer, region: int, argsz: int = 32) -> tuple[int, ...]:
     """argsz, flags, index, offset of capabilities, size, offset in the file."""
     payload = client.call(Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(argsz, 0, region, 0, 0, 0)).payload
-    return REGION_INFO.unpack_from(payload)
+    return REGION_INFO.unpack(payload)
 
 
 @contextmanager
@@ -89,6 +90,19 @@ def test_config_space_is_read_at_once(peer: VfioUserPeer) -> None:
     whole = peer.read(CONFIG, 0, 256).payload
     assert whole[:4] == struct.pack("<HH", LineDevice.VENDOR_ID, LineDevice.DEVICE_ID)
     assert whole == b"".join(peer.read(CONFIG, n, 1).payload for n in range(256))
+    assert peer.read(CONFIG, 0, 8).payload == whole[:8]
+
+
+def test_an_odd_access_consists_of_aligned_ones(bench: RemoteBench) -> None:
+    class Recorder(LineDevice):
+        def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
+            done.append((offset, size))
+
+    done: list[tuple[int, int]] = []
+    bench.add(Recorder, "recorder", 0x38, Transport.VFIO_USER)
+    with VfioUserPeer(bench, "recorder") as peer:
+        assert peer.write(1, 3, bytes(22)).error == 0
+    assert done == [(3, 1), (4, 4), (8, 8), (16, 8), (24, 1)]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 
 import pytest
 
-from common.vfiouser import DEVICE_INFO, HEADER, MAX_SIZE, REGION_ACCESS, VERSION, Command, Flag
+from common.vfiouser import DEVICE_INFO, HEADER, IRQ_SET, MAX_SIZE, REGION_ACCESS, VERSION, Command, Flag
 from remoted.clientsession import HALF_MESSAGE_SECONDS
 from tests.support.fds import await_fds, count_fds, send_fds
 from tests.support.remotebench import RemoteBench
@@ -124,12 +123,24 @@ def test_fds_belong_to_the_request_that_they_came_with(peer: VfioUserPeer, event
     """Between requests that carry none, all in the socket before the first is read."""
     trigger = eventfds[0]
     peer.send(Command.DEVICE_RESET)
-    peer.send(8, (20).to_bytes(4, "little") + TRIGGER.to_bytes(4, "little") + bytes(8) + b"\1\0\0\0", [trigger])
+    peer.send(Command.DEVICE_SET_IRQS, IRQ_SET.pack(20, TRIGGER, 0, 0, 1), [trigger])
     peer.send(Command.DEVICE_RESET)
     peer.post(0, 0, b"\1")
     peer.bench.settle()
     assert signals(trigger) == 1
     assert [HEADER.unpack_from(peer.sock.recv(16))[1::3] for _ in range(3)] == [(13, 0), (8, 0), (13, 0)]
+
+
+def test_a_malformed_request_does_not_cost_the_next_one_its_fds(
+    peer: VfioUserPeer, eventfds: list[int]
+) -> None:
+    """The first read ends within the second request, and brings its fds."""
+    peer.send(Command.DEVICE_SET_IRQS, bytes(15))
+    payload = IRQ_SET.pack(20, TRIGGER, 0, 0, 1)
+    second = peer.send(Command.DEVICE_SET_IRQS, payload, eventfds[:1])
+    peer.bench.settle()
+    assert HEADER.unpack(peer.sock.recv(16))[4] == errno.EINVAL
+    assert peer.receive(second, Command.DEVICE_SET_IRQS).error == 0
 
 
 def test_fds_of_a_request_that_takes_none_are_closed(peer: VfioUserPeer, eventfds: list[int]) -> None:
@@ -169,12 +180,20 @@ def fill(peer: VfioUserPeer, request: bytes) -> int:
                 return count
 
 
-def test_requests_wait_while_their_answers_are_not_read(peer: VfioUserPeer, eventfds: list[int]) -> None:
-    peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+@pytest.mark.parametrize("alone", [0, 1])
+def test_requests_wait_while_their_answers_are_not_read(
+    peer: VfioUserPeer, eventfds: list[int], alone: int
+) -> None:
+    """A part of the next request has been read by then in one of the two cases."""
+    request = HEADER.pack(7, Command.DEVICE_GET_INFO, 32, 0, 0) + INFO
     assert peer.set_irqs(TRIGGER, fds=[eventfds[0]]) == 0
-    count = fill(peer, HEADER.pack(7, Command.DEVICE_GET_INFO, 32, 0, 0) + INFO)
-    peer.bench.clock.now += HALF_MESSAGE_SECONDS + 1
-    peer.bench.settle()
+    for _ in range(alone):
+        peer.sock.send(request)
+        peer.bench.settle()
+    count = alone + fill(peer, request)
+    for _ in range(2):
+        peer.bench.clock.now += HALF_MESSAGE_SECONDS + 1
+        peer.bench.loop.step()
     peer.bench.servers["dev"].function.drive_intx(True)
     assert signals(eventfds[0]) == 1, "interrupts don't wait"
     for _ in range(count):

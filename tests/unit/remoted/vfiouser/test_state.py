@@ -67,17 +67,22 @@ class Process(RemoteBench):
 
 
 def test_registers_and_a_high_line_go_on_with_the_next_client(tmp_path: Path) -> None:
+    """As after a SIGKILL: the first process does nothing more once the second one is there."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
     with no_fd_is_left(), closing(StoreManager(tmp_path)) as manager:
-        with closing(Process(tmp_path, manager, {})) as first:
+        with closing(Process(tmp_path / "first", manager, {})) as first:
             peer = VfioUserPeer(first, "dev")
             peer.post(0, 0, (0x12345679).to_bytes(4, "little"))
             first.settle()
-            inherited = manager.hand_over()  # while the client is connected, as after a SIGKILL
-        assert peer.sock.recv(1) == b"", "the link has ended"
+            trigger = os.eventfd(0, os.EFD_NONBLOCK)
+            with (
+                closing(Process(tmp_path / "second", manager, manager.hand_over())) as second,
+                VfioUserPeer(second, "dev") as following,
+            ):
+                assert following.read(0, 0, 4).payload == (0x12345679).to_bytes(4, "little")
+                assert following.set_irqs(TRIGGER, fds=[trigger]) == 0
+                assert signals(trigger) == 1
+            os.close(trigger)
+        assert peer.sock.recv(1) == b"", "the link has ended with its process"
         peer.sock.close()
-        trigger = os.eventfd(0, os.EFD_NONBLOCK)
-        with closing(Process(tmp_path, manager, inherited)) as second, VfioUserPeer(second, "dev") as peer:
-            assert peer.read(0, 0, 4).payload == (0x12345679).to_bytes(4, "little")
-            assert peer.set_irqs(TRIGGER, fds=[trigger]) == 0
-            assert signals(trigger) == 1
-        os.close(trigger)

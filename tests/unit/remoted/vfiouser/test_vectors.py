@@ -8,7 +8,8 @@ import os
 
 import pytest
 
-from common.vfiouser import IRQ_INFO, Command, IrqIndex, IrqSetFlag, RegionIndex
+from common.vfiouser import IRQ_INFO, IRQ_SET, Command, IrqIndex, IrqSetFlag, RegionIndex
+from tests.support.fds import await_fds, count_fds
 from tests.support.remotebench import RemoteBench
 from tests.support.vfiouserbench import DISABLE, MASK, TRIGGER, UNMASK, UNMASK_BY, VfioUserPeer, signals
 
@@ -89,6 +90,7 @@ def test_what_the_client_masks_is_pending_until_it_unmasks(
         raise_vector(client, vector)
     assert [signals(fd) for fd in eventfds[:4]] == [1, 0, 0, 1]
     assert client.set_irqs(UNMASK, index, 1, 1) == 0
+    raise_vector(client, 2)
     assert [signals(fd) for fd in eventfds[:4]] == [0, 1, 0, 0]
     assert client.set_irqs(DISABLE, index, 0, 0) == 0
     assert client.set_irqs(TRIGGER, index, 0, 4, fds=eventfds[:4]) == 0
@@ -115,6 +117,43 @@ def test_interrupts_outlive_the_client(bench: RemoteBench, eventfds: list[int]) 
     with VfioUserPeer(bench, "vectors") as client:
         assert client.set_irqs(TRIGGER, MSIX, 5, 1, fds=[eventfds[6]]) == 0
         assert (signals(eventfds[5]), signals(eventfds[6])) == (0, 1)
+
+
+def test_an_eventfd_is_the_devices_until_its_last_use_ends(
+    bench: RemoteBench, client: VfioUserPeer, eventfds: list[int]
+) -> None:
+    shared = eventfds[0]
+    assert client.set_irqs(TRIGGER, MSIX, 0, 2, fds=[shared, shared]) == 0
+    with VfioUserPeer(bench, "dev") as other:
+        assert client.set_irqs(TRIGGER, MSIX, 0, 1, fds=eventfds[1:2]) == 0, "instead of the first"
+        assert other.set_irqs(TRIGGER, fds=[shared]) == errno.EINVAL
+        assert client.set_irqs(TRIGGER, MSIX, 1, 1) == 0
+        assert other.set_irqs(TRIGGER, fds=[shared]) == 0
+
+
+def test_eventfds_that_are_replaced_are_closed(client: VfioUserPeer, eventfds: list[int]) -> None:
+    assert client.set_irqs(TRIGGER, MSIX, 0, 8, fds=eventfds) == 0
+    fds = count_fds()
+    for _ in range(20):
+        assert client.set_irqs(TRIGGER, MSIX, 0, 8, fds=eventfds) == 0
+    await_fds(fds)
+
+
+@pytest.mark.parametrize(
+    ("argsz", "flags", "data"),
+    [
+        (19, MASK, b""),
+        (20, MASK, b"\1\1"),
+        (20, int(IrqSetFlag.DATA_BOOL | IrqSetFlag.MASK), b"\1"),
+        (20, int(IrqSetFlag.DATA_BOOL | IrqSetFlag.MASK), b"\1\1\1"),
+        (20, TRIGGER, b"\1\1"),
+    ],
+)
+def test_data_of_another_size_is_refused(
+    client: VfioUserPeer, argsz: int, flags: int, data: bytes
+) -> None:
+    payload = IRQ_SET.pack(argsz, flags, MSIX, 0, 2) + data
+    assert client.call(Command.DEVICE_SET_IRQS, payload).error == errno.EINVAL
 
 
 def test_the_client_can_test_its_eventfds(client: VfioUserPeer, eventfds: list[int]) -> None:

@@ -216,3 +216,17 @@ def test_without_a_free_port_it_says_which_option_makes_one(
     status = call(tmp_path / "proxyd.varlink", "org.iohub.Proxyd.Status")["functions"]
     (reason,) = [function["reason"] for function in status if not function["connected"]]
     assert reason.startswith("QEMU refuses to plug it: no PCI Express port is free: start QEMU with -device pcie")
+
+
+def test_what_shows_msix_is_never_unplugged(start: Start) -> None:
+    """QEMU 11.1 would abort at that."""
+    bench, monitor = start(("nvme", "id=disk0", "addr=05.0", "transport=vfio-user", "drive=memory:1M"))
+    bench.start_proxyd("--unplug-on-exit")
+    assert bench.end_proxyd() == 0
+    assert "disk0: warning: it stays plugged: QEMU would abort at the unplug of a device" in bench.log("proxyd")
+    bench.start_proxyd()
+    bench.remoted.kill()
+    bench.wait_log("proxyd", "and at the unplug as well, since the device shows MSI-X: shut the guest down")
+    assert not bench.asked_to_eject(5)
+    assert monitor.plugged() == {"disk0": "child<vfio-user-pci>"}
+    assert monitor.execute("query-status")["running"]

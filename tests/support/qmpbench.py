@@ -83,7 +83,12 @@ class QmpBench:
 
         ``module`` is what runs as proxyd, and the name of its log.
         """
-        devices = [option for device in self._devices for option in ("--device", ",".join(device[1:]))]
+        ours = ("id=", "addr=", "transport=")
+        devices = [
+            option
+            for device in self._devices
+            for option in ("--device", ",".join(each for each in device if each.startswith(ours)))
+        ]
         arguments = [*self._common(), "--vm", f"qmp:{self.monitor_path}", *devices, *options]
         self._proxyd = Child(module, arguments, self.directory, deadline=60.0)
 

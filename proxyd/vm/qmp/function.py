@@ -19,6 +19,11 @@ from proxyd.vm.qmp.qemu import DRIVERS
 __all__ = ["NOT_ATTACHED", "Function"]
 
 NOT_ATTACHED = "not known: no QEMU is attached"
+_STUCK = "QEMU would abort at the unplug of a device that shows MSI-X (msix=off hides it)"
+_AT_RISK_STUCK = (
+    "QEMU aborts if the guest is reset, or changes its memory map, and at the unplug as well, since the device "
+    "shows MSI-X: shut the guest down"
+)
 _AT_RISK = "QEMU aborts if the guest is reset, or changes its memory map, before it has ejected the function"
 
 
@@ -69,6 +74,9 @@ class Function:
         """finds who that is; raises PeerGone if nobody will"""
         self.is_broken = False
         """whether QEMU's link was ended from here"""
+        self.is_stuck = False
+        """whether QEMU aborts when it is unplugged: QEMU 11.1 does if the guest sees MSI-X over vfio-user
+        (vfio_user_instance_finalize() of hw/vfio-user/pci.c)"""
         self.find_successor: Callable[[], Awaitable[PeerCredentials | None]] | None = None
         """where the service manager keeps links: finds the process that goes on with this one"""
         self.has_lost_server = False
@@ -232,10 +240,16 @@ class Function:
     def warn_unlinked(self, what: str) -> None:
         """Logs that there is no link, and what is at stake."""
         if self.config.transport is Transport.VFIO_USER:
-            self.warn(f"{what}: the guest reads all ones, and {_AT_RISK}", Event.PLUGGED_AT_RISK)
+            risk = _AT_RISK_STUCK if self.is_stuck else _AT_RISK
+            self.warn(f"{what}: the guest reads all ones, and {risk}", Event.PLUGGED_AT_RISK)
         else:
             stake = "QEMU's proxy can't take a new one, the guest reads all ones"
             self.warn(f"{what}: {stake}", Event.PLUGGED_WITHOUT_LINK)
+
+    def warn_stuck(self) -> None:
+        """Logs that it stays plugged; not if worse was told already."""
+        if self.is_sound:
+            self.warn(f"it stays plugged: {_STUCK}", Event.NOT_EJECTED)
 
     def warn_not_ejected(self, seconds: float) -> None:
         """Logs that the guest hasn't ejected it in time."""

@@ -315,6 +315,8 @@ class QemuPlugger:
         leaving = [slot.unplug(monitor, CONSENT_SECONDS) for slot in self._slots]
         for remaining in await asyncio.gather(*leaving):
             for function in remaining:
+                if function.is_stuck:
+                    continue  # which was told
                 function.log.warning(
                     "%s within %g s: it stays plugged until the guest ejects it or is reset",
                     "the guest has not ejected it"

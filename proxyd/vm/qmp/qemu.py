@@ -26,6 +26,7 @@ __all__ = [
     "malformed",
     "note_request",
     "run_state",
+    "shows_msix",
     "take_inventory",
 ]
 
@@ -139,6 +140,13 @@ async def take_inventory(monitor: Monitor) -> Inventory:
                 if name:
                     inventory.devfns[name] = devfn
     return inventory
+
+
+async def shows_msix(monitor: Monitor, name: str) -> bool:
+    """Whether the guest sees MSI-X of a device. Raises CommandError if there is no such device."""
+    with malformed("a device"):
+        parts = await children(monitor, f"/machine/peripheral/{name}")
+        return any(part.startswith("msix-table") for part in parts)
 
 
 async def note_request(monitor: Monitor, name: str) -> bool:

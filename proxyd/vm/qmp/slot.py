@@ -19,15 +19,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 from common.backoff import Backoff
 from common.config import DeviceConfig
-from common.errors import IohubError, PeerGone, ProtocolError
+from common.errors import PeerGone, ProtocolError
 from common.messages import Event
 from common.pci import format_devfn
 from common.peer import PeerCredentials
+from proxyd.vm.qmp.deviceadd import NotReached, add_by_fd, add_by_path
 from proxyd.vm.qmp.function import Function
 from proxyd.vm.qmp.handover import Handover, connect, examine
 from proxyd.vm.qmp.monitor import CommandError, Monitor
 from proxyd.vm.qmp.ports import NoPort, Place, choose_place, find_place
-from proxyd.vm.qmp.qemu import Inventory, drop_note, note_request, take_inventory
+from proxyd.vm.qmp.qemu import (
+    VFIO_USER_DRIVER,
+    Inventory,
+    drop_note,
+    note_request,
+    shows_msix,
+    take_inventory,
+)
 
 __all__ = ["CONSENT_SECONDS", "Slot", "Turn"]
 
@@ -40,10 +48,6 @@ _LAST_RETRY_SECONDS = 1.0
 _LAST_REPLACEMENT_SECONDS = 5.0
 """the same for what loses its link within a second each time: every replacement is a hot-plug for the guest"""
 _LASTING_SECONDS = 1.0
-
-
-class _NotReached(IohubError):
-    """QEMU could not connect to a device's socket, or got no fit answer there."""
 
 
 class Turn:
@@ -94,6 +98,11 @@ class Slot:
         """Those that QEMU has a proxy of."""
         return [function for function in self.functions if function.is_plugged]
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether QEMU would abort if it were unplugged: all functions of a slot go together."""
+        return any(function.is_stuck for function in self.plugged)
+
     async def run(
         self,
         monitor: Monitor,
@@ -136,14 +145,23 @@ class Slot:
         """Unplugs the slot for good, however long the guest takes. Raises PeerGone and ProtocolError."""
         seconds = CONSENT_SECONDS
         while waiting := await self.unplug(monitor, seconds):
-            if seconds == CONSENT_SECONDS:
+            if self.is_stuck:
+                await self._until(lambda: not self.plugged)
+            elif seconds == CONSENT_SECONDS:
                 for function in waiting:
                     line = f"the guest hasn't ejected it in {seconds:g} s: it stays until the guest does"
                     function.warn(line, Event.NOT_EJECTED)
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
 
     async def unplug(self, monitor: Monitor, seconds: float) -> list[Function]:
-        """Asks the guest to eject the slot. Returns the functions that it still has after so many seconds."""
+        """Asks the guest to eject the slot. Returns the functions that it still has after so many seconds.
+
+        A slot that is_stuck is left alone.
+        """
+        if self.is_stuck:
+            for function in self.plugged:
+                function.warn_stuck()
+            return self.plugged
         await self._request_unplug(monitor)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -188,6 +206,7 @@ class Slot:
                     await monitor.execute("closefd", fdname=function.fdname)
                 continue
             function.is_out = False
+            await self._look_for_msix(monitor, function)
             server = None if function.is_broken else servers.get(function.name)
             if server is None:
                 function.is_plugged = True
@@ -216,7 +235,7 @@ class Slot:
                         if not function.is_plugged and function.is_ready:
                             await self._add(monitor, function)
                     return True
-                except _NotReached as error:
+                except NotReached as error:
                     self._tell_waiting(function, error)
                 except (CommandError, NoPort) as error:
                     function.warn(f"QEMU refuses to plug it: {error}", Event.NOT_PLUGGED)
@@ -259,7 +278,7 @@ class Slot:
         await asyncio.sleep(self._backoff.next(most))
 
     async def _add(self, monitor: Monitor, function: Function) -> None:
-        """Raises _NotReached if QEMU doesn't reach the device, CommandError if it refuses it, NoPort."""
+        """Raises NotReached if QEMU doesn't reach the device, CommandError if it refuses it, NoPort."""
         await self._drop_note(monitor, function)
         sibling = next((other.name for other in self.plugged), None)
         place = await choose_place(monitor, function.devfn, sibling, is_flat=self._is_flat)
@@ -271,12 +290,13 @@ class Slot:
             "multifunction": len(self.functions) > 1,
         }
         if function.handover is None:
-            await _add_by_path(monitor, arguments, os.path.abspath(function.path))
+            await add_by_path(monitor, arguments, os.path.abspath(function.path))
         else:
-            await _add_by_fd(monitor, arguments, function.fdname, function.handover.client.fileno())
+            await add_by_fd(monitor, arguments, function.fdname, function.handover.client.fileno())
         if not await self._is_at(monitor, function, place):
             raise CommandError(f"QEMU took device_add, but has no function at {place}", "")
         handover = function.handover
+        await self._look_for_msix(monitor, function)
         function.plugged()
         if handover is None:
             function.log.info("plugged at %s, served by %s", place, function.remote, event=Event.PLUGGED)
@@ -288,6 +308,12 @@ class Slot:
         for defect in handover.defects:
             function.log.warning("%s", defect, event=Event.PROXY_DEFECT)
 
+    async def _look_for_msix(self, monitor: Monitor, function: Function) -> None:
+        if function.driver == VFIO_USER_DRIVER:
+            function.is_stuck = False
+            with contextlib.suppress(CommandError):  # it is gone already
+                function.is_stuck = await shows_msix(monitor, function.name)
+
     async def _is_at(self, monitor: Monitor, function: Function, place: Place) -> bool:
         if self._is_flat:
             return (await take_inventory(monitor)).devfns.get(function.name) == place.devfn
@@ -297,7 +323,9 @@ class Slot:
         """Unplugs all of the slot, however long the guest takes."""
         seconds = CONSENT_SECONDS
         while waiting := await self.unplug(monitor, seconds):
-            if seconds == CONSENT_SECONDS:
+            if self.is_stuck:
+                await self._until(lambda: not self.plugged)
+            elif seconds == CONSENT_SECONDS:
                 for function in waiting:
                     function.warn_not_ejected(seconds)
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
@@ -328,27 +356,6 @@ class Slot:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
-
-
-async def _add_by_fd(monitor: Monitor, arguments: Mapping[str, object], name: str, fd: int) -> None:
-    """Hands a link over to QEMU, with the device for it. Raises CommandError."""
-    await monitor.getfd(name, fd)
-    try:
-        await monitor.execute("device_add", **arguments, fd=name)
-    except CommandError:
-        with contextlib.suppress(CommandError):
-            await monitor.execute("closefd", fdname=name)
-        raise
-
-
-async def _add_by_path(monitor: Monitor, arguments: Mapping[str, object], path: str) -> None:
-    """Lets QEMU connect to a socket. Raises CommandError, _NotReached."""
-    try:
-        await monitor.execute("device_add", **arguments, socket={"type": "unix", "path": path})
-    except CommandError as error:
-        if path in str(error):
-            raise _NotReached(f"QEMU: {error}") from error
-        raise
 
 
 async def _open(path: str) -> Handover:

@@ -11,6 +11,7 @@ from common.loop import Loop
 from remoted.device import Bar, BarKind, PciFunction
 from remoted.host import Host
 from remoted.memory import GuestMemory
+from remoted.msi import VectorPort
 
 F = TypeVar("F", bound=PciFunction)
 
@@ -20,11 +21,15 @@ BAR_STRIDE = 1 << 24
 class FunctionBench(Generic[F]):
     """The function, powered on, with I/O and memory enabled and its BARs placed."""
 
-    def __init__(self, model: type[F], loop: Loop, **properties: str) -> None:
+    def __init__(
+        self, model: type[F], loop: Loop, vectors: VectorPort | None = None, /, **properties: str
+    ) -> None:
         """Raises what the model raises."""
         self.lines: list[bool] = []
         log = logging.getLogger("test.device")
-        self.function = model(Host("dev0", loop, log, GuestMemory(), self.lines.append), properties)
+        self.function = model(
+            Host("dev0", loop, log, GuestMemory(), self.lines.append, vectors=vectors), properties
+        )
         self.function.full_reset()
         self.place_bars()
 

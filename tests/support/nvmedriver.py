@@ -15,6 +15,7 @@ from common import pci
 from common.loop import Loop
 from common.mpqemu import SYSMEM
 from remoted.devices.nvme.controller import Nvme
+from remoted.msi import VectorKind
 from tests.support.devices import FunctionBench
 from tests.support.steploop import run_until
 
@@ -60,9 +61,12 @@ class QueuePair:
 class Driver:
     """Drives one controller; completions are awaited by stepping the loop."""
 
-    def __init__(self, loop: Loop, **options: str) -> None:
+    def __init__(self, loop: Loop, has_messages: bool = False, /, **options: str) -> None:
         self.loop = loop
         self._options = options
+        self.messages: list[tuple[VectorKind, int]] = []
+        """those that were sent"""
+        self._has_messages = has_messages
         self._fd, self.ram = _create_ram(is_sealed=True)
         self._free = RAM_START
         self.page = PAGE
@@ -77,7 +81,20 @@ class Driver:
         self.admin = QueuePair(0, 0, 0, 0)
 
     def make_bench(self) -> FunctionBench[Nvme]:
-        return FunctionBench(Nvme, self.loop, **self._options)
+        port = self if self._has_messages else None
+        return FunctionBench(Nvme, self.loop, port, **self._options)
+
+    def signal(self, kind: VectorKind, vector: int) -> bool:
+        """A VectorPort's: every vector has an eventfd."""
+        self.messages.append((kind, vector))
+        return True
+
+    def use_msix(self) -> None:
+        """Enables MSI-X."""
+        offset = self.function.config_read(pci.PCI_CAPABILITY_LIST, 1)
+        while self.function.config_read(offset, 1) != pci.PCI_CAP_ID_MSIX:
+            offset = self.function.config_read(offset + 1, 1)
+        self.function.config_write(offset + 2, 2, 0x8000)
 
     def attach(self) -> None:
         """Gives the function its RAM, and bus mastering."""
@@ -251,9 +268,9 @@ def _create_ram(*, is_sealed: bool) -> tuple[int, mmap.mmap]:
 
 
 @contextmanager
-def driver(loop: Loop, **options: str) -> Iterator[Driver]:
+def driver(loop: Loop, has_messages: bool = False, /, **options: str) -> Iterator[Driver]:
     """A driver for a controller that is not enabled."""
-    made = Driver(loop, **options)
+    made = Driver(loop, has_messages, **options)
     try:
         yield made
     finally:

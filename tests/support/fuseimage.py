@@ -41,6 +41,8 @@ class FuseImage:
         """Mounts the filesystem at the directory. Raises OSError."""
         self.path = directory / "image"
         self.content = bytearray(size)
+        self.durable = bytes(size)
+        """the content at the last FSYNC"""
         self._is_read_only = is_read_only
         self.errors: dict[int, int] = {}
         """errno by opcode"""
@@ -127,6 +129,8 @@ class FuseImage:
             _, offset, size = _IO.unpack_from(body)
             self.content[offset : offset + size] = body[_IO.size : _IO.size + size]
             return 0, struct.pack("<II", size, 0)
+        if opcode == FSYNC:
+            self.durable = bytes(self.content)
         if opcode == FALLOCATE:
             _, offset, length, mode = struct.unpack_from("<QQQI", body)
             if not mode & _PUNCH_HOLE:

@@ -67,12 +67,10 @@ class Irqs:
             raise RefusedError(errno.EINVAL, f"{len(fds)} file descriptors for {count} interrupts")
         if kind is IrqSetFlag.DATA_EVENTFD:
             self._set_eventfds(IrqIndex(index), action, start, count, fds)
-        elif count == 0:
-            if action is IrqSetFlag.TRIGGER and kind is IrqSetFlag.DATA_NONE:
-                self._disable(IrqIndex(index))
-        else:
-            chosen = [start + i for i in range(count) if kind is IrqSetFlag.DATA_NONE or data[i]]
+        elif chosen := [start + i for i in range(count) if kind is IrqSetFlag.DATA_NONE or data[i]]:
             self._act(IrqIndex(index), action, chosen)
+        elif count == 0 and kind is IrqSetFlag.DATA_NONE and action is IrqSetFlag.TRIGGER:
+            self._disable(IrqIndex(index))
 
     def drop(self) -> None:
         """Closes all eventfds, of a client that has gone; the function's interrupts stay pending."""
@@ -86,24 +84,17 @@ class Irqs:
             self.vectors.disable(_KINDS[index])
 
     def _act(self, index: IrqIndex, action: IrqSetFlag, chosen: Sequence[int]) -> None:
-        """Masks, unmasks or signals each of some interrupts of one kind."""
-        if index is IrqIndex.INTX:
-            for _ in chosen:
-                if action is IrqSetFlag.MASK:
-                    self.line.mask()
-                elif action is IrqSetFlag.UNMASK:
-                    self.line.unmask()
-                else:
-                    self.line.signal()
-            return
-        vectors, kind = self.vectors, _KINDS[index]
-        for vector in chosen:
-            if action is IrqSetFlag.MASK:
-                vectors.mask(kind, vector, 1)
-            elif action is IrqSetFlag.UNMASK:
-                vectors.unmask(kind, vector, 1)
-            else:
-                vectors.trigger(kind, vector)
+        """Masks, unmasks or signals one interrupt of a kind, or more."""
+        is_line = index is IrqIndex.INTX
+        if action is IrqSetFlag.MASK:
+            self.line.mask() if is_line else self.vectors.mask(_KINDS[index], chosen)
+        elif action is IrqSetFlag.UNMASK:
+            self.line.unmask() if is_line else self.vectors.unmask(_KINDS[index], chosen)
+        elif is_line:
+            self.line.signal()
+        else:
+            for vector in chosen:
+                self.vectors.trigger(_KINDS[index], vector)
 
     def _set_eventfds(
         self, index: IrqIndex, action: IrqSetFlag, start: int, count: int, fds: Sequence[int]

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from common.vfiouser import MAX_DATA, NUM_REGIONS, RefusedError, RegionFlag, RegionIndex, sparse_areas
@@ -57,18 +58,17 @@ class Regions:
         """Reads so many bytes, all ones where the device's code fails; empty if they aren't all in the region."""
         if offset + count > self._sizes.get(region, 0) or count > MAX_DATA:
             return b""
-        mask = _MASKS.get(count)
-        if region == _CONFIG:
-            if mask is None or count > _MAX_CONFIG_ACCESS:
-                return b"".join(
-                    self.read(region, start, size) for start, size in _pieces(offset, count, _MAX_CONFIG_ACCESS)
-                )
-            value = self._function.bus_config_read(offset, count)
-        elif mask is None:
-            return b"".join(self.read(region, start, size) for start, size in _pieces(offset, count, 8))
-        else:
-            value = self._region_read(region, offset, count)
-        return (value & mask).to_bytes(count, "little")
+        read: Callable[[int, int], int] = self._function.bus_config_read
+        most = _MAX_CONFIG_ACCESS
+        if region != _CONFIG:
+            mask = _MASKS.get(count)
+            if mask is not None:
+                return (self._region_read(region, offset, count) & mask).to_bytes(count, "little")
+            read, most = partial(self._region_read, region), 8
+        return b"".join(
+            (read(start, size) & _MASKS[size]).to_bytes(size, "little")
+            for start, size in _pieces(offset, count, most)
+        )
 
     def write(self, region: int, offset: int, data: memoryview) -> int:
         """Writes bytes. Returns an errno, 0 for success.
@@ -78,19 +78,18 @@ class Regions:
         count = len(data)
         if not count or offset + count > self._sizes.get(region, 0) or count > MAX_DATA:
             return errno.EINVAL
-        most = _MAX_CONFIG_ACCESS if region == _CONFIG else 8
-        if count not in _MASKS or count > most:
-            codes = [
-                self.write(region, start, data[start - offset : start - offset + size])
-                for start, size in _pieces(offset, count, most)
-            ]
-            return max(codes)
-        value = int.from_bytes(data, "little")
-        if region == _CONFIG:
-            is_done = self._function.bus_config_write(offset, count, value)
-        else:
-            is_done = self._region_write(region, offset, count, value)
-        return 0 if is_done else errno.EIO
+        write: Callable[[int, int, int], bool] = self._function.bus_config_write
+        most = _MAX_CONFIG_ACCESS
+        if region != _CONFIG:
+            if count in _MASKS:
+                is_done = self._region_write(region, offset, count, int.from_bytes(data, "little"))
+                return 0 if is_done else errno.EIO
+            write, most = partial(self._region_write, region), 8
+        done = [
+            write(start, size, int.from_bytes(data[start - offset : start - offset + size], "little"))
+            for start, size in _pieces(offset, count, most)
+        ]
+        return 0 if all(done) else errno.EIO
 
 
 def _pieces(offset: int, count: int, most: int) -> Iterator[tuple[int, int]]:

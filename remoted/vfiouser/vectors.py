@@ -7,7 +7,7 @@ itself; it is told when that has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from common.notifier import EventNotifier
 from remoted.msi import VectorKind
@@ -60,14 +60,14 @@ class Vectors:
         old = [attached.pop(vector) for vector in range(start, start + count) if vector in attached]
         self.line.close_fds(self.line.give_up(old))
 
-    def mask(self, kind: VectorKind, start: int, count: int) -> None:
-        """Keeps so many vectors from being signalled."""
-        self._masked[kind].update(range(start, start + count))
+    def mask(self, kind: VectorKind, vectors: Iterable[int]) -> None:
+        """Keeps vectors from being signalled."""
+        self._masked[kind].update(vectors)
 
-    def unmask(self, kind: VectorKind, start: int, count: int) -> None:
-        """Lets so many vectors be signalled, with what has become pending meanwhile."""
-        self._masked[kind].difference_update(range(start, start + count))
-        self.release_pending(kind, start, count)
+    def unmask(self, kind: VectorKind, vectors: Sequence[int]) -> None:
+        """Lets vectors, in ascending order, be signalled, with what has become pending meanwhile."""
+        self._masked[kind].difference_update(vectors)
+        self.release_pending(kind, vectors[0], vectors[-1] + 1 - vectors[0])
 
     def disable(self, kind: VectorKind) -> None:
         """Closes all eventfds of a kind, and masks none of its vectors."""

@@ -98,11 +98,17 @@ def test_an_odd_access_consists_of_aligned_ones(bench: RemoteBench) -> None:
         def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
             done.append((offset, size))
 
+        def config_write(self, addr: int, size: int, value: int) -> None:
+            done.append((addr, size))
+
     done: list[tuple[int, int]] = []
     bench.add(Recorder, "recorder", 0x38, Transport.VFIO_USER)
     with VfioUserPeer(bench, "recorder") as peer:
         assert peer.write(1, 3, bytes(22)).error == 0
-    assert done == [(3, 1), (4, 4), (8, 8), (16, 8), (24, 1)]
+        assert done == [(3, 1), (4, 4), (8, 8), (16, 8), (24, 1)]
+        done.clear()
+        assert peer.write(CONFIG, 0x40, bytes(8)).error == 0
+    assert done == [(0x40, 4), (0x44, 4)]
 
 
 @pytest.mark.parametrize(
@@ -133,5 +139,6 @@ def test_an_access_beyond_a_region_is_refused(
 def test_a_failing_device_reads_as_all_ones_and_fails_a_write(client: VfioUserPeer) -> None:
     assert client.read(1, 4, 4).payload == b"\xff" * 4
     assert client.write(1, 4, bytes(4)).error == errno.EIO
+    assert client.write(1, 3, bytes(6)).error == errno.EIO, "one of its parts"
     server = client.bench.servers["vectors"]
-    assert (server.function.errors, server.rejected) == (2, 0)
+    assert (server.function.errors, server.rejected) == (3, 0)

@@ -101,6 +101,14 @@ def test_no_file_names_the_directory_that_it_was_built_in(installed: Path) -> No
             assert not [name for name in names if name in contents], path
 
 
+def test_all_modules_are_compiled_and_not_compared_with_their_sources_at_a_start(installed: Path) -> None:
+    library = installed / "usr/lib/iohub"
+    for source in library.rglob("*.py"):
+        (compiled,) = (source.parent / "__pycache__").glob(f"{source.stem}.cpython-*.pyc")
+        flags = int.from_bytes(compiled.read_bytes()[4:8], "little")
+        assert flags == 0b01, f"{compiled}: not a hash-based .pyc that is not checked (PEP 552)"
+
+
 def test_uninstall_of_nothing_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [ROOT / "systemd/uninstall"],

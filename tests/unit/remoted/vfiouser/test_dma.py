@@ -46,6 +46,29 @@ def test_regions_of_one_file_that_adjoin(client: VfioUserPeer, memory: GuestMemo
     assert len(memory.fds) == 1
 
 
+def test_a_file_stays_as_long_as_one_region_uses_it(
+    client: VfioUserPeer, memory: GuestMemory, ram: int
+) -> None:
+    assert client.map(0, PAGE, ram, PAGE) == 0
+    assert client.map(2 * PAGE, PAGE, ram, 3 * PAGE) == 0
+    fds = count_fds()
+    assert client.unmap(0, PAGE).error == 0
+    assert memory.read(2 * PAGE, 1) == b"\3"
+    assert count_fds() == fds
+    assert client.unmap(2 * PAGE, PAGE).error == 0
+    await_fds(fds - 1)
+
+
+def test_a_file_that_can_only_be_written_is_refused(
+    client: VfioUserPeer, memory: GuestMemory, ram: int
+) -> None:
+    fd = os.open(f"/proc/self/fd/{ram}", os.O_WRONLY | os.O_CLOEXEC)
+    for flags in (READ, WRITE, BOTH):
+        assert client.map(0, PAGE, fd, flags=flags) == errno.EINVAL
+    os.close(fd)
+    assert memory.regions == []
+
+
 def test_unmap_is_exact_and_takes_effect_before_its_answer(
     client: VfioUserPeer, memory: GuestMemory, ram: int
 ) -> None:

@@ -279,6 +279,56 @@ def test_what_loses_its_link_at_once_is_replaced_ever_more_rarely(
     assert [seconds for seconds in paused if seconds] == pauses
 
 
+def test_after_a_link_that_lasted_replacements_begin_anew(
+    bench: Bench, remote: RemoteThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep, paused = asyncio.sleep, []
+    passed = 0.0
+
+    async def pause(seconds: float) -> None:
+        paused.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    bench.results, bench.after = LISTED, {"device_del": [DELETED]}
+
+    async def meanwhile() -> None:
+        nonlocal passed
+        loop = asyncio.get_running_loop()
+        time = loop.time
+        monkeypatch.setattr(loop, "time", lambda: time() + passed)
+        for lasts in (0.0, 0.0, 0.0, 1.5, 0.0, 0.0):
+            while not bench.function.is_sound:
+                await sleep(0)
+            passed += lasts
+            assert bench.function.handover is not None
+            bench.function.handover.client.shutdown()
+            while remote.servers["dev0"].session is not None:
+                await sleep(0)
+            bench.loop.step()
+        while not bench.function.is_sound:
+            await sleep(0)
+
+    bench.run(NOTHING, meanwhile)
+    assert [seconds for seconds in paused if seconds] == [0.02, 0.04, 0.08, 0.02, 0.04]
+
+
+def test_the_link_of_what_qemu_refuses_is_released(bench: Bench, remote: RemoteThread) -> None:
+    """Else the device's only client is a link that nobody uses."""
+    bench.errors = {"device_add": "GenericError"}
+    ended = []
+
+    async def meanwhile() -> None:
+        await bench.asked("device_add")
+        async with asyncio.timeout(HANGS):
+            while not bench.function.reason.startswith("QEMU refuses") or remote.servers["dev0"].session:
+                await asyncio.sleep(0)
+        ended.append(bench.function.handover)
+
+    bench.run(NOTHING, meanwhile)
+    assert ended == [None]
+
+
 def test_each_reason_for_being_out_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slot, "CONSENT_SECONDS", 0.01)
     function = bench.function

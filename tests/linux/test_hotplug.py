@@ -41,13 +41,32 @@ def usage(pid: int) -> tuple[int, int]:
     return settled_fds(pid), Path(f"/proc/{pid}/maps").read_text().count("/memfd:")
 
 
+def await_disk(guest: VfioUserGuest) -> None:
+    guest.run(f"until test -b {DISK}; do usleep 10000; done")
+
+
 def test_a_disk_is_plugged_and_unplugged_twenty_times(guest: VfioUserGuest, remoted: Child) -> None:
     before = usage(remoted.process.pid)
     for count in range(20):
         guest.plug("disk0", PORT)
-        guest.run(f"until test -b {DISK}; do usleep 10000; done")
+        await_disk(guest)
         guest.run(f"diskcheck {DISK} 1 {'verify' if count else 'both'}")
         guest.unplug("disk0")
         guest.run(f"! test -e {DISK}")
     assert guest.complaints("nvme", "pci ") == []
+    assert usage(remoted.process.pid) == before
+
+
+def test_a_disk_comes_and_goes_with_proxyd(guest: VfioUserGuest, remoted: Child, directory: Path) -> None:
+    arguments = ["--name=vm", f"--runtime-dir={directory}", f"--vm=qmp:{directory}/qmp.sock", "--unplug-on-exit"]
+    device = "--device=id=disk0,addr=05.0,transport=vfio-user"
+    before = usage(remoted.process.pid)
+    for count in range(3):
+        proxyd = Child("proxyd", [*arguments, device], directory)
+        try:
+            await_disk(guest)
+            guest.run(f"diskcheck {DISK} 1 {'verify' if count else 'both'} 2")
+        finally:
+            assert proxyd.end() == 0
+        guest.run(f"! test -e {DISK}")
     assert usage(remoted.process.pid) == before

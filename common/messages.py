@@ -97,6 +97,12 @@ class Event(StrEnum):
     JOURNAL_LOST = "b2cfa78ad47248e99c9af36a464f6dbf"
     """lines are missing in the journal"""
 
+    # The nvme device.
+    DRIVE_FAILED = "eb0d1e507c894b80ace2d3e1ef2b3fb8"
+    """a drive could not be read, written or flushed"""
+    CONTROLLER_FAILED = "714aed94ccff48f0a6e9683b4e372df7"
+    """a controller can't go on until the guest resets it"""
+
     # Links of proxyd.
     LINK_UP = "f33c8299d7694cd1953ab647bc968e2a"
     """proxyd is linked to a device"""

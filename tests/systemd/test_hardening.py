@@ -53,6 +53,7 @@ def host(
     [
         ("remoted", (), 0.4),
         ("remoted", ("remoted-chardev.conf",), 0.4),
+        ("remoted", ("remoted-drive.conf",), 0.4),
         ("proxyd", (), 0.4),
         ("proxyd", ("proxyd-embedded.conf", "without-qemu.conf"), 0.4),
         ("proxyd", ("proxyd-pid.conf",), 0.9),

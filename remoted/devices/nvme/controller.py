@@ -245,7 +245,9 @@ class Nvme(PciFunction):
         """A fatal error: the controller does nothing more until the host resets it (9.5)."""
         self._engine.is_running = False
         self._csts |= nvme_h.CSTS_CFS
-        self._log.warning("the controller has failed until its reset: %s", reason, event=Event.DMA_REFUSED)
+        self._log.warning(
+            "the controller has failed until its reset: %s", reason, event=Event.CONTROLLER_FAILED
+        )
 
     def _ring(self, offset: int, value: int) -> None:
         """A doorbell (3.1.24, 3.1.25): the new tail of a submission queue, or head of a completion queue."""

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+from common.messages import Event
 from remoted.device import DmaError, Host, RateLimited, Timer
 from remoted.devices.nvme.events import AsyncEvents
 from remoted.devices.nvme.logs import Logs
@@ -175,7 +176,7 @@ class Engine:
 
         def ended(_result: object, error: Exception | None) -> None:
             if error is not None:
-                self._log.warning("the drive can't be flushed: %s", error)
+                self._log.warning("the drive can't be flushed: %s", error, event=Event.DRIVE_FAILED)
             if epoch == self._epoch:
                 done()
 
@@ -215,7 +216,7 @@ class Engine:
         except CommandError as error:
             self._end(command, error)
         except Exception:  # noqa: BLE001  a fault of ours must not lose the command
-            self._log.exception("a command failed, opcode %#x", command.opcode)
+            self._log.exception("the command %#x failed", command.opcode, event=Event.DEVICE_FAILED)
             self._end(command, CommandError(Status.INTERNAL_ERROR))
         else:
             if dword0 is not None:
@@ -254,7 +255,7 @@ class Engine:
         except CommandError as failure:
             outcome = failure
         except Exception:  # noqa: BLE001  as above
-            self._log.exception("a command failed, opcode %#x", command.opcode)
+            self._log.exception("the command %#x failed", command.opcode, event=Event.DEVICE_FAILED)
             outcome = CommandError(Status.INTERNAL_ERROR)
         self._end(command, outcome)
         if not self._jobs and self._when_idle is not None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from common.messages import Event
 from remoted.device import DmaError, GuestMemory, RateLimited
 from remoted.devices.nvme.drive import Drive
 from remoted.devices.nvme.engine import Engine, Handler
@@ -176,7 +176,7 @@ class IoCommands:
                 raise CommandError(fault) from error
 
         def failed(error: CommandError) -> None:
-            self._log.warning("%s", self._problem)
+            self._log.warning("%s", self._problem, event=Event.DRIVE_FAILED)
             self._health.media_errors += error.status is not Status.CAPACITY_EXCEEDED
 
         if is_quick and self._drive.is_memory:
@@ -191,16 +191,20 @@ class IoCommands:
 
     def _try_read(self, offset: int, size: int, ranges: Ranges) -> bool:
         """Reads what the page cache has straight into the guest's RAM; False if the drive has to be waited for."""
-        with ExitStack() as stack:
-            try:
-                views = [stack.enter_context(self._memory.view(*each)) for each in ranges]
-            except DmaError:
-                data = bytearray(size)
-                if not self._drive.try_read(offset, [data], size):
-                    return False
-                write_data(self._memory, ranges, data)
-                return True
+        views = []
+        try:
+            for each in ranges:
+                views.append(self._memory.view(*each))  # noqa: PERF401  those before an error are released
             return self._drive.try_read(offset, views, size)
+        except DmaError:
+            data = bytearray(size)
+            if not self._drive.try_read(offset, [data], size):
+                return False
+            write_data(self._memory, ranges, data)
+            return True
+        finally:
+            for view in views:
+                view.release()
 
     def _find_data(self, command: Command, size: int) -> Ranges:
         if size > MAX_TRANSFER:

@@ -34,6 +34,9 @@ from remoted.msi import (
 __all__ = ["Interrupts", "MsixArea"]
 
 _ALL_ONES = 0xFFFFFFFFFFFFFFFF
+_STATUS, _INTERRUPT, _NO_INTERRUPT = pci.PCI_STATUS, pci.PCI_STATUS_INTERRUPT, ~pci.PCI_STATUS_INTERRUPT
+_LOW, _TOLD_BY_LINE, _TOLD_BY_MESSAGE = range(3)
+"""of a vector: not raised; raised, and since then only the line has told of it; or a message has, or is pending"""
 _MASKED = b"\0" * 12 + b"\x01\0\0\0"
 """an entry of the MSI-X table after a reset"""
 
@@ -175,17 +178,14 @@ class Interrupts:
         """how many vectors are"""
         self._current: _Messages | None = None
         """the kind that is enabled"""
-        self._kinds: dict[VectorKind, _Messages] = {}
-        """in the order of their precedence"""
+        self._kinds: tuple[_Messages, ...] = ()
+        """what config space shows, in the order of precedence"""
         self._vectors = max(1, msi.vectors if msi else 0, msix.vectors if msix else 0)
-        size, table_size = (self._vectors + 7) // 8, msix.table_size if msix else 0
-        pba_size = msix.pba_size if msix else 0
-        self.state = bytearray(2 * size + 4 + pba_size + table_size)
-        """what resume() takes: two bits for each vector, MSI's pending bits, PBA, table"""
-        view = memoryview(self.state)
-        self._bits, self._unsent = view[:size], view[size : 2 * size]
-        """the vectors that are raised; those of them of which only the line has told"""
-        msi_pending, view = view[2 * size : 2 * size + 4], view[2 * size + 4 :]
+        table_size, pba_size = (msix.table_size, msix.pba_size) if msix else (0, 0)
+        self.state = bytearray(self._vectors + 4 + pba_size + table_size)
+        """what resume() takes: a byte for each vector, as below; MSI's pending bits, PBA, table"""
+        view = memoryview(self.state)[self._vectors :]
+        msi_pending, view = view[:4], view[4:]
         pba, self._table = view[:pba_size], view[pba_size:]
         self._table[:] = _MASKED * (table_size // ENTRY_SIZE)
         if msix is not None and msix.pba is not None:
@@ -195,16 +195,14 @@ class Interrupts:
             )
         if host.vectors is not None and host.has_msix and msix is not None:
             offset = space.offset_of(msix)
-            self._kinds[VectorKind.MSIX] = _MsixMessages(
-                msix.vectors, host.vectors, self._config, offset, pba
-            )
+            self._kinds += (_MsixMessages(msix.vectors, host.vectors, self._config, offset, pba),)
         if host.vectors is not None and msi is not None:
             offset = space.offset_of(msi)
-            self._kinds[VectorKind.MSI] = _MsiMessages(msi, host.vectors, self._config, offset, msi_pending)
+            self._kinds += (_MsiMessages(msi, host.vectors, self._config, offset, msi_pending),)
 
     def vectors(self, kind: VectorKind) -> int:
         """How many config space shows."""
-        return self._kinds[kind].vectors if kind in self._kinds else 0
+        return next((each.vectors for each in self._kinds if each.kind is kind), 0)
 
     @property
     def is_high(self) -> bool:
@@ -220,29 +218,25 @@ class Interrupts:
         """See PciFunction."""
         if not 0 <= vector < self._vectors:
             raise ValueError(f"vector {vector} is not one of the {self._vectors} that the class declares")
-        bit = 1 << (vector & 7)
-        if not self._bits[vector >> 3] & bit:
-            self._bits[vector >> 3] |= bit
+        current, before = self._current, self.state[vector]
+        self.state[vector] = _TOLD_BY_LINE if current is None else _TOLD_BY_MESSAGE
+        if not before:
             self._raised += 1
             if self._raised == 1:
                 self._update_line()
-        if self._current is not None:
-            self._current.send(vector, self._may_send)
-        else:
-            self._unsent[vector >> 3] |= bit
+        if current is not None:
+            current.send(vector, self._may_send)
 
     def lower_irq(self, vector: int) -> None:
         """See PciFunction."""
         if not 0 <= vector < self._vectors:
             raise ValueError(f"vector {vector} is not one of the {self._vectors} that the class declares")
-        bit = 1 << (vector & 7)
-        if self._bits[vector >> 3] & bit:
-            self._bits[vector >> 3] &= ~bit
-            self._unsent[vector >> 3] &= ~bit
+        if self.state[vector]:
+            self.state[vector] = _LOW
             self._raised -= 1
-            for messages in self._kinds.values():
+            for messages in self._kinds:
                 self._forget(messages, vector)
-            if self._raised == 0:
+            if not self._raised:
                 self._update_line()
 
     def release_pending(self, kind: VectorKind, start: int, count: int) -> None:
@@ -255,11 +249,9 @@ class Interrupts:
         self._look()
         self._update_line()
         if self._current is not None:
-            if any(self._unsent):
-                for vector in range(self._vectors):
-                    if self._unsent[vector >> 3] & 1 << (vector & 7):
-                        self._current.send(vector, self._may_send)
-                self._unsent[:] = bytes(len(self._unsent))
+            while (vector := self.state.find(_TOLD_BY_LINE, 0, self._vectors)) != -1:
+                self.state[vector] = _TOLD_BY_MESSAGE
+                self._current.send(vector, self._may_send)
             if self._may_send:
                 self._current.release(0, self._current.vectors)
 
@@ -267,15 +259,15 @@ class Interrupts:
         """Takes the state of the previous process, drives no line, and sends nothing."""
         self.state[:] = state
         self.level = level
-        self._raised = int.from_bytes(self._bits, "little").bit_count()
+        self._raised = self._vectors - self.state.count(_LOW, 0, self._vectors)
         self._look()
         self.is_asserted = self.is_high and self._may_drive
 
     def lower_all(self) -> None:
         """Lowers everything, and forgets what is pending."""
-        self._bits[:] = self._unsent[:] = bytes(len(self._bits))
+        self.state[: self._vectors] = bytes(self._vectors)
         self._raised = 0
-        for messages in self._kinds.values():
+        for messages in self._kinds:
             messages.reset()
         self.set_level(False)
 
@@ -287,7 +279,7 @@ class Interrupts:
     def _look(self) -> None:
         """Finds out what is enabled."""
         config = self._config
-        self._current = next((each for each in self._kinds.values() if each.is_enabled), None)
+        self._current = next((each for each in self._kinds if each.is_enabled), None)
         self._may_send = self._space.is_bus_master
         is_disabled = config[pci.PCI_COMMAND + 1] << 8 & pci.PCI_COMMAND_INTX_DISABLE
         self._may_drive = self._has_pin and not is_disabled and self._current is None and self._space.is_awake
@@ -296,19 +288,18 @@ class Interrupts:
         """The cause of a message is gone, unless another vector that is raised shares it."""
         folded = messages.fold(vector)
         if messages.is_pending(folded) and not any(
-            self._bits[other >> 3] & 1 << (other & 7) and messages.fold(other) == folded
-            for other in range(self._vectors)
+            self.state[other] and messages.fold(other) == folded for other in range(self._vectors)
         ):
             messages.clear(folded)
 
     def _update_line(self) -> None:
         """Sets the status bit, and hands the line's level to the transport when it has changed."""
-        is_high = self.level or self._raised > 0
-        if is_high:
-            self._config[pci.PCI_STATUS] |= pci.PCI_STATUS_INTERRUPT
+        if self.level or self._raised:
+            self._config[_STATUS] |= _INTERRUPT
+            is_asserted = self._may_drive
         else:
-            self._config[pci.PCI_STATUS] &= ~pci.PCI_STATUS_INTERRUPT
-        is_asserted = is_high and self._may_drive
+            self._config[_STATUS] &= _NO_INTERRUPT
+            is_asserted = False
         if is_asserted is not self.is_asserted:
             self.is_asserted = is_asserted
             self._set_irq(is_asserted)

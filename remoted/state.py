@@ -28,7 +28,7 @@ from remoted.msi import VectorKind
 
 __all__ = ["FunctionState", "StateMismatch"]
 
-_MAGIC = b"iohub\x00\x00\x04"
+_MAGIC = b"iohub\x00\x00\x05"
 _ACTIVE = len(_MAGIC) + 4
 _CONSUMED = _ACTIVE + 1
 _SENT = _ACTIVE + 2

@@ -116,7 +116,9 @@ def check_request(command: int, size: int) -> Rule:
     """
     rule = RULES.get(command)
     if rule is None:
-        raise ProtocolError(f"{command_name(command)} is not a request")
+        # The first 4 bytes of a VERSION of vfio-user: any id, and 1.
+        hint = ": a client of transport=vfio-user?" if command >> 16 == 1 else ""
+        raise ProtocolError(f"{command_name(command)} is not a request{hint}")
     if size != rule.size:
         raise ProtocolError(f"{command_name(command)} with {size} bytes of payload instead of {rule.size}")
     return rule

@@ -238,9 +238,10 @@ def check_header(command: int, size: int, flags: int) -> None:
     either the stream can't be trusted to be in step.
     """
     if not HEADER.size <= size <= MAX_SIZE:
-        raise ProtocolError(
-            f"{command_name(command)} of {size} bytes, {HEADER.size} to {MAX_SIZE} are possible"
-        )
+        # The upper half of an mpqemu command, and padding.
+        hint = ": a client of transport=mpqemu?" if command == size == 0 else ""
+        text = f"{command_name(command)} of {size} bytes, {HEADER.size} to {MAX_SIZE} are possible{hint}"
+        raise ProtocolError(text)
     if flags & 0xF:
         raise ProtocolError(
             f"{command_name(command)} of type {flags & 0xF}, where only requests are expected"

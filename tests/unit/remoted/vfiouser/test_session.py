@@ -8,10 +8,11 @@ import os
 
 import pytest
 
+from common import mpqemu
 from common.vfiouser import DEVICE_INFO, HEADER, IRQ_SET, MAX_SIZE, REGION_ACCESS, VERSION, Command, Flag
 from remoted.clientsession import HALF_MESSAGE_SECONDS
 from tests.support.fds import await_fds, count_fds, send_fds
-from tests.support.remotebench import RemoteBench
+from tests.support.remotebench import LineDevice, RemoteBench
 from tests.support.vfiouserbench import TRIGGER, VfioUserPeer, signals
 
 INFO = DEVICE_INFO.pack(16, 0, 0, 0)
@@ -97,6 +98,18 @@ def test_a_header_after_which_the_stream_is_out_of_step_ends_the_session(
     peer.sock.send(header)
     assert peer.has_ended()
     assert peer.bench.servers["dev"].rejected == 1
+
+
+def test_a_client_of_the_other_transport_is_told(bench: RemoteBench) -> None:
+    bench.add(LineDevice, "mpqemu", 0x38)
+    with VfioUserPeer(bench, "mpqemu", version=False) as peer:
+        peer.send(Command.VERSION, VERSION.pack(0, 0) + b"{}\0")
+        assert peer.has_ended()
+    with VfioUserPeer(bench, "dev", version=False) as peer:
+        peer.sock.send(mpqemu.request_frame(mpqemu.Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4)))
+        assert peer.has_ended()
+    told = [line.rpartition(": ")[2] for line in bench.log.messages if line.endswith("?")]
+    assert told == ["a client of transport=vfio-user?", "a client of transport=mpqemu?"]
 
 
 def test_requests_are_handled_in_order_however_they_are_cut(peer: VfioUserPeer) -> None:

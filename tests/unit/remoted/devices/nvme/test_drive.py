@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import resource
@@ -18,14 +17,13 @@ from common.errors import UsageError
 from common.loop import Loop
 from remoted.devices.nvme.drive import Drive, open_drive
 from tests.support.fds import count_fds
+from tests.support.filesystems import small_filesystem
 from tests.support.fuseimage import fuse_image
 from tests.support.nvmedriver import driver
 
 WRITE, WRITE_ZEROES = 0x01, 0x08
 CAPACITY_EXCEEDED, WRITE_FAULT = 0x081, 0x280
 MEBIBYTE = 1 << 20
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture
@@ -42,18 +40,6 @@ def opened(text: str) -> Iterator[Drive]:
         yield drive
     finally:
         drive.close()
-
-
-@contextmanager
-def small_filesystem(directory: Path, size: int) -> Iterator[Path]:
-    """A tmpfs. Skips the test where none can be mounted."""
-    directory.mkdir()
-    if _libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", 0, f"size={size}".encode()):
-        pytest.skip(f"needs to mount a tmpfs: {os.strerror(ctypes.get_errno())}")
-    try:
-        yield directory
-    finally:
-        _libc.umount2(os.fsencode(directory), 0)
 
 
 class TestWhatIsRefused:

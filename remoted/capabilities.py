@@ -67,8 +67,8 @@ class Capability:
 class PowerManagement(Capability):
     """Power states D0 and D3hot (PCI Bus Power Management 1.2, 3.2), without PME.
 
-    In D3hot the function decodes no BAR, does no DMA and signals nothing. The way back to D0 resets it, unless
-    ``no_soft_reset`` is set: then everything is as it was before.
+    In D3hot the function decodes no BAR, does no DMA and signals nothing; a client's mappings of shared memory
+    stay. The way back to D0 resets it, unless ``no_soft_reset`` is set: then everything is as it was before.
     """
 
     __slots__ = ("no_soft_reset",)

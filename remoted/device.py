@@ -12,6 +12,7 @@ from common.journal import RateLimited
 from common.loop import EventLoop, Timer
 from common.pci import Bar, BarKind
 from remoted.capabilities import (
+    Capability,
     DeviceSerialNumber,
     ExtendedVendorSpecific,
     PciExpress,
@@ -27,6 +28,7 @@ from remoted.options import Option
 __all__ = [
     "Bar",
     "BarKind",
+    "Capability",
     "DeviceSerialNumber",
     "DmaError",
     "EventLoop",

@@ -170,8 +170,8 @@ class PciFunction(BusTarget):
     def bar_memory(self, bar: int) -> memoryview:
         """The shared memory of a BAR, as long as the BAR; where it has registers, it is not used.
 
-        The guest may read and write it at any time, without bar_read() or bar_write() being called. A reset
-        leaves the contents alone. Raises LookupError for a BAR without.
+        The guest may read and write it at any time, without bar_read() or bar_write() being called: what is
+        checked must be copied first. A reset leaves the contents alone. Raises LookupError for a BAR without.
         """
         memory = self.__shared.get(bar)
         if memory is None:
@@ -285,12 +285,11 @@ class PciFunction(BusTarget):
                 self.__interrupts.lower_all()
                 self.reset()
 
-    def shut_down(self) -> None:
-        """Lets the device close what it opened."""
+    def shut_down(self) -> list[int]:
+        """Lets the device close what it opened. Returns fds that are to be closed, which may take long."""
         with self.__guard.running("close"):
             self.close()
-        for memory in self.__shared.values():
-            memory.unmap()
+        return [fd for memory in self.__shared.values() for fd in memory.unmap()]
 
     def drive_intx(self, level: bool) -> bool:
         """Lets the device drive its line to a level; False when its code failed."""

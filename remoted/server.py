@@ -208,7 +208,7 @@ class DeviceServer:
     def close(self) -> None:
         """Ends the session, unlinks the socket and closes the device."""
         self.hang_up()
-        self.function.shut_down()
+        self._disposal.close_fds(self.function.shut_down())
         if self._keeper is not None:
             self._keeper.close()
 

@@ -53,13 +53,17 @@ class SharedMemory:
         self.units = {1: self.view, 2: self.view.cast("H"), 4: self.view.cast("I"), 8: self.view.cast("Q")}
         """the same, as numbers of so many bytes"""
 
-    def unmap(self) -> None:
-        """Closes the file and ends the views; those that the device has made of them keep the mapping alive."""
+    def unmap(self) -> list[int]:
+        """Ends the views, and returns the file's fd, now the caller's; none at a second call.
+
+        Its close may take long, as it frees the memory. Views that the device has made keep the mapping alive.
+        """
         for view in self.units.values():
             view.release()
         with contextlib.suppress(BufferError):
             self._mapping.close()
-        self._close()
+        fd, self.fd = self.fd, -1
+        return [fd] if fd != -1 else []
 
     def _close(self) -> None:
         fd, self.fd = self.fd, -1

@@ -110,7 +110,7 @@ CALLS: dict[str, tuple[Callable[[PciFunction], object], object]] = {
         False,
     ),
     "setting the INTx line": (lambda function: function.drive_intx(True), False),
-    "close": (lambda function: function.shut_down(), None),
+    "close": (lambda function: function.shut_down(), []),
 }
 
 

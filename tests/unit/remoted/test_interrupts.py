@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import ClassVar
 
 import pytest
@@ -27,6 +28,9 @@ class Both(PciFunction):
     BARS: ClassVar[Mapping[int, Bar]] = {0: Bar(BarKind.MEM64, 4096)}
     MSI = Msi(vectors=8)
     MSIX = Msix(vectors=70)
+
+    def reset(self) -> None:
+        """Its registers, of which it has none, are no fields: a restart doesn't keep them."""
 
 
 @pytest.fixture
@@ -224,6 +228,23 @@ def test_a_reset_clears_enabling_masks_pending_bits_and_table(board: MessageBoar
     board.function.raise_irq(1)
     assert board.port.take() == []
     assert board.line
+
+
+def test_after_a_restart_without_registers_the_guest_s_settings_are_there(board: MessageBoard) -> None:
+    """The class starts from its reset, with nothing raised or pending; the driver goes on."""
+    table = board.function.bus_config_read(board.capability(pci.PCI_CAP_ID_MSIX) + 4, 4)
+    assert board.function.region_write(table & 7, (table & ~7) + 16, 8, 0xFEE00000)
+    board.msix_control(0x8000)
+    board.function.raise_irq(1)
+    with closing(board.keep()) as state:
+        state.commit()
+        board.restart(state.fd)
+    assert not board.function.keeps_registers
+    assert (board.pba, board.function.intx_level) == (0, False)
+    assert board.function.region_read(table & 7, (table & ~7) + 16, 8) == 0xFEE00000
+    board.attach(VectorKind.MSIX, 0, 70)
+    board.function.raise_irq(1)
+    assert board.port.take() == [1]
 
 
 def test_the_table_has_a_bar_of_its_own_that_the_guest_can_place(board: MessageBoard) -> None:

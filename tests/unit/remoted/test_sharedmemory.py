@@ -52,12 +52,17 @@ def card(request: pytest.FixtureRequest) -> Iterator[PciFunction]:
             assert function.bus_config_write(pci.PCI_BASE_ADDRESS_0 + 4 * number, 4, base)
         assert function.bus_config_write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
         yield function
-        function.shut_down()
+        close(function)
 
 
 def test_no_core_dump_has_it(card: PciFunction) -> None:
     assert card.shared_memory(2) is not None
     assert dumped_mappings("iohub-bar") == [False, False]
+
+
+def close(function: PciFunction) -> None:
+    for fd in function.shut_down():
+        os.close(fd)
 
 
 def test_the_device_the_client_s_map_and_the_bus_see_the_same(card: PciFunction) -> None:
@@ -148,12 +153,12 @@ def test_a_bar_that_is_nothing_but_memory_is_decoded() -> None:
     assert function.bus_config_write(0x18, 4, BASES[2])
     assert function.bus_config_write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
     assert function.is_decoded
-    function.shut_down()
+    close(function)
 
 
 def test_a_view_of_the_device_outlives_the_memory(card: PciFunction) -> None:
     part = card.bar_memory(2)[:4]
-    card.shut_down()
+    close(card)
     part[:] = b"abcd"
     assert bytes(part) == b"abcd"
     del part

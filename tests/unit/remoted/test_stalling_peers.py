@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from common import vfiouser
 from common.ctl.children import Child
 from common.link import Client
 from common.mpqemu import CONFIG, SYSMEM, Command, request_frame
@@ -36,6 +38,7 @@ def daemon(tmp_path: Path) -> Iterator[Child]:
 
 def start(directory: Path) -> Child:
     options = ["--name=vm", f"--runtime-dir={directory}", "--device=edu,id=a", "--device=edu,id=b"]
+    options.append("--device=edu,id=c,transport=vfio-user")
     return Child("remoted", options, directory)
 
 
@@ -95,6 +98,83 @@ def test_other_devices_and_the_end_dont_wait(
         assert answers(other)
         assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) == OWN_THREADS + 1
         assert daemon.end() == 0
+
+
+def vfiouser_frame(command: int, payload: bytes) -> bytes:
+    return vfiouser.HEADER.pack(1, command, vfiouser.HEADER.size + len(payload), 0, 0) + payload
+
+
+def vfiouser_error(peer: socket.socket) -> int:
+    """The errno of the next answer, 0 for success."""
+    data = peer.recv(4096)
+    return int(vfiouser.HEADER.unpack_from(data)[4])
+
+
+VFIOUSER_VERSION = vfiouser_frame(vfiouser.Command.VERSION, vfiouser.VERSION.pack(0, 0))
+VFIOUSER_INFO = vfiouser_frame(vfiouser.Command.DEVICE_GET_INFO, vfiouser.DEVICE_INFO.pack(16, 0, 0, 0))
+DMA_MAP = vfiouser_frame(vfiouser.Command.DMA_MAP, vfiouser.DMA_MAP.pack(32, 3, 0, 0, 4096))
+
+
+def set_irqs(flags: int, index: int = 0) -> bytes:
+    """DEVICE_SET_IRQS with an eventfd for one interrupt."""
+    payload = vfiouser.IRQ_SET.pack(20, flags, index, 0, 1)
+    return vfiouser_frame(vfiouser.Command.DEVICE_SET_IRQS, payload)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(DMA_MAP, id="RAM"),
+        pytest.param(set_irqs(0x24), id="trigger"),
+        pytest.param(set_irqs(0x24, 1), id="vector"),
+        pytest.param(VFIOUSER_INFO, id="a request that takes none"),
+    ],
+)
+def test_clients_of_vfio_user_hold_up_nobody_either(tmp_path: Path, daemon: Child, request_: bytes) -> None:
+    """The close of what they send lasts, and another client's answer does not wait for it."""
+    with unsendable_socket() as sock, connect(tmp_path, "b.sock") as other:
+        assert answers(other)
+        with connect(tmp_path, "c.sock") as peer:
+            peer.sendall(VFIOUSER_VERSION)
+            assert vfiouser_error(peer) == 0
+            daemon.process.send_signal(signal.SIGSTOP)  # or it might close its copy before the one here is closed
+            send_fds(peer, request_, [sock.fileno()])
+            sock.close()
+            daemon.process.send_signal(signal.SIGCONT)
+            assert vfiouser_error(peer) == (0 if request_ is VFIOUSER_INFO else errno.EINVAL)
+            assert answers(other)
+        assert len(os.listdir(f"/proc/{daemon.process.pid}/task")) == OWN_THREADS + 1
+        assert daemon.end() == 0
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pytest.param(set_irqs(0x24), id="trigger"),
+        pytest.param(set_irqs(0x14), id="unmask"),
+        pytest.param(set_irqs(0x24, 1), id="vector"),
+    ],
+)
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_eventfds_of_vfio_user_whose_close_lasts_delay_nobody(
+    tmp_path: Path, daemon: Child, request_: bytes, is_replaced: bool
+) -> None:
+    with (
+        lasting_eventfd() as eventfd,
+        connect(tmp_path, "c.sock") as peer,
+        connect(tmp_path, "b.sock") as other,
+    ):
+        peer.sendall(VFIOUSER_VERSION)
+        assert vfiouser_error(peer) == 0
+        for fd in (eventfd, os.eventfd(0)) if is_replaced else (eventfd,):
+            send_fds(peer, request_, [fd])
+            assert vfiouser_error(peer) == 0
+            os.close(fd)
+        peer.close()
+        assert answers(other)
+        # The kernel ends the process when the close has ended, but its successor doesn't wait.
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not (tmp_path / "c.sock").exists(), "the sockets are gone")
 
 
 def test_what_another_devices_client_sends_is_closed_meanwhile(tmp_path: Path, daemon: Child) -> None:

@@ -63,7 +63,7 @@ def test_what_was_written_is_read_by_all_queues(guest: VfioUserGuest) -> None:
     guest.run(f"diskcheck {DISK} {MEBIBYTES} both", timeout=120.0)
     after = interrupts(guest)
     for queue in range(1, CPUS + 1):
-        assert after[f"nvme0q{queue}"] - before[f"nvme0q{queue}"] >= MEBIBYTES * 16 * 2 // CPUS // 2
+        assert after[f"nvme0q{queue}"] - before[f"nvme0q{queue}"] > 1000
 
 
 def test_a_filesystem_made_in_the_guest_is_whole_on_the_host(guest: VfioUserGuest, image: Path) -> None:
@@ -83,8 +83,12 @@ def test_the_disk_is_removed_and_found_again(guest: VfioUserGuest) -> None:
 
 
 def test_the_guest_is_reset_in_the_middle_of_its_writes(guest: VfioUserGuest) -> None:
+    before = interrupts(guest)
     guest.run(f"(while diskcheck {DISK} 16 write 9; do :; done) > /dev/null &")
-    wait_until(lambda: interrupts(guest)["nvme0q1"] > 100, "writes are under way")
+    wait_until(
+        lambda: all(count > before[queue] + 20 for queue, count in interrupts(guest).items() if queue[-1] != "0"),
+        "all queues are at work",
+    )
     guest.monitor.execute("system_reset")
     guest.wait_ready()
     guest.run(f"diskcheck {DISK} 16 both 10")

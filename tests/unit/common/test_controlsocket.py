@@ -20,6 +20,7 @@ from common.loop import Loop
 from common.messages import Event
 from common.proxyd_interface import Proxyd
 from proxyd.control import ProxydService
+from tests.support.wait import wait_until
 
 CALL = json.dumps({"method": f"{Proxyd.name}.Status"}).encode() + b"\0"
 
@@ -49,11 +50,13 @@ class Bench:
         return sock
 
     def step_until(self, condition: Callable[[], object]) -> None:
-        """Lets the loop wait for events until the condition holds; fails after ten seconds."""
-        stuck = self.loop.call_later(10, lambda: pytest.fail("nothing happens any more"))
-        while not condition():
-            self.loop.step(None)
-        stuck.cancel()
+        """Steps the loop until the condition holds; another thread may bring it about without waking the loop."""
+
+        def holds() -> bool:
+            self.loop.step()
+            return bool(condition())
+
+        wait_until(holds, "what the test waits for")
 
     def finish_loading(self) -> None:
         self.may_load.set()

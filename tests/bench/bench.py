@@ -34,9 +34,11 @@ from tests.bench.candidates import (
     OFF,
     PEER,
     QEMU,
+    TRANSPORTS,
     Candidate,
 )
-from tests.bench.exchanges import EXCHANGES, Plan, Series, run_exchanges, setups
+from tests.bench.disks import is_measurable, measure_disks
+from tests.bench.exchanges import EXCHANGES, WRITE_BURST, Plan, Series, run_exchanges, setups
 from tests.bench.footprint import beside_others, first_answers, idle, memory_alone, start_parts
 from tests.bench.functions import measure_functions
 from tests.bench.guest import run_guests
@@ -54,6 +56,7 @@ from tests.bench.targets import (
     many_verdicts,
 )
 from tests.support.checkout import ROOT
+from tests.support.qemu import newer_qemu
 
 Results = dict[str, Any]
 
@@ -194,6 +197,34 @@ class Run:
                 for exchange, by_name in figures.items()
             }
 
+    def transports(self) -> None:
+        """vfio-user beside mpqemu: over a link, and with a guest in one and the same QEMU."""
+        exchanges = {**EXCHANGES, WRITE_BURST: "write in a burst"}
+        for setup, cpus in setups().items():
+            with self.part(f"transports, {setup}"):
+                figures = run_exchanges(TRANSPORTS, self.plan, cpus, self.directory, tuple(exchanges))
+            rows = {
+                exchanges[exchange]: {name: series.summary()["p50"] for name, series in by_name.items()}
+                for exchange, by_name in figures.items()
+            }
+            self.table(f"us (p50), {setup}", rows)
+        program = newer_qemu()
+        if program is None or not has_kvm_and_qemu("transports"):
+            print("\ntransports: the guest is left out, needs a QEMU that has vfio-user-pci: make qemu")
+            return
+        with self.part("transports, guest"):
+            found = run_guests(TRANSPORTS, self.plan.rounds, 40, self.directory, program)
+        self.table("guest in a newer QEMU, cycles", found)
+
+    def nvme(self) -> None:
+        """A disk in a Linux guest."""
+        if not is_measurable():
+            print("\nnvme: left out, needs a newer QEMU and a Linux guest: make qemu linux-guest")
+            return
+        with self.part("nvme"):
+            found = measure_disks(self.plan.rounds, self.arguments.disk_seconds, self.directory)
+        self.table("nvme in Linux, reads a second", found)
+
     def stops(self) -> None:
         """For how long ``--vm pid:PID`` makes a QEMU stand still."""
         if not has_kvm_and_qemu("stops"):
@@ -214,6 +245,8 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "guest": Run.guest,
     "proxies": Run.proxies,
     "loops": Run.loops,
+    "transports": Run.transports,
+    "nvme": Run.nvme,
     "stops": Run.stops,
 }
 
@@ -271,6 +304,9 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=20_000, help="exchanges a turn (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=500, help="not counted (default: %(default)s)")
+    parser.add_argument(
+        "--disk-seconds", type=float, default=3.0, help="of each workload a round (default: %(default)s)"
+    )
     parser.add_argument("--stops", type=int, default=500, help="of a QEMU, each kind (default: %(default)s)")
     parser.add_argument(
         "--processes",

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Self
 
 from common import mpqemu, pci
+from common.config import Transport
 from common.disposal import Disposal
 from common.link import Client
 from common.mpqemu import Command
 from tests.support.checkout import ROOT
 from tests.support.storemanager import StoreManager
+from tests.support.vfiouserclient import CONFIG_REGION, INTX, VfioUserClient
 
 __all__ = [
     "ADAPTIVE",
@@ -35,6 +37,7 @@ __all__ = [
     "OFF",
     "PEER",
     "QEMU",
+    "TRANSPORTS",
     "Candidate",
     "Remote",
     "cpu_seconds",
@@ -74,6 +77,7 @@ class Candidate:
     """seconds from the first answer until it can be used"""
     has_store: bool = False
     """whether it runs as under a service manager, with an fd store that keeps its link"""
+    transport: Transport = Transport.MPQEMU
 
 
 class Remote:
@@ -87,20 +91,15 @@ class Remote:
         begin = time.perf_counter()
         self.process, self.link = start_process(candidate, directory, address)
         self.pid = self.process.pid
-        client = Client(socket.socket(fileno=os.dup(self.link.fileno())), _DEADLINE, Disposal())
-        client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4))
-        self.first_answer = time.perf_counter() - begin
-        """seconds from before the process is made"""
-        self.first_answer_cpu = self.cpu_seconds()
-        """CPU time that the process has used by then"""
-        time.sleep(candidate.settle * settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
+        self.first_answer = self.first_answer_cpu = 0.0
+        """seconds from before the process is made, and the CPU time that it has used by then"""
         self.irqfd, self.resamplefd = (os.eventfd(0, os.EFD_CLOEXEC) for _ in range(2))
-        client.send(Command.SET_IRQFD, fds=(self.irqfd, self.resamplefd))
-        if self._manager is not None:
-            self._manager.serve_until_stored("irqfd")
-        client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_BASE_ADDRESS_0, IO_BASE, 4))
-        client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_COMMAND, pci.PCI_COMMAND_IO, 2))
-        client.close_own_copy()
+        """over vfio-user the trigger and the unmask eventfd"""
+        copy = socket.socket(fileno=os.dup(self.link.fileno()))
+        if candidate.transport is Transport.VFIO_USER:
+            self._set_up_vfio_user(VfioUserClient(copy), begin)
+        else:
+            self._set_up(Client(copy, _DEADLINE, Disposal()), begin, settle)
         self.link.setblocking(True)
 
     def __enter__(self) -> Self:
@@ -118,6 +117,29 @@ class Remote:
         os.close(self.resamplefd)
         if self._manager is not None:
             self._manager.close()
+
+    def _set_up(self, client: Client, begin: float, settle: bool) -> None:
+        client.request(Command.PCI_CFGREAD, mpqemu.CONFIG.pack(0, 0, 4))
+        self._note_first_answer(begin)
+        time.sleep(self.candidate.settle * settle)  # noqa: TID251 - nothing tells when QEMU's own reset is over
+        client.send(Command.SET_IRQFD, fds=(self.irqfd, self.resamplefd))
+        if self._manager is not None:
+            self._manager.serve_until_stored("irqfd")
+        client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_BASE_ADDRESS_0, IO_BASE, 4))
+        client.request(Command.PCI_CFGWRITE, mpqemu.CONFIG.pack(pci.PCI_COMMAND, pci.PCI_COMMAND_IO, 2))
+        client.close_own_copy()
+
+    def _set_up_vfio_user(self, client: VfioUserClient, begin: float) -> None:
+        with client:
+            client.version()
+            client.read(CONFIG_REGION, 0)
+            self._note_first_answer(begin)
+            client.attach(INTX, 0, [self.irqfd])
+            client.attach_unmask(self.resamplefd)
+
+    def _note_first_answer(self, begin: float) -> None:
+        self.first_answer = time.perf_counter() - begin
+        self.first_answer_cpu = self.cpu_seconds()
 
     def pin(self, cpus: set[int]) -> None:
         """Lets all its threads run on these CPUs only."""
@@ -184,9 +206,11 @@ def remoted_command(directory: Path, *args: str, module: str = "qemu_iohub") -> 
     return [INTERPRETER, "-P", "-S", "-c", code, *args, "--name=bench", f"--runtime-dir={directory}"]
 
 
-def _remoted(*args: str, module: str = "qemu_iohub") -> Callable[[int, Path], list[str]]:
+def _remoted(
+    *args: str, module: str = "qemu_iohub", transport: Transport = Transport.MPQEMU
+) -> Callable[[int, Path], list[str]]:
     def command(fd: int, directory: Path) -> list[str]:
-        device = f"--device=pci-serial,id=serial0,addr=05.0,fd={fd}"
+        device = f"--device=pci-serial,id=serial0,addr=05.0,fd={fd},transport={transport}"
         return [*remoted_command(directory, *args, module=module), device]
 
     return command
@@ -214,6 +238,11 @@ CANDIDATES = (
     Candidate(KEPT, _remoted(), has_store=True),
 )
 """in the order of the columns"""
+
+TRANSPORTS = tuple(
+    Candidate(str(transport), _remoted(transport=transport), transport=transport) for transport in Transport
+)
+"""remoted as it is started without options, by what carries its link"""
 
 LOOPS = tuple(
     Candidate(name, _remoted(name, "--poll-max-us=0", module="tests.bench.otherloop"))

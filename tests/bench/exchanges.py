@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.bench.candidates import BINARIES, IO_BASE, Candidate, Remote
 
-__all__ = ["EXCHANGES", "OWN_CORE", "Plan", "Series", "run_exchanges", "setups"]
+__all__ = ["EXCHANGES", "OWN_CORE", "WRITE_BURST", "Plan", "Series", "run_exchanges", "setups"]
 
 OWN_CORE = "own core each"
 EXCHANGES = {
@@ -25,6 +25,8 @@ EXCHANGES = {
     "resample-echo": "resample echo",
 }
 """the client's name of each, and the table's"""
+WRITE_BURST = "write-burst"
+"""64 writes, posted where the transport can, and a read; the time of each"""
 
 _BUCKETS = 4
 """of the histogram, per microsecond"""
@@ -101,10 +103,14 @@ def setups() -> dict[str, tuple[int, int]]:
 
 
 def run_exchanges(
-    candidates: Sequence[Candidate], plan: Plan, cpus: tuple[int, int], directory: Path
+    candidates: Sequence[Candidate],
+    plan: Plan,
+    cpus: tuple[int, int],
+    directory: Path,
+    exchanges: Sequence[str] = tuple(EXCHANGES),
 ) -> dict[str, dict[str, Series]]:
     """By exchange and candidate. All processes live at the same time; only one of them is busy."""
-    figures = {exchange: {each.name: Series() for each in candidates} for exchange in EXCHANGES}
+    figures = {exchange: {each.name: Series() for each in candidates} for exchange in exchanges}
     with ExitStack() as stack:
         remotes = []
         for number, candidate in enumerate(candidates):
@@ -114,7 +120,7 @@ def run_exchanges(
             if cpus[1] >= 0:
                 remote.pin({cpus[1]})
             remotes.append(remote)
-        for exchange, remote in _turns(remotes, plan.rounds):
+        for exchange, remote in _turns(remotes, plan.rounds, exchanges):
             before = remote.cpu_seconds()
             times = exchange_times(remote, exchange, plan.warmup, plan.count, cpus[0])
             cpu = (remote.cpu_seconds() - before) * 1e9 / (plan.warmup + plan.count)
@@ -125,7 +131,7 @@ def run_exchanges(
 def exchange_times(remote: Remote, exchange: str, warmup: int, count: int, cpu: int) -> array[int]:
     """Nanoseconds of ``count`` exchanges."""
     fds = (remote.link.fileno(), remote.irqfd, remote.resamplefd)
-    arguments = (exchange, warmup, count, cpu, *fds, IO_BASE)
+    arguments = (remote.candidate.transport, exchange, warmup, count, cpu, *fds, IO_BASE)
     output = subprocess.run(
         [str(BINARIES / "client"), *map(str, arguments)], pass_fds=fds, stdout=subprocess.PIPE, check=True
     ).stdout
@@ -134,10 +140,10 @@ def exchange_times(remote: Remote, exchange: str, warmup: int, count: int, cpu: 
     return times
 
 
-def _turns(remotes: Sequence[Remote], rounds: int) -> Iterator[tuple[str, Remote]]:
+def _turns(remotes: Sequence[Remote], rounds: int, exchanges: Sequence[str]) -> Iterator[tuple[str, Remote]]:
     """Every exchange with every remote in each round; another remote begins each time."""
     for number in range(rounds):
-        for exchange in EXCHANGES:
+        for exchange in exchanges:
             first = number % len(remotes)
             for remote in (*remotes[first:], *remotes[:first]):
                 yield exchange, remote

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from common.config import Transport
 from tests.bench.candidates import Candidate, start_process
-from tests.support.qemu import GUESTS, PATIENCE, Qemu, build_guests, pc_machine
+from tests.support.consolevfiouser import device_option
+from tests.support.qemu import GUESTS, PATIENCE, QEMU, Qemu, build_guests, pc_machine
+from tests.support.vfiouserprocess import VfioUserServer
 
 __all__ = ["IN_PROCESS", "KINDS", "run_guests"]
 
@@ -27,7 +30,7 @@ _WARMUP = 4
 
 
 def run_guests(
-    candidates: Sequence[Candidate], rounds: int, reports: int, directory: Path
+    candidates: Sequence[Candidate], rounds: int, reports: int, directory: Path, program: str = QEMU
 ) -> dict[str, dict[str, float]]:
     """Mean cycles by kind and candidate: in each round a guest of each, in turns, and the median of the rounds."""
     build_guests()
@@ -36,7 +39,7 @@ def run_guests(
     for number in range(rounds):
         order = [None, *candidates]
         for candidate in (*order[number % len(order) :], *order[: number % len(order)]):
-            for kind, mean in _run_one(candidate, reports, directory).items():
+            for kind, mean in _run_one(candidate, reports, directory, program).items():
                 means[kind][IN_PROCESS if candidate is None else candidate.name].append(mean)
     return {
         kind: {name: statistics.median(rounds) for name, rounds in by_name.items()}
@@ -44,12 +47,16 @@ def run_guests(
     }
 
 
-def _run_one(candidate: Candidate | None, reports: int, directory: Path) -> dict[str, float]:
+def _run_one(candidate: Candidate | None, reports: int, directory: Path, program: str) -> dict[str, float]:
     """Mean cycles by kind, of one guest; None stands for the device in QEMU itself."""
     with ExitStack() as stack:
         pass_fds = []
         if candidate is None:
             device = ["-chardev", "null,id=null", "-device", f"pci-serial,addr={_ADDR},chardev=null"]
+        elif candidate.transport is Transport.VFIO_USER:
+            server = VfioUserServer(directory, {"serial0": "pci-serial"})
+            stack.callback(server.close)
+            device = device_option(server, "serial0")
         else:
             process, ours = start_process(candidate, directory)
             stack.callback(process.wait)
@@ -66,6 +73,7 @@ def _run_one(candidate: Candidate | None, reports: int, directory: Path) -> dict
             ],
             pass_fds,
             channels=("reports",),
+            program=program,
         )
         stack.enter_context(qemu)
         return _read(qemu.channels["reports"], reports)

@@ -11,8 +11,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.bench.candidates import ADAPTIVE, BINARIES, CANDIDATES, FLOOR, LOOPS, OFF, PEER
-from tests.bench.exchanges import EXCHANGES, OWN_CORE, Plan, Series, run_exchanges
+from common.config import Transport
+from tests.bench.candidates import ADAPTIVE, BINARIES, CANDIDATES, FLOOR, LOOPS, OFF, PEER, TRANSPORTS
+from tests.bench.exchanges import EXCHANGES, OWN_CORE, WRITE_BURST, Plan, Series, run_exchanges
 from tests.bench.picture import draw
 from tests.bench.targets import exchange_verdicts
 from tests.support.checkout import ROOT
@@ -43,6 +44,15 @@ def test_every_candidate_does_every_exchange(tmp_path: Path) -> None:
             assert summary["cpu"] > 0
 
 
+def test_each_transport_does_every_exchange(tmp_path: Path) -> None:
+    exchanges = (*EXCHANGES, WRITE_BURST)
+    figures = run_exchanges(TRANSPORTS, Plan(2, COUNT, 1), (-1, -1), tmp_path, exchanges)
+    assert tuple(figures) == exchanges
+    for by_name in figures.values():
+        assert set(by_name) == {str(transport) for transport in Transport}
+        assert all(sum(series.histogram.values()) == 2 * COUNT for series in by_name.values())
+
+
 def test_a_series_is_summed_up_in_microseconds() -> None:
     series = Series()
     series.add(array("I", [*[2000] * 50, *[4000] * 49, 9000]), 1500.0)
@@ -69,7 +79,9 @@ def test_a_target_is_a_ratio_to_the_peer_in_the_same_set_up() -> None:
         f"{OWN_CORE}: BAR read, p99, {OFF}": True,
         f"{OWN_CORE}: BAR read, p50, {ADAPTIVE} to floor": True,
     }
-    (missed,) = (each for each in exchange_verdicts(OWN_CORE, summaries) if "p50" in each.what and not each.is_hit)
+    (missed,) = (
+        each for each in exchange_verdicts(OWN_CORE, summaries) if "p50" in each.what and not each.is_hit
+    )
     line, where = missed.describe().splitlines()
     assert line.startswith("MISS  ")
     assert f"{OFF} 41.0 us, the remote's CPU time 20.5, best 10.2" in where

@@ -6,8 +6,8 @@ protocol shares with VFIO is in the kernel's include/uapi/linux/vfio.h.
 
 A message is a 16-byte header (id u16, command u16, size u32 of the whole message, flags u32, errno u32) and its
 payload; file descriptors ride on the message's first bytes as SCM_RIGHTS. Each request is answered by a message of
-the same id and command, unless its flags say that no answer is wanted. An answer that reports an error is a header
-only. The client may send further requests before it has read an answer; they are handled in order.
+the same id and command, unless its flags say that no reply is wanted. A reply that reports an error is a header
+only. The client may send further requests before it has read a reply; they are handled in order.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ IRQ_INFO = Struct("<IIII")
 IRQ_SET = Struct("<IIIII")
 """argsz, flags, index, start, count; with DATA_BOOL so many bytes follow"""
 REGION_ACCESS = Struct("<QII")
-"""offset, region, count; in a REGION_WRITE so many bytes follow, as they do in the answer to a REGION_READ"""
+"""offset, region, count; in a REGION_WRITE so many bytes follow, as they do in the reply to a REGION_READ"""
 _SPARSE = Struct("<HHIII")
 """VFIO_REGION_INFO_CAP_SPARSE_MMAP: id, version, offset of the next capability, number of areas, 0"""
 _SPARSE_ID, _SPARSE_VERSION = 1, 1
@@ -234,7 +234,7 @@ def command_name(command: int) -> str:
 def check_header(command: int, size: int, flags: int) -> None:
     """Checks a request's header, before anything else of the message is read.
 
-    Raises ProtocolError for a size that is impossible or exceeds what was negotiated, and for an answer: after
+    Raises ProtocolError for a size that is impossible or exceeds what was negotiated, and for a reply: after
     either the stream can't be trusted to be in step.
     """
     if not HEADER.size <= size <= MAX_SIZE:

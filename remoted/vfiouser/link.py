@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One vfio-user socket, the answering end: requests and their fds in, answers with an fd at most out."""
+"""One vfio-user socket, the answering end: requests and their fds in, replies with an fd at most out."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class VfioUserLink(FrameLink):
         self.frame = self._view
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> bool:
-        """Sends a whole answer, and copies of fds with it.
+        """Sends a whole reply, and copies of fds with it.
 
-        False when the peer has left so many answers unread that there is no room. Raises PeerGone, and
+        False when the peer has left so many replies unread that there is no room. Raises PeerGone, and
         ShortageError when too many fds are under way already.
         """
         try:
@@ -55,7 +55,7 @@ class VfioUserLink(FrameLink):
             return False
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
-                raise ShortageError(f"an answer's fd can't be sent: {error.strerror}") from error
+                raise ShortageError(f"a reply's fd can't be sent: {error.strerror}") from error
             raise PeerGone(f"writing the link: {error.strerror}") from error
         return True
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One vfio-user client served: request -> function -> answer.
+"""One vfio-user client served: request -> function -> reply.
 
 Requests are handled one by one in the order in which they came, posted writes among them. A request that is wrong,
 or asks for what there isn't, is answered with an errno, and changes nothing. What ends a session is told in
@@ -28,7 +28,7 @@ from remoted.memory import MapError
 from remoted.vfiouser.irqs import Irqs
 from remoted.vfiouser.link import VfioUserLink
 from remoted.vfiouser.regions import Regions
-from remoted.vfiouser.version import answer_version
+from remoted.vfiouser.version import reply_to_version
 
 __all__ = ["VfioUserSession"]
 
@@ -88,9 +88,9 @@ class VfioUserSession(ClientSession):
         self._regions = Regions(function)
         self._request = _Request(0, 0, 0, 0, 0)
         self._unsent: tuple[bytes, tuple[int, ...]] | None = None
-        """an answer, and fds that go with it, for which there is no room"""
-        self._answer_fds: tuple[int, ...] = ()
-        """what goes with the answer to the request"""
+        """a reply, and fds that go with it, for which there is no room"""
+        self._reply_fds: tuple[int, ...] = ()
+        """what goes with the reply to the request"""
         self._refused_ram = -1
         """the address of the RAM that was refused last"""
         self._ram_timer: Timer | None = None
@@ -127,13 +127,13 @@ class VfioUserSession(ClientSession):
         if request.flags & _TYPE:
             vfiouser.check_header(request.command, request.size, request.flags)  # not done for all
         try:
-            answer = self._answer_of(request)
+            reply = self._reply_to(request)
         except RefusedError as error:
             self._refuse(error)
         else:
-            self._answer(answer)
+            self._reply(reply)
 
-    def _answer_of(self, request: _Request) -> bytes:
+    def _reply_to(self, request: _Request) -> bytes:
         handler, rule = self._requests.get(request.command), vfiouser.RULES.get(request.command)
         if handler is None or rule is None:
             if Command.DEVICE_RESET not in self._requests:
@@ -153,9 +153,9 @@ class VfioUserSession(ClientSession):
     def _payload(self) -> memoryview:
         return self._link.payload[: self._request.size - HEADER.size]
 
-    def _answer(self, payload: bytes) -> None:
+    def _reply(self, payload: bytes) -> None:
         request = self._request
-        fds, self._answer_fds = self._answer_fds, ()
+        fds, self._reply_fds = self._reply_fds, ()
         if not request.flags & Flag.NO_REPLY:
             size = HEADER.size + len(payload)
             self._send(HEADER.pack(request.id, request.command, size, Flag.REPLY, 0) + payload, fds)
@@ -170,9 +170,9 @@ class VfioUserSession(ClientSession):
             self._send(HEADER.pack(request.id, request.command, HEADER.size, flags, error.code))
 
     def _send(self, message: bytes, fds: tuple[int, ...] = ()) -> None:
-        """Sends an answer, or keeps it while there is no room: then no further request is read until there is.
+        """Sends a reply, or keeps it while there is no room: then no further request is read until there is.
 
-        The client may have sent many requests before it reads their answers.
+        The client may have sent many requests before it reads their replies.
         """
         if not self._link_send(message, fds):
             self._unsent = message, fds
@@ -180,7 +180,7 @@ class VfioUserSession(ClientSession):
             self._loop.modify(self._link.fileno(), EPOLLOUT)
 
     def _receive_later(self) -> int:
-        """Sends the answer that is kept, and goes on with the next request; -1 while there still is no room."""
+        """Sends the reply that is kept, and goes on with the next request; -1 while there still is no room."""
         if self._unsent is not None:
             if not self._link_send(*self._unsent):
                 return -1
@@ -196,7 +196,7 @@ class VfioUserSession(ClientSession):
             self._partial = self._loop.call_later(HALF_MESSAGE_SECONDS, self._half_message_expired)
 
     def _version(self) -> bytes:
-        answer = answer_version(self._payload)
+        reply = reply_to_version(self._payload)
         self._requests = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
@@ -210,7 +210,7 @@ class VfioUserSession(ClientSession):
         }
         self._table[Command.REGION_READ] = self._committed(self._region_read)
         self._table[Command.REGION_WRITE] = self._committed(self._region_write)
-        return answer
+        return reply
 
     def _get_info(self) -> bytes:
         flags = DeviceFlag.RESET | DeviceFlag.PCI
@@ -229,7 +229,7 @@ class VfioUserSession(ClientSession):
         if argsz < needed:
             return head  # the client asks again, with the size that it needs
         if fd != -1:
-            self._answer_fds = (fd,)
+            self._reply_fds = (fd,)
         return head + areas
 
     def _get_irq_info(self) -> bytes:
@@ -307,6 +307,8 @@ class VfioUserSession(ClientSession):
             raise RefusedError(errno.EINVAL, f"argsz {argsz}, flags {flags:#x}")
         if flags and (address or size):
             raise RefusedError(errno.EINVAL, "a range besides the flag that stands for all of them")
+        if flags or address == self._refused_ram:
+            self.ram_refusal = ""
         try:
             fds = memory.unmap_all() if flags else memory.unmap(address, size)
         except MapError as error:

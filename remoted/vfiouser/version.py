@@ -8,7 +8,7 @@ import json
 
 from common.vfiouser import MAX_DATA, MAX_DMA_MAPS, MAX_FDS, VERSION, RefusedError
 
-__all__ = ["answer_version"]
+__all__ = ["reply_to_version"]
 
 _CAPABILITIES = {
     "max_msg_fds": MAX_FDS,
@@ -16,17 +16,17 @@ _CAPABILITIES = {
     "max_dma_maps": MAX_DMA_MAPS,
     "pgsizes": 4096,
 }
-_ANSWER = (
+_REPLY = (
     VERSION.pack(0, 0)
     + json.dumps({"capabilities": _CAPABILITIES}, separators=(",", ":")).encode()
     + b"\0"
 )
 
 
-def answer_version(payload: memoryview) -> bytes:
-    """The payload of the answer to a VERSION request: version 0.0, and this side's limits.
+def reply_to_version(payload: memoryview) -> bytes:
+    """The payload of the reply to a VERSION request: version 0.0, and this side's limits.
 
-    What the client tells has no effect here: no answer brings more than one fd, and none is longer than the client
+    What the client tells has no effect here: no reply brings more than one fd, and none is longer than the client
     has asked for. Raises RefusedError for another major version, and for JSON that is not valid.
     """
     major, minor = VERSION.unpack_from(payload)
@@ -42,4 +42,4 @@ def answer_version(payload: memoryview) -> bytes:
             raise RefusedError(errno.EINVAL, "not valid JSON") from error
         if not isinstance(found, dict) or not isinstance(found.get("capabilities", {}), dict):
             raise RefusedError(errno.EINVAL, "the JSON is not an object with an object of capabilities")
-    return _ANSWER
+    return _REPLY

@@ -29,8 +29,8 @@ MASK, UNMASK = int(IrqSetFlag.DATA_NONE | IrqSetFlag.MASK), int(IrqSetFlag.DATA_
 DISABLE = int(IrqSetFlag.DATA_NONE | IrqSetFlag.TRIGGER)
 
 
-class Answer(NamedTuple):
-    """One answer: its errno, 0 for success, and its payload."""
+class Reply(NamedTuple):
+    """One reply: its errno, 0 for success, and its payload."""
 
     error: int
     payload: bytes
@@ -65,17 +65,17 @@ class VfioUserPeer:
         send_fds(self.sock, HEADER.pack(self._id, command, HEADER.size + len(payload), flags, 0) + payload, fds)
         return self._id
 
-    def receive(self, message: int, command: int) -> Answer:
-        """The answer that has arrived."""
+    def receive(self, message: int, command: int) -> Reply:
+        """The reply that has arrived."""
         data = self.sock.recv(1 << 16)
         if not data:
             raise EOFError
         got, got_command, size, flags, error = HEADER.unpack_from(data)
         assert (got, got_command, size) == (message, command, len(data))
         assert flags == (Flag.REPLY | Flag.ERROR if error else Flag.REPLY)
-        return Answer(error, data[HEADER.size :])
+        return Reply(error, data[HEADER.size :])
 
-    def call(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Answer:
+    def call(self, command: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Reply:
         """A whole round trip."""
         message = self.send(command, payload, fds)
         self.bench.settle()
@@ -90,16 +90,16 @@ class VfioUserPeer:
         except ConnectionResetError:
             return True
 
-    def read(self, region: int, offset: int, count: int) -> Answer:
-        answer = self.call(Command.REGION_READ, REGION_ACCESS.pack(offset, region, count))
-        return Answer(answer.error, answer.payload[REGION_ACCESS.size :])
+    def read(self, region: int, offset: int, count: int) -> Reply:
+        reply = self.call(Command.REGION_READ, REGION_ACCESS.pack(offset, region, count))
+        return Reply(reply.error, reply.payload[REGION_ACCESS.size :])
 
     def post(self, region: int, offset: int, data: bytes) -> None:
         """Queues a posted write."""
         payload = REGION_ACCESS.pack(offset, region, len(data)) + data
         self.send(Command.REGION_WRITE, payload, flags=int(Flag.NO_REPLY))
 
-    def write(self, region: int, offset: int, data: bytes) -> Answer:
+    def write(self, region: int, offset: int, data: bytes) -> Reply:
         return self.call(Command.REGION_WRITE, REGION_ACCESS.pack(offset, region, len(data)) + data)
 
     def set_command(self, value: int) -> None:
@@ -124,7 +124,7 @@ class VfioUserPeer:
         payload = DMA_MAP.pack(DMA_MAP.size, flags, offset, address, size)
         return self.call(Command.DMA_MAP, payload, () if fd == -1 else (fd,)).error
 
-    def unmap(self, address: int, size: int, flags: int = 0) -> Answer:
+    def unmap(self, address: int, size: int, flags: int = 0) -> Reply:
         return self.call(Command.DMA_UNMAP, DMA_UNMAP.pack(DMA_UNMAP.size, flags, address, size))
 
 

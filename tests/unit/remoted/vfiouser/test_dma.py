@@ -69,15 +69,15 @@ def test_a_file_that_can_only_be_written_is_refused(
     assert memory.regions == []
 
 
-def test_unmap_is_exact_and_takes_effect_before_its_answer(
+def test_unmap_is_exact_and_takes_effect_before_its_reply(
     client: VfioUserPeer, memory: GuestMemory, ram: int
 ) -> None:
     assert client.map(0, 2 * PAGE, ram) == 0
     for address, size in ((0, PAGE), (PAGE, PAGE), (0, 3 * PAGE), (4 * PAGE, PAGE)):
         assert client.unmap(address, size).error == errno.ENOENT
     assert memory.read(PAGE, 1) == b"\1"
-    answer = client.unmap(0, 2 * PAGE)
-    assert (answer.error, len(answer.payload)) == (0, 24)
+    reply = client.unmap(0, 2 * PAGE)
+    assert (reply.error, len(reply.payload)) == (0, 24)
     assert memory.fds == []
     with pytest.raises(DmaError, match="no RAM at 0x0"):
         memory.read(0, 1)
@@ -182,6 +182,17 @@ def test_a_file_that_is_not_memory_is_refused(client: VfioUserPeer, ram: int) ->
     assert len(complaints()) == 1, "that is elsewhere"
     assert client.map(0, PAGE, ram) == 0
     assert complaints() == []
+
+
+def test_ram_that_was_refused_is_forgotten_when_it_is_unmapped(client: VfioUserPeer) -> None:
+    server = client.bench.servers["vectors"]
+    for address, size, flags in ((0, PAGE, 0), (0, 0, 2)):
+        with open("/proc/self/stat", "rb") as file:
+            assert client.map(0, PAGE, file.fileno()) == errno.EINVAL
+        assert server.session is not None
+        assert server.session.ram_refusal
+        client.unmap(address, size, flags)
+        assert not server.session.ram_refusal
 
 
 def test_ram_without_a_file_is_named_together_with_its_mend(

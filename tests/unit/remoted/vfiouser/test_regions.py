@@ -32,7 +32,7 @@ def info(client: VfioUserPeer, region: int, argsz: int = 32) -> tuple[int, ...]:
 
 @contextmanager
 def mapped(client: VfioUserPeer, region: int, size: int, argsz: int = 32) -> Iterator[tuple[bytes, mmap.mmap]]:
-    """What follows the structure in the answer, and a mapping of the file that came with it."""
+    """What follows the structure in the reply, and a mapping of the file that came with it."""
     client.send(Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(argsz, 0, region, 0, 0, 0))
     client.bench.settle()
     data, fds, _, _ = socket.recv_fds(client.sock, 4096, 4)
@@ -43,8 +43,8 @@ def mapped(client: VfioUserPeer, region: int, size: int, argsz: int = 32) -> Ite
 
 
 def test_device_info(peer: VfioUserPeer) -> None:
-    answer = peer.call(Command.DEVICE_GET_INFO, DEVICE_INFO.pack(16, 0, 0, 0))
-    assert DEVICE_INFO.unpack(answer.payload) == (16, 3, 9, 5)
+    reply = peer.call(Command.DEVICE_GET_INFO, DEVICE_INFO.pack(16, 0, 0, 0))
+    assert DEVICE_INFO.unpack(reply.payload) == (16, 3, 9, 5)
 
 
 @pytest.mark.parametrize("region", range(9))

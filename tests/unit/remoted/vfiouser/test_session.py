@@ -21,11 +21,11 @@ INFO = DEVICE_INFO.pack(16, 0, 0, 0)
 @pytest.mark.parametrize("text", [b"", b"{}\0", b'{"capabilities":{}}\0', b'{"capabilities":{"x":[1]}}\0', b"\0"])
 def test_version(bench: RemoteBench, text: bytes) -> None:
     with VfioUserPeer(bench, "dev", version=False) as peer:
-        answer = peer.call(Command.VERSION, VERSION.pack(0, 7) + text)
-        assert answer.error == 0
-        assert VERSION.unpack_from(answer.payload) == (0, 0)
-        assert answer.payload.endswith(b"}}\0")
-        assert len(answer.payload) + HEADER.size <= 214, "QEMU's request has 214 bytes, its room for the answer"
+        reply = peer.call(Command.VERSION, VERSION.pack(0, 7) + text)
+        assert reply.error == 0
+        assert VERSION.unpack_from(reply.payload) == (0, 0)
+        assert reply.payload.endswith(b"}}\0")
+        assert len(reply.payload) + HEADER.size <= 214, "QEMU's request has 214 bytes, its room for the reply"
         assert peer.call(Command.DEVICE_GET_INFO, INFO).error == 0
 
 
@@ -74,8 +74,8 @@ def test_what_is_not_supported_is_answered(peer: VfioUserPeer, command: int, cod
 def test_a_wrong_size_is_answered(peer: VfioUserPeer, command: int, size: int) -> None:
     fds = count_fds()
     with open(os.devnull) as null:
-        answer = peer.call(command, b"\xff" * size, [null.fileno()])
-    assert answer.error == errno.EINVAL
+        reply = peer.call(command, b"\xff" * size, [null.fileno()])
+    assert reply.error == errno.EINVAL
     assert peer.bench.servers["dev"].rejected == 1
     assert peer.call(Command.DEVICE_GET_INFO, INFO).error == 0
     await_fds(fds)
@@ -126,9 +126,9 @@ def test_requests_are_handled_in_order_however_they_are_cut(peer: VfioUserPeer) 
             peer.sock.send(stream[start : start + cut])
             peer.bench.settle()
         for number in range(10):
-            answer = peer.sock.recv(36)
-            assert HEADER.unpack_from(answer) == (number, Command.REGION_READ, 36, Flag.REPLY, 0)
-            assert int.from_bytes(answer[32:], "little") == number
+            reply = peer.sock.recv(36)
+            assert HEADER.unpack_from(reply) == (number, Command.REGION_READ, 36, Flag.REPLY, 0)
+            assert int.from_bytes(reply[32:], "little") == number
             assert HEADER.unpack(peer.sock.recv(16)) == (number, Command.DEVICE_RESET, 16, Flag.REPLY, 0)
 
 
@@ -180,7 +180,7 @@ def test_half_a_message_and_silence_end_the_session(peer: VfioUserPeer) -> None:
 
 
 def fill(peer: VfioUserPeer, request: bytes) -> int:
-    """Sends requests until remoted reads no more of them, as it has no room for answers. Returns how many."""
+    """Sends requests until remoted reads no more of them, as it has no room for replies. Returns how many."""
     count = 0
     while True:
         try:
@@ -210,8 +210,8 @@ def test_requests_wait_while_their_answers_are_not_read(
     peer.bench.servers["dev"].function.drive_intx(True)
     assert signals(eventfds[0]) == 1, "interrupts don't wait"
     for _ in range(count):
-        answer = peer.sock.recv(32)
-        assert HEADER.unpack_from(answer) == (7, Command.DEVICE_GET_INFO, 32, Flag.REPLY, 0)
+        reply = peer.sock.recv(32)
+        assert HEADER.unpack_from(reply) == (7, Command.DEVICE_GET_INFO, 32, Flag.REPLY, 0)
         peer.bench.settle()
     assert peer.call(Command.DEVICE_RESET).error == 0
     assert not peer.bench.servers["dev"].rejected

@@ -44,8 +44,8 @@ def raise_vector(client: VfioUserPeer, vector: int) -> None:
 
 @pytest.mark.parametrize(("index", "count"), [(IrqIndex.INTX, 1), (MSI, 4), (MSIX, 8)])
 def test_irq_info(client: VfioUserPeer, index: int, count: int) -> None:
-    answer = client.call(Command.DEVICE_GET_IRQ_INFO, IRQ_INFO.pack(16, 0, index, 0))
-    assert IRQ_INFO.unpack(answer.payload)[2:] == (index, count)
+    reply = client.call(Command.DEVICE_GET_IRQ_INFO, IRQ_INFO.pack(16, 0, index, 0))
+    assert IRQ_INFO.unpack(reply.payload)[2:] == (index, count)
 
 
 @pytest.mark.parametrize("index", [MSI, MSIX])

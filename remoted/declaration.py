@@ -124,20 +124,34 @@ def check_declaration(function: object, base: type) -> None:
 def misspelt_attributes(model: type, base: type) -> list[str]:
     """A sentence for each attribute whose name resembles one that the daemon reads and the class doesn't set.
 
-    It is no error: it may be a constant of the device's own. Names that begin with an underscore always are.
+    It is no error: it may be of the device's own. Names that begin with an underscore always are, and methods that
+    take another number of arguments.
     """
-    own = {name for each in model.__mro__[: model.__mro__.index(base)] for name in vars(each)}
-    known = {name for name in (*vars(base), *base.__annotations__) if name.isupper() and name[0] != "_"}
-    unknown = sorted(name for name in own - known if name.isupper() and name[0] != "_")
-    if not unknown:
+    own: dict[str, object] = {}
+    for each in model.__mro__[: model.__mro__.index(base)]:
+        own |= vars(each)
+    known = {name: None for name in (*vars(base), *base.__annotations__) if name.isupper() and name[0] != "_"}
+    pairs = {name: known.keys() - own.keys() for name in own if name.isupper() and name not in known}
+    for name, value in own.items():
+        if name not in _METHODS and (count := _argument_count(value)):
+            pairs[name] = {
+                each for each in _METHODS if each not in own and _argument_count(getattr(base, each)) == count
+            }
+    pairs = {name: others for name, others in pairs.items() if others and name[0] != "_"}
+    if not pairs:
         return []
     from difflib import get_close_matches
 
     return [
         f"its class sets {name}, which iohub does not know: {other} may be meant"
-        for name in unknown
-        for other in get_close_matches(name, known - own, n=1, cutoff=_RESEMBLES)
+        for name, others in sorted(pairs.items())
+        for other in get_close_matches(name, others, n=1, cutoff=_RESEMBLES)
     ]
+
+
+def _argument_count(value: object) -> int:
+    """Of a method; 0 for anything else."""
+    return getattr(getattr(value, "__code__", None), "co_argcount", 0)
 
 
 def check_attributes(function: object) -> None:

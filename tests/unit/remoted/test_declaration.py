@@ -54,6 +54,14 @@ async def coroutine(*_: object) -> int:
     return 0
 
 
+def bar_write(self: object, bar: int, offset: int, size: int, value: int) -> None:
+    """Of another number of arguments than bar_read()."""
+
+
+def restored(self: object) -> None:
+    """As a device's."""
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"VENDOR_ID": True}, "VENDOR_ID True is not a number of 16 bits"),
     ({"VENDOR_ID": 1.0}, "VENDOR_ID 1.0 is not a number of 16 bits"),
@@ -297,6 +305,15 @@ def test_a_model_without_options_says_so() -> None:
                 "its class sets MSIS, which iohub does not know: MSI may be meant",
             ],
         ),
+        (
+            {"bar_wirte": bar_write, "bar_raed": bar_write, "restore": restored, "BAR": 1, "BARS": {}},
+            [
+                "its class sets bar_wirte, which iohub does not know: bar_write may be meant",
+                "its class sets restore, which iohub does not know: restored may be meant",
+            ],
+        ),
+        ({"resets": 0, "closed": property(restored), "preset": bar_write, "_restore": restored}, []),
+        ({"restore": restored, "restored": restored}, []),
         ({"_BAR": 1, "bars_": 1, "VERSION": 2, "STATUS": 0x20, "Bars": 1}, []),
     ],
 )

@@ -18,6 +18,7 @@ from tests.support.wait import wait_until
 PORT = "/dev/ttyS1"
 KIBIBYTES = int(os.environ.get("IOHUB_SERIAL_KIB", "32"))
 """each way; one takes a tenth of a second"""
+ECHOES = 300
 PARTS = range(0, KIBIBYTES, 128)
 """a test may take two minutes"""
 
@@ -73,6 +74,18 @@ def test_bytes_arrive_in_both_directions_at_once(
     exchange(guest, PORT, line, inward=size, outward=size)
     assert 0 < interrupts(guest) - before < size // 16
     assert not guest.complaints("irq", "ttyS1", "serial", "05.0")
+
+
+def test_no_interrupt_is_lost_between_single_bytes(guest: LinuxGuest, line: socket.socket) -> None:
+    """The line falls and rises for each, for the receiver and for the transmitter."""
+    guest.run(f"stty -F {PORT} raw -echo; cat <{PORT} >{PORT} & echo=$!")
+    before = interrupts(guest)
+    for number in range(ECHOES):
+        byte = bytes([number & 0xFF])
+        line.sendall(byte)
+        assert line.recv(2) == byte
+    assert interrupts(guest) - before >= ECHOES
+    guest.run("kill $echo")
 
 
 def test_settings_and_a_break_change_no_byte(guest: LinuxGuest, line: socket.socket) -> None:

@@ -22,7 +22,7 @@ from remoted.models import find_model
 from remoted.options import parse_options
 from tests.support.checkout import ROOT
 from tests.support.monitorclient import MonitorClient
-from tests.support.qemu import PATIENCE, Qemu, boot, guest_image
+from tests.support.qemu import PATIENCE, QEMU, Qemu, boot, guest_image
 from tests.support.wait import wait_until
 
 README = (ROOT / "README.md").read_text()
@@ -122,7 +122,7 @@ class Shell:
 class Guest(Qemu):
     """The test guest in a QEMU that has the README's options and what every VM needs."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, program: str) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             super().__init__(
@@ -134,6 +134,7 @@ class Guest(Qemu):
                 ],
                 [theirs.fileno()],
                 cwd=directory,
+                program=program,
             )
         with self._starting() as owned:
             self._console = owned.enter_context(GuestConsole(ours))
@@ -191,10 +192,20 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 
 @pytest.mark.usefixtures("requires_kvm", "requires_qemu")
 def test_device_works_in_a_running_vm(tmp_path: Path, shell: Shell) -> None:
-    with Guest(tmp_path) as guest, MonitorClient(tmp_path / "test") as monitor:
+    check_device(tmp_path, shell, QEMU, commands())
+
+
+@pytest.mark.usefixtures("requires_kvm")
+def test_device_works_over_vfio_user_as_well(tmp_path: Path, shell: Shell, vfio_user_qemu: str) -> None:
+    addition = found(r"takes it over vfio-user as well, with `(.*?)` added to both `--device` options")
+    check_device(tmp_path, shell, vfio_user_qemu, commands().replace(" &", f",{addition} &"))
+
+
+def check_device(directory: Path, shell: Shell, qemu: str, script: str) -> None:
+    with Guest(directory, qemu) as guest, MonitorClient(directory / "test") as monitor:
         guest.wait_ready()
         assert not guest.sees("1234:d00b")
-        with shell.daemons(commands(), 2):
+        with shell.daemons(script, 2):
             wait_until(lambda: guest.sees("1234:d00b"), "the guest sees the device")
             assert guest.get(f"config read 32 {ADDR} 0x00") == 0xD00B1234
             check_rings(guest)
@@ -334,7 +345,7 @@ def test_daemons_take_their_commands(command: str, tmp_path: Path, monkeypatch: 
 
 def test_make_has_the_targets() -> None:
     listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    named = set(re.findall(r"(?:^    |^    \$ |`)make ([a-z]+)\b", README, re.MULTILINE))
+    named = set(re.findall(r"(?:^    |^    \$ |`)make ([a-z-]+)\b", README, re.MULTILINE))
     assert "demo" in named
     for target in named:
         assert re.search(rf"^  make {target} +\S", listing, re.MULTILINE), target

@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from common.messages import Event
-from remoted.device import Bar, BarKind, Host, Msix, Option, PciFunction, RateLimited, UsageError, register
+from remoted.device import (
+    Bar,
+    BarKind,
+    Host,
+    Msix,
+    Option,
+    PciExpress,
+    PciFunction,
+    PowerManagement,
+    RateLimited,
+    UsageError,
+    register,
+)
 from remoted.devices.nvme import nvme_h
 from remoted.devices.nvme.admin import AdminCommands
 from remoted.devices.nvme.drive import open_drive
@@ -53,6 +65,7 @@ class Nvme(PciFunction):
     CLASS_CODE = 0x010802
     BARS: ClassVar = {0: Bar(BarKind.MEM64, 16384)}
     MSIX = Msix(vectors=MAX_IO_QUEUES + 1)
+    CAPABILITIES = (PowerManagement(), PciExpress())
     REGISTERS: ClassVar = {0: {each.value: each.name for each in Register}}
     OPTIONS = (
         Option("drive", str, None, "what has the blocks: file:PATH (raw image, block device) or memory:SIZE"),

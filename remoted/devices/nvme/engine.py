@@ -54,7 +54,7 @@ class Engine:
         self.is_running = False
         """whether the controller is ready and has not failed"""
         self.stale = 0
-        """jobs from before a reset that still run: what they read is dropped, what they write may be written"""
+        """jobs from before a reset that have not ended: what they read is dropped"""
         self.workers = Workers(host.loop.call_soon_threadsafe)
         self._memory = host.memory
         self._loop = host.loop
@@ -74,7 +74,7 @@ class Engine:
         """commands that wait for others to end"""
 
     def stop(self) -> None:
-        """Forgets all queues and commands. Jobs that run can't be stopped; they count as stale."""
+        """Forgets all queues and commands. Jobs that have begun can't be stopped, and are stale until they end."""
         self.is_running = False
         self._epoch += 1
         self.stale += self._jobs
@@ -160,8 +160,13 @@ class Engine:
 
         A CommandError of the job ends it after ``failed(error)``. Raises CommandError.
         """
+        epoch = self._epoch
+
+        def unless_reset() -> Any:
+            return job() if epoch == self._epoch else None
+
         try:
-            self.workers.submit(job, partial(self._done, self._epoch, command, finish, failed))
+            self.workers.submit(unless_reset, partial(self._done, epoch, command, finish, failed))
         except RuntimeError as error:
             raise CommandError(Status.INTERNAL_ERROR) from error
         self._jobs += 1
@@ -176,7 +181,8 @@ class Engine:
 
         def ended(_result: object, error: Exception | None) -> None:
             if error is not None:
-                self._log.warning("the drive can't be flushed: %s", error, event=Event.DRIVE_FAILED)
+                text = "the drive has failed: flushing it for a shutdown: %s"
+                self._log.warning(text, error, event=Event.DRIVE_FAILED)
             if epoch == self._epoch:
                 done()
 

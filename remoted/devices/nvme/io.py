@@ -85,7 +85,7 @@ class IoCommands:
         """Ends the command once everything that was written is on the medium."""
         if self._drive.is_memory or self._drive.is_read_only:
             return 0
-        return self._do(command, self._drive.flush, _nothing, "flushing it", Status.WRITE_FAULT)
+        return self._do(command, self._drive.flush, _nothing, "flushing", Status.WRITE_FAULT)
 
     def _flush(self, command: Command) -> int | None:
         """6.8."""
@@ -164,18 +164,19 @@ class IoCommands:
         *,
         is_quick: bool = True,
     ) -> int | None:
-        """Does a job here if the drive never waits, and in a thread otherwise."""
+        """Does a job here if the drive never waits, and in a thread otherwise. ``what`` is for the log."""
 
         def checked() -> Any:
             try:
                 return job()
             except OSError as error:
-                self._problem = f"{what} of the image failed: {error.strerror or error}"
-                if error.errno in _FULL:
-                    raise CommandError(Status.CAPACITY_EXCEEDED) from error
-                raise CommandError(fault) from error
+                is_full = error.errno in _FULL
+                raise CommandError(Status.CAPACITY_EXCEEDED if is_full else fault) from error
 
         def failed(error: CommandError) -> None:
+            cause = error.__cause__
+            reason = cause.strerror if isinstance(cause, OSError) else None
+            self._problem = f"the drive has failed: {what}: {reason or cause}"
             self._log.warning("%s", self._problem, event=Event.DRIVE_FAILED)
             self._health.media_errors += error.status is not Status.CAPACITY_EXCEEDED
 

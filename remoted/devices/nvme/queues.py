@@ -23,9 +23,13 @@ __all__ = ["MAX_IO_QUEUES", "MAX_UNDER_WAY", "Command", "CompletionQueue", "Queu
 
 MAX_IO_QUEUES = 64
 MAX_UNDER_WAY = 64
-"""commands that have been fetched and are not done"""
+"""I/O commands that have been fetched and are not done"""
+MAX_ADMIN_UNDER_WAY = 16
+"""admin commands, which a drive that doesn't answer must not hold up"""
 MAX_UNPOSTED = 256
 """completions that have not been posted; no further command is fetched then"""
+_MAX_KEPT = MAX_UNPOSTED + 16
+"""with those of requests for events, which were fetched long ago"""
 
 _RECORD = struct.Struct("<BBHHHHQ")
 """of a queue: flags, phase, size, head, tail, completion queue or vector, address"""
@@ -122,8 +126,8 @@ class Queues:
     """All queues of a controller, the commands under way, and the completions that are to be posted."""
 
     _records: bytearray = buffer(2 * (MAX_IO_QUEUES + 1) * _RECORD.size)
-    _kept_commands: bytearray = buffer(MAX_UNDER_WAY * _UNDER_WAY.size)
-    _kept_completions: bytearray = buffer(MAX_UNPOSTED * _UNPOSTED.size)
+    _kept_commands: bytearray = buffer((MAX_UNDER_WAY + MAX_ADMIN_UNDER_WAY) * _UNDER_WAY.size)
+    _kept_completions: bytearray = buffer(_MAX_KEPT * _UNPOSTED.size)
 
     def __init__(self) -> None:
         self.submissions: dict[int, SubmissionQueue] = {}
@@ -150,13 +154,14 @@ class Queues:
     def room(self, queue: SubmissionQueue) -> int:
         """How many commands of a queue may be fetched now, such that each has a slot for its completion."""
         completions = queue.completions
-        room = (queue.tail - queue.head) % queue.size
+        admin = self.submissions[0].under_way
+        left = MAX_UNDER_WAY + admin - len(self.under_way) if queue.id else MAX_ADMIN_UNDER_WAY - admin
         return max(
             0,
             min(
-                room,
+                (queue.tail - queue.head) % queue.size,
                 completions.free - completions.promised,
-                MAX_UNDER_WAY - len(self.under_way),
+                left,
                 MAX_UNPOSTED - len(self.unposted) - len(self.under_way),
             ),
         )

@@ -134,7 +134,7 @@ def test_a_full_filesystem(loop: Loop, tmp_path: Path) -> None:
             assert statuses[0] == 0
             assert statuses[-1] == CAPACITY_EXCEEDED
             (text,) = nvme.function.amiss.texts()
-            assert text.endswith("of the image failed: No space left on device")
+            assert text == "the drive has failed: writing 524288 bytes at 0x180000: No space left on device"
             ballast.unlink()
             assert nvme.run(queue, WRITE, cdw10=1024 * 3, **fields).status == 0
 

@@ -76,6 +76,21 @@ def test_a_flood_on_one_queue_leaves_the_others_alone(
     assert sorted(nvme.wait(queue).cid for _ in range(queue.size - 1)) == list(range(queue.size - 1))
 
 
+def test_admin_commands_need_no_answer_of_the_drive(nvme: Driver, image: FuseImage) -> None:
+    """Even if there are more I/O commands than the controller takes at once."""
+    queue, buffer = nvme.create_pair(size=256), nvme.allocate()
+    image.held.add(READ)
+    for _ in range(200):
+        nvme.submit(queue, NVME_READ, nsid=1, prp1=buffer)
+    for _ in range(20):
+        assert nvme.run(nvme.admin, 0x08, cdw10=1).dword0 == 1
+    deletions = [nvme.submit(nvme.admin, 0x00, cdw10=1) for _ in range(20)]
+    assert nvme.run_until_idle() == []
+    image.release()
+    ended = [nvme.wait(nvme.admin) for _ in deletions]
+    assert [each.status for each in ended] == [0] + [0x101] * 19
+
+
 def test_a_flush_makes_written_blocks_durable(nvme: Driver, image: FuseImage, queue: QueuePair) -> None:
     buffer = nvme.allocate()
     assert nvme.run(queue, NVME_WRITE, nsid=1, prp1=buffer).status == 0
@@ -148,7 +163,8 @@ def test_an_error_of_the_image_ends_the_command(
     (text,) = nvme.function.amiss.texts()
     (record,) = caplog.records
     assert text == record.getMessage()
-    assert text.endswith(f" of the image failed: {os.strerror(code)}")
+    assert text.startswith("the drive has failed: ")
+    assert text.endswith(f": {os.strerror(code)}")
     log_page = nvme.allocate()
     assert nvme.run(nvme.admin, 0x02, prp1=log_page, cdw10=15 << 16 | 1).status == 0
     assert int.from_bytes(nvme.load(log_page, 8), "little") == 1
@@ -182,6 +198,17 @@ class TestReset:
         nvme.store(source, b"new" * 170)
         assert nvme.run(queue, NVME_WRITE, nsid=1, prp1=source).status == 0
         assert image.content[:3] == b"new"
+
+    def test_what_has_not_begun_is_not_done(self, nvme: Driver, image: FuseImage) -> None:
+        queue, buffer = nvme.create_pair(size=64), nvme.allocate()
+        image.held.add(WRITE)
+        for i in range(40):
+            nvme.submit(queue, NVME_WRITE, nsid=1, prp1=buffer, cdw10=i)
+        run_until(nvme.loop, lambda: image.waiting)
+        nvme.write(CC, CC_DEFAULT)
+        image.release()
+        run_until(nvme.loop, lambda: not nvme.read(CSTS) & READY)
+        assert len(image.seen) <= 4, "one for each thread"
 
     def test_after_a_function_reset_it_is_enabled_when_the_drive_is_done(
         self, nvme: Driver, image: FuseImage, queue: QueuePair

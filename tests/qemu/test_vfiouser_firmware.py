@@ -25,7 +25,15 @@ def test_the_firmware_boots_from_the_disk(vfio_user_qemu: str, tmp_path: Path, m
     socket = {"type": "unix", "path": f"{tmp_path}/disk0.sock"}
     device = {"driver": "vfio-user-pci", "socket": socket, "addr": "05.0", "bootindex": 0}
     args = [
-        *("-machine", f"{machine},accel=tcg,memory-backend=ram", "-m", "64", "-nodefaults", "-display", "none"),
+        *(
+            "-machine",
+            f"{machine},accel=tcg,memory-backend=ram",
+            "-m",
+            "64",
+            "-nodefaults",
+            "-display",
+            "none",
+        ),
         *("-object", "memory-backend-memfd,id=ram,size=64M,share=on", "-serial", "chardev:com1"),
         *("-device", json.dumps(device)),
     ]

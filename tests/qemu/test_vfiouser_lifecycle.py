@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from subprocess import TimeoutExpired
@@ -12,10 +13,12 @@ from subprocess import TimeoutExpired
 import pytest
 
 from tests.support.consolevfiouser import ConsoleGuest, check_interrupts, start_hammer
+from tests.support.qemu import PATIENCE
 from tests.support.vfiouserprocess import VfioUserServer
 from tests.support.wait import wait_until
 
 SERIAL, EDU = "05.0", "06.0"
+ACCELERATORS = ["kvm", "tcg"]
 KILLS = 100
 
 
@@ -26,7 +29,47 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VfioUserServer]
     server.close()
 
 
-@pytest.mark.parametrize("accelerator", ["kvm", "tcg"])
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
+def test_firmware_and_resets_with_lines_high(
+    requires_kvm: None, server: VfioUserServer, vfio_user_qemu: str, tmp_path: Path, accelerator: str
+) -> None:
+    """SeaBIOS sizes the BARs, and programs the PIIX3 and the PICs before the guest does."""
+    with ConsoleGuest(tmp_path, server, vfio_user_qemu, accelerator, seabios=True) as guest:
+        check_interrupts(guest, 50, held=10)
+        for addr in (SERIAL, EDU):
+            guest.ok(f"hold {addr}")
+            guest.monitor.execute("system_reset")
+            guest.console.wait_ready(PATIENCE)
+            assert not any(server.status(name)["level"] for name in server.addresses)
+            check_interrupts(guest, 50, held=10)
+    server.await_nothing_left()
+
+
+def test_writes_that_are_answered(
+    requires_kvm: None, server: VfioUserServer, vfio_user_qemu: str, tmp_path: Path
+) -> None:
+    """QEMU posts none when it is told so, or when a BAR of the device is mapped."""
+    no_posted_writes = {"x-no-posted-writes": True}
+    with ConsoleGuest(tmp_path, server, vfio_user_qemu, "kvm", **no_posted_writes) as guest:
+        check_interrupts(guest, 100, held=10)
+    server.await_nothing_left()
+
+
+def test_functions_that_share_a_gsi(requires_kvm: None, vfio_user_qemu: str, tmp_path: Path) -> None:
+    """Each EOI reaches both functions, and asserts again only the line that is high."""
+    devices = {"com1": "pci-serial", "edu0": "edu", "com2": "pci-serial", "edu1": "edu"}
+    with closing(VfioUserServer(tmp_path, devices, slots=(5, 6, 9, 10))) as server:
+        with ConsoleGuest(tmp_path, server, vfio_user_qemu, "kvm") as guest:
+            check_interrupts(guest, 500, held=50)
+            gsis = [record.number("gsi") for record in guest.ok("setup").of_kind("function")]
+            assert sorted(gsis) == [10, 10, 11, 11]
+            for addr in server.addresses.values():
+                guest.ok(f"reroute {addr}")
+            check_interrupts(guest, 50, held=10)
+        server.await_nothing_left()
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS)
 def test_unplug_and_replug(
     requires_kvm: None, server: VfioUserServer, vfio_user_qemu: str, tmp_path: Path, accelerator: str
 ) -> None:

@@ -25,9 +25,10 @@ _EJECT_BASE = 0xAE00
 _DOWN, _EJECT, _SELECT = 0x4, 0x8, 0x10
 
 
-def device_properties(server: VfioUserServer, name: str) -> dict[str, Any]:
+def device_properties(server: VfioUserServer, name: str, **others: object) -> dict[str, Any]:
     """The arguments of device_add that plug a device of the server."""
     return {
+        **others,
         "driver": "vfio-user-pci",
         "id": name,
         "addr": server.addresses[name],
@@ -36,18 +37,24 @@ def device_properties(server: VfioUserServer, name: str) -> dict[str, Any]:
     }
 
 
-def device_option(server: VfioUserServer, name: str) -> list[str]:
+def device_option(server: VfioUserServer, name: str, **others: object) -> list[str]:
     """The same as an option of QEMU."""
-    return ["-device", json.dumps(device_properties(server, name))]
+    return ["-device", json.dumps(device_properties(server, name, **others))]
 
 
 class ConsoleGuest:
     """The guest, on a machine with 64 MiB, with all devices of a server."""
 
     def __init__(
-        self, directory: Path, server: VfioUserServer, program: str, accelerator: str, seabios: bool = False
+        self,
+        directory: Path,
+        server: VfioUserServer,
+        program: str,
+        accelerator: str,
+        seabios: bool = False,
+        **properties: object,
     ) -> None:
-        """Boots it; ``monitor`` is a monitor of QEMU."""
+        """Boots it, its devices with these properties; ``monitor`` is a monitor of QEMU."""
         self.accelerator = accelerator
         self._server = server
         self._stack = ExitStack()
@@ -55,7 +62,7 @@ class ConsoleGuest:
         path.unlink(missing_ok=True)
         arguments = [*RAM, "-qmp", f"unix:{path},server=on,wait=off"]
         for name in server.addresses:
-            arguments += device_option(server, name)
+            arguments += device_option(server, name, **properties)
         try:
             self.machine = self._stack.enter_context(
                 QemuGuest(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -90,10 +90,12 @@ def memory(size: int) -> Iterator[int]:
 class VfioUserServer:
     """One process that serves devices over vfio-user."""
 
-    def __init__(self, directory: Path, devices: dict[str, str]) -> None:
-        """``devices``: models by id, and those at 05.0 and the following addresses."""
+    def __init__(
+        self, directory: Path, devices: Mapping[str, str], slots: Iterable[int] = range(5, 32)
+    ) -> None:
+        """``devices``: models by id, and those at function 0 of these slots."""
         self._directory = directory
-        self.addresses = {name: f"{slot:02x}.0" for slot, name in enumerate(devices, 5)}
+        self.addresses = {name: f"{slot:02x}.0" for slot, name in zip(slots, devices, strict=False)}
         """of the devices, by id"""
         options = [
             f"--device={model},id={name},addr={self.addresses[name]},transport=vfio-user"

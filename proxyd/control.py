@@ -5,104 +5,49 @@
 import contextlib
 import os
 import socket
-from collections.abc import Sequence
-from typing import Protocol
 
 from asyncvarlink import varlinkmethod
 
-from common.amiss import Amiss, one_line
+from common.amiss import one_line
 from common.errors import UntrustedError
-from common.lostlines import LOST
 from common.pci import format_devfn
 from common.peer import PeerCredentials, peer_credentials
 from common.proxyd_interface import Function, Proxyd, StatusReply
 from common.trust import TRUST
+from proxyd.vmstate import FunctionState, VmState
 
-__all__ = ["FunctionState", "ProxydService", "describe"]
-
-
-class FunctionState(Protocol):
-    """What Status tells of a function; the fields' meanings are in the interface's definition."""
-
-    name: str
-    devfn: int
-    reconnects: int
-    reason: str
-    """why there is no link, or why there was none before this one; empty before the first attempt"""
-    amiss: Amiss
-
-    @property
-    def pin(self) -> int | None: ...
-
-    @property
-    def answer_times(self) -> tuple[float, float] | None: ...
-
-    @property
-    def is_decoded(self) -> bool | None: ...
-
-    @property
-    def gsi(self) -> int | None: ...
-
-    @property
-    def remote(self) -> PeerCredentials | None: ...
+__all__ = ["ProxydService"]
 
 
 class ProxydService(Proxyd):
     """The interface's methods."""
 
-    def __init__(
-        self,
-        vm: str,
-        kind: str,
-        irqchip: str,
-        tsc_khz: int | None,
-        proxies: Sequence[FunctionState],
-        remoted: str | None = None,
-    ) -> None:
-        """``kind`` and ``irqchip`` as in the interface; ``tsc_khz`` of the guest, None when unknown.
-
-        What is public may be set when it is known; ``proxies`` is read at each call. ``remoted`` is the control
-        socket of remoted.
-        """
-        self.irqchip = irqchip
-        self.tsc_khz = tsc_khz
-        self.amiss = Amiss()
-        """what concerns no single function"""
-        self.amiss.add(LOST.amiss)
-        self.attached: str | None = None
-        self.reason: str | None = None
-        self._vm = vm
-        self._kind = kind
-        self._proxies = proxies
-        self._remoted = remoted
+    def __init__(self, state: VmState) -> None:
+        """``state`` is read at each call."""
+        self._state = state
 
     @varlinkmethod
     def Status(self) -> StatusReply:
         """The VM, and every function's route and link."""
+        state = self._state
         return {
-            "vm": self._vm,
+            "vm": state.vm,
             "pid": os.getpid(),
-            "kind": self._kind,
-            "irqchip": self.irqchip,
-            "tsc_khz": self.tsc_khz,
-            "attached": self.attached,
-            "reason": None if self.reason is None else one_line(self.reason),
-            "amiss": self.amiss.texts(),
-            "functions": [self._function_status(proxy) for proxy in self._proxies],
+            "kind": state.kind,
+            "irqchip": state.irqchip,
+            "tsc_khz": state.tsc_khz,
+            "attached": state.attached,
+            "reason": None if state.reason is None else one_line(state.reason),
+            "amiss": state.amiss.texts(),
+            "functions": [self._function_status(function) for function in state.functions],
         }
 
     def _function_status(self, proxy: FunctionState) -> Function:
         remote = proxy.remote  # read once: another thread may lose the link meanwhile
-        if remote is not None and self._remoted is not None and _has_ended(remote.pid):
+        if remote is not None and self._state.remoted is not None and _has_ended(remote.pid):
             # The service manager has kept the link: the next remoted goes on with it.
-            remote = _find_listener(self._remoted) or remote
+            remote = _find_listener(self._state.remoted) or remote
         return _make_status(proxy, remote)
-
-
-def describe(functions: Sequence[FunctionState]) -> str:
-    """How many functions there are, and how many have their links."""
-    linked = sum(function.remote is not None for function in functions)
-    return f"{len(functions)} functions, {linked} of them linked"
 
 
 def _has_ended(pid: int) -> bool:

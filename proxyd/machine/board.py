@@ -13,13 +13,13 @@ from common.errors import UsageError
 from common.journal import device_log
 from common.loop import Loop
 from common.pci import format_devfn
-from proxyd.control import ProxydService, describe
 from proxyd.kvm.irqchip import Irqchip
 from proxyd.machine.console import COM1_IRQ, Console
 from proxyd.pci.links import LinkKeeper
 from proxyd.pci.pcidev import PciProxy
 from proxyd.pci.pcihost import RESERVED_DEVFNS, PciHost
 from proxyd.pci.ram import Ram
+from proxyd.vmstate import VmState, describe
 
 __all__ = ["Board", "check_addresses"]
 
@@ -54,10 +54,10 @@ class Board:
         self._hung: set[int] = set()
         log = logging.getLogger(program)
         remoted = f"{config.runtime_dir}/remoted.varlink"
-        self._interface = ProxydService(config.name, config.vm, "", None, self._proxies, remoted)
+        self._state = VmState(config.name, config.vm, "", None, self._proxies, remoted)
         with ExitStack() as opened:
             path = config.own_socket_path("proxyd.varlink")
-            self._control = ControlServer(loop, path, lambda: self._interface, log)
+            self._control = ControlServer(loop, path, self._state.make_interface, log)
             opened.callback(self._control.close)
             self._keeper = LinkKeeper(loop)
             opened.callback(self._keeper.close)
@@ -69,8 +69,8 @@ class Board:
 
     def start(self, irqchip: str, tsc_khz: int | None) -> None:
         """Begins to connect; ``irqchip`` and ``tsc_khz`` are what the control socket tells of the guest."""
-        self._interface.irqchip = irqchip
-        self._interface.tsc_khz = tsc_khz
+        self._state.irqchip = irqchip
+        self._state.tsc_khz = tsc_khz
         self._keeper.start(self._proxies)
 
     def describe(self) -> str:

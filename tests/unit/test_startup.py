@@ -50,6 +50,14 @@ def test_the_modules_of_daemon_and_models_need_neither_libraries_nor_what_is_slo
     assert set(loaded) & set(UNWANTED) <= {"hashlib"}  # of nvme
 
 
+@pytest.mark.parametrize("way", ["embedded.embedded", "pid.attached", "soft.soft"])
+def test_proxyd_loads_neither_asyncio_nor_what_answers_calls_unless_it_has_a_monitor(way: str) -> None:
+    code = f"import sys, proxyd.main, proxyd.vm.{way}; print(*sys.modules)"
+    command = [sys.executable, "-S", "-c", code]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not set(loaded) & {"asyncio", "asyncvarlink", "json", "pyroute2", "shutil", "ssl", "subprocess"}
+
+
 def loaded_by_python() -> set[str]:
     """What Python loads by itself, which depends on how iohub was installed."""
     command = [sys.executable, "-c", "import sys; print(*sys.modules)"]

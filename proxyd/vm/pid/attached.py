@@ -25,12 +25,12 @@ from common.messages import Event
 from common.mpqemu import Command
 from common.peer import PeerCredentials
 from common.service import notify
-from proxyd.control import ProxydService, describe
 from proxyd.kvm.kvm_h import KVM_IOAPIC_NUM_PINS
 from proxyd.pci.links import LinkKeeper
 from proxyd.vm.pid.inject import Line, Target
 from proxyd.vm.pid.keptlines import KeptLines
 from proxyd.vm.procstat import is_stopped
+from proxyd.vmstate import VmState, describe
 
 __all__ = ["Attached"]
 
@@ -280,10 +280,10 @@ class Attached:
         gsis = {device.id: _check_gsi(device) for device in config.devices}
         self._functions: list[_Function] = []
         remoted = f"{config.runtime_dir}/remoted.varlink"
-        interface = ProxydService(config.name, config.vm, "kvm", None, self._functions, remoted)
+        state = VmState(config.name, config.vm, "kvm", None, self._functions, remoted)
         path = config.own_socket_path("proxyd.varlink")
         # Before the process is touched: it may have a daemon already.
-        self._control = ControlServer(loop, path, lambda: interface, log)
+        self._control = ControlServer(loop, path, state.make_interface, log)
         # Before any thread is started: one that doesn't block it can take the signal that says that the process
         # has stopped, and it would stand still until somebody looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -292,7 +292,7 @@ class Attached:
         except BaseException:
             self._control.close()
             raise
-        interface.amiss.add(self._amiss)
+        state.amiss.add(self._amiss)
         self._keeper = LinkKeeper(loop)
         self._functions += [
             _Function(

@@ -28,7 +28,6 @@ from common.messages import Event
 from common.pathwatch import PathWatch
 from common.peer import PeerCredentials
 from common.service import notify
-from proxyd.control import ProxydService, describe
 from proxyd.vm.procstat import is_stopped, process_start
 from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.function import Function
@@ -47,6 +46,7 @@ from proxyd.vm.qmp.slot import CONSENT_SECONDS, Turn
 from proxyd.vm.qmp.slots import Slots
 from proxyd.vm.qmp.stepper import Stepper, cancel
 from proxyd.vm.qmp.uevents import KvmEvents
+from proxyd.vmstate import VmState, describe
 
 __all__ = ["QemuPlugger"]
 
@@ -84,14 +84,14 @@ class QemuPlugger:
         self._loop.add(self._uevents.fileno(), self._on_uevent)
         self._watch = PathWatch(loop, lambda _path: self._appeared.set())
         self._remoted = config.own_socket_path("remoted.varlink")
-        self._interface = ProxydService(
+        self._state = VmState(
             config.name, config.vm, "kvm", None, self._slots.functions, self._remoted
         )
-        self._interface.reason = "looking for QEMU"
+        self._state.reason = "looking for QEMU"
         self._health = Health()
-        self._interface.amiss.add(self._health.amiss)
+        self._state.amiss.add(self._health.amiss)
         path = config.own_socket_path("proxyd.varlink")
-        self._control = ControlServer(self._loop, path, lambda: self._interface, log)
+        self._control = ControlServer(self._loop, path, self._state.make_interface, log)
         self._qemu: tuple[int, int] | None = None
         """the process that was attached last, as far as it can be seen: a sandbox may hide it"""
         self._has_attached = False
@@ -111,7 +111,7 @@ class QemuPlugger:
 
     def describe(self) -> str:
         """The state in one line."""
-        if self._interface.attached is None:
+        if self._state.attached is None:
             return "Waiting for QEMU"
         plugged = sum(function.is_plugged for function in self._slots.functions)
         return f"Attached to QEMU: {describe(self._slots.functions)}, {plugged} plugged"
@@ -152,11 +152,11 @@ class QemuPlugger:
         while (monitor := await self._find()) is not None:
             try:
                 await self._attend(monitor)
-                self._interface.reason = f"detached from {monitor.name}"
-                self._event_log.info("%s", self._interface.reason, event=Event.QEMU_DETACHED)
+                self._state.reason = f"detached from {monitor.name}"
+                self._event_log.info("%s", self._state.reason, event=Event.QEMU_DETACHED)
             except (PeerGone, ProtocolError) as error:
-                self._interface.reason = f"lost {monitor.name}: {error}"
-                self._event_log.warning("%s", self._interface.reason, event=Event.QEMU_LOST)
+                self._state.reason = f"lost {monitor.name}: {error}"
+                self._event_log.warning("%s", self._state.reason, event=Event.QEMU_LOST)
             finally:
                 self._health.end()
                 for slot in self._slots:
@@ -208,8 +208,8 @@ class QemuPlugger:
             and is_stopped(self._qemu[0])
         ):
             line += f"; the QEMU that was attached last, process {self._qemu[0]}, is stopped by a signal"
-        if line != self._interface.reason:
-            self._interface.reason = line
+        if line != self._state.reason:
+            self._state.reason = line
             self._event_log.info("%s", line, event=Event.QEMU_AWAITED)
             self._announce()
 
@@ -222,8 +222,8 @@ class QemuPlugger:
                 f"{peer} at {self._socket} doesn't answer: it is busy, or its monitor has another client; give "
                 "iohub-proxyd a monitor of its own (-qmp unix:PATH,server=on,wait=off)"
             )
-        if line != self._interface.reason:
-            self._interface.reason = line
+        if line != self._state.reason:
+            self._state.reason = line
             self._event_log.warning("%s", line, event=event)
             self._announce()
 
@@ -241,7 +241,7 @@ class QemuPlugger:
             [each.config for each in self._slots.functions if each.name in inventory.drivers],
             self._config.socket_path,
         )
-        self._interface.attached, self._interface.reason = monitor.name, None
+        self._state.attached, self._state.reason = monitor.name, None
         self._event_log.info("attached to QEMU", event=Event.QEMU_ATTACHED, peer=str(monitor.peer))
         ends = [
             asyncio.create_task(monitor.wait_closed()),
@@ -257,7 +257,7 @@ class QemuPlugger:
             for task in done:
                 task.result()
         finally:
-            self._interface.attached = None
+            self._state.attached = None
             await cancel(*ends, serving)
         if self._stop.is_set() and self._unplug_on_exit:
             await self._unplug(monitor)
@@ -299,7 +299,7 @@ class QemuPlugger:
         """What is plugged in QEMU. Raises UsageError when QEMU or what it has doesn't suit."""
         try:
             transports = {function.config.transport for function in self._slots.functions}
-            self._interface.irqchip = await qemu.check(monitor, transports)
+            self._state.irqchip = await qemu.check(monitor, transports)
             for function in self._slots.functions:
                 function.is_gone = False
             inventory = await qemu.take_inventory(monitor)

@@ -20,6 +20,7 @@ from common.loop import Loop
 from common.messages import Event
 from common.proxyd_interface import Proxyd
 from proxyd.control import ProxydService
+from proxyd.vmstate import VmState
 from tests.support.wait import wait_until
 
 CALL = json.dumps({"method": f"{Proxyd.name}.Status"}).encode() + b"\0"
@@ -41,7 +42,7 @@ class Bench:
         assert self.may_load.wait(10)
         if self.error is not None:
             raise self.error
-        return ProxydService("vm1", "soft", "soft", None, [])
+        return VmState("vm1", "soft", "soft", None, []).make_interface()
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)

@@ -21,9 +21,9 @@ from common.ctl.children import Child
 from common.loop import Loop
 from common.pci import parse_devfn
 from common.peer import PeerCredentials
-from proxyd.control import ProxydService
 from proxyd.machine.board import Board
 from proxyd.vm.soft.softirqchip import SoftIrqchip
+from proxyd.vmstate import VmState
 from remoted.devices.irq_line import IrqLine
 from tests.support.fds import no_fd_is_left
 from tests.support.remote import RemoteThread
@@ -149,7 +149,7 @@ def test_functions_without_a_remote(bench: Bench) -> None:
 
 def test_what_modules_say_is_amiss_is_told_of_the_function_and_of_the_vm(bench: Bench) -> None:
     bench.board.start("soft", None)
-    bench.board._interface.amiss.add(lambda: ["the guest is paused"])
+    bench.board._state.amiss.add(lambda: ["the guest is paused"])
     bench.board._proxies[0].amiss.add(lambda: ["slow"])
     assert bench.status()["amiss"] == ["the guest is paused"]
     functions = bench.functions()
@@ -209,9 +209,8 @@ class Unlinked:
 
 
 def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:
-    interface = ProxydService(
-        "vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")]
-    )
+    state = VmState("vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")])
+    interface = state.make_interface()
     functions = status_of(interface)["functions"]
     silent, loud = (function["reason"] for function in functions)
     assert silent == "not connected yet"
@@ -226,7 +225,7 @@ def test_a_link_that_outlives_its_remote_is_that_of_the_next_one(tmp_path: Path)
     function = Unlinked("")
     function.remote = PeerCredentials(ended.pid, 0, 0)
     control = tmp_path / "remoted.varlink"
-    interface = ProxydService("vm1", "soft", "soft", None, [function], str(control))
+    interface = VmState("vm1", "soft", "soft", None, [function], str(control)).make_interface()
     assert status_of(interface)["functions"][0]["remote_pid"] == ended.pid
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(control))
@@ -237,12 +236,13 @@ def test_a_link_that_outlives_its_remote_is_that_of_the_next_one(tmp_path: Path)
 
 
 def test_the_qemu_that_has_the_functions_is_told_or_why_there_is_none() -> None:
-    interface = ProxydService("vm1", "qmp:x", "kvm", None, [])
-    interface.reason = "no QEMU:\nwaiting"
+    state = VmState("vm1", "qmp:x", "kvm", None, [])
+    interface = state.make_interface()
+    state.reason = "no QEMU:\nwaiting"
     status = status_of(interface)
     assert status["reason"] == "no QEMU:\\nwaiting"
     assert status["attached"] is None
-    interface.attached, interface.reason = "qemu[42]", None
+    state.attached, state.reason = "qemu[42]", None
     status = status_of(interface)
     assert status["attached"] == "qemu[42]"
     assert status["reason"] is None

@@ -399,7 +399,7 @@ def test_the_reason_of_a_reset_may_be_anything(bench: Bench, caplog: pytest.LogC
 
 
 def amiss(bench: Bench) -> list[str]:
-    return bench.plugger._interface.amiss.texts()
+    return bench.plugger._state.amiss.texts()
 
 
 def test_a_guest_that_does_not_run_is_amiss(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +442,7 @@ def test_a_monitor_that_is_only_slow_stays_attached(bench: Bench, monkeypatch: p
         monkeypatch.setattr(monitor, "_COMMAND_SECONDS", 0.01)
         bench.qemu.unanswered = "query-status"
         await bench.until(lambda: bench.plugger._health._monitor.silent_for > 0.1, "it is silent")  # type: ignore[union-attr]
-        assert bench.plugger._interface.attached
+        assert bench.plugger._state.attached
         assert bench.function.handover is not None
 
     bench.run(talk)

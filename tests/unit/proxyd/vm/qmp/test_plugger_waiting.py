@@ -51,7 +51,7 @@ class Waiting:
 
     @property
     def reason(self) -> str:
-        return self.plugger._interface.reason or ""
+        return self.plugger._state.reason or ""
 
     def run(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
         asyncio.run(self._main(meanwhile))
@@ -88,7 +88,7 @@ def waiting(tmp_path: Path) -> Iterator[Waiting]:
 async def serve(waiting: Waiting, qemu: ModelQemu) -> None:
     """Lets a QEMU appear; returns when it is attached."""
     await qemu.start(waiting.path)
-    await waiting.until(lambda: waiting.plugger._interface.attached, "it is attached")
+    await waiting.until(lambda: waiting.plugger._state.attached, "it is attached")
     await qemu.close()
 
 
@@ -157,7 +157,7 @@ def test_a_lost_monitor_is_not_tried_again_at_once(
         if qemu.unanswered:
             await waiting.until(lambda: qemu.count("query-kvm"), "it is looked at")
         else:
-            await waiting.until(lambda: waiting.plugger._interface.attached, "it is attached")
+            await waiting.until(lambda: waiting.plugger._state.attached, "it is attached")
         if loss == "by nonsense":
             qemu.send({"error": {}})
         else:

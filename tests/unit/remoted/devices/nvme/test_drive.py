@@ -4,22 +4,27 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from common.errors import UsageError
+from common.fdstore import FdStore
+from common.journal import RateLimited
+from common.keptfiles import KeptFiles
 from common.loop import Loop
 from remoted.devices.nvme.drive import Drive, open_drive
 from tests.support.fds import count_fds
 from tests.support.filesystems import small_filesystem
 from tests.support.fuseimage import fuse_image
 from tests.support.nvmedriver import driver
+from tests.support.storemanager import StoreManager
 
 WRITE, WRITE_ZEROES = 0x01, 0x08
 CAPACITY_EXCEEDED, WRITE_FAULT = 0x081, 0x280
@@ -166,3 +171,38 @@ def test_a_block_device(loop: Loop) -> None:
 def size(device: Path) -> int:
     with device.open("rb") as file:
         return file.seek(0, os.SEEK_END)
+
+
+class TestKeptMemory:
+    @pytest.fixture
+    def manager(self, tmp_path: Path) -> Iterator[StoreManager]:
+        with closing(StoreManager(tmp_path)) as manager:
+            yield manager
+
+    def open(self, loop: Loop, manager: StoreManager, size: str) -> Drive:
+        """As a process does that comes after another one."""
+        store = FdStore(loop, RateLimited(logging.getLogger("test")), manager.address, manager.hand_over())
+        try:
+            return open_drive(f"memory:{size}", KeptFiles(store, "28.own-"))
+        finally:
+            manager.serve()
+            store.close()
+
+    def test_the_next_process_has_it(self, loop: Loop, manager: StoreManager) -> None:
+        first = self.open(loop, manager, "1M")
+        first.write(5000, [b"kept"], is_durable=False)
+        first.close()
+        second = self.open(loop, manager, "1M")
+        assert second.read(5000, 4) == b"kept"
+        second.close()
+
+    def test_memory_of_another_size_is_new(self, loop: Loop, manager: StoreManager) -> None:
+        first = self.open(loop, manager, "1M")
+        first.write(0, [b"lost"], is_durable=False)
+        first.close()
+        for expected in (bytes(4), b"kept"):
+            drive = self.open(loop, manager, "2M")
+            assert drive.size == 2 << 20
+            assert drive.read(0, 4) == expected
+            drive.write(0, [b"kept"], is_durable=False)
+            drive.close()

@@ -177,19 +177,22 @@ class ClientSession(abc.ABC):
                 self._wait_for_rest(link.is_partial)
             elif self._is_edge_triggered and events & (EPOLLHUP | EPOLLRDHUP):
                 raise PeerGone("the peer closed the link within a frame")
-        except PeerGone as error:
-            self._log.info("%s", error, event=Event.CLIENT_GONE, peer=self.client)
-            self.close()
-        except ProtocolError as error:
-            self._reject(error)
-            self.close()
-        except ShortageError as error:
-            text = "the session ends, the client can connect again: %s"
-            self._log.warning(text, error, event=Event.SHORTAGE, peer=self.client)
-            self.close()
+        except (PeerGone, ProtocolError, ShortageError) as error:
+            self._end(error)
         else:
             if link.is_partial and self._partial is None:
                 self._partial = self._loop.call_later(HALF_MESSAGE_SECONDS, self._half_message_expired)
+
+    def _end(self, error: PeerGone | ProtocolError | ShortageError) -> None:
+        """Ends the session, with the reason in the log."""
+        if isinstance(error, PeerGone):
+            self._log.info("%s", error, event=Event.CLIENT_GONE, peer=self.client)
+        elif isinstance(error, ProtocolError):
+            self._reject(error)
+        else:
+            text = "the session ends, the client can connect again: %s"
+            self._log.warning(text, error, event=Event.SHORTAGE, peer=self.client)
+        self.close()
 
     def _wait_for_rest(self, is_partial: bool) -> None:
         """While half a message lies in the socket, waits for further bytes or the end of the stream."""

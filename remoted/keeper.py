@@ -14,6 +14,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from common.disposal import Disposal
 from common.errors import IohubError, ProtocolError, ShortageError
@@ -28,9 +29,12 @@ from remoted.ramfiles import RamFiles
 from remoted.sharedmemory import SharedMemory, bar_memory_name
 from remoted.state import FunctionState, StateMismatch
 
-__all__ = ["Keeper"]
+__all__ = ["Keeper", "as_shortage"]
 
 _LINK = ("link", "reply-read", "reply-write")
+_LASTING = ("state", "client")
+"""what is of the device, not of its present client"""
+_Link = TypeVar("_Link", bound=KeptLink)
 
 
 class Keeper:
@@ -100,31 +104,39 @@ class Keeper:
         Raises PeerGone and ProtocolError, when a socket from take_socket() has come to its end, and ShortageError.
         The socket is closed then, and forgotten.
         """
+        link, is_new = self._open_link(sock, lambda pipe: KeptLink(sock, pipe, self._state, self._disposal))
+        if not is_new:
+            self._resume_irqfds(pirq)
+            self._resume_ram()
+        return link
+
+    def _open_link(
+        self, sock: socket.socket, make: Callable[[tuple[int, int]], _Link]
+    ) -> tuple[_Link, bool]:
+        """The link that ``make(pipe)`` makes, and whether it is a new one, which is stored. Raises as link()."""
         pipe, self._pipe = self._pipe, None
         if pipe is not None:
             try:
-                self._link = KeptLink(sock, pipe, self._state, self._disposal)
+                self._link = link = make(pipe)
             except IohubError:
                 self.forget()
                 raise
-            self._resume_irqfds(pirq)
-            self._resume_ram()
-            return self._link
+            return link, False
         try:
             pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             self._disposal.hang_up(sock)
             raise ShortageError(f"no pipe for replies: {error.strerror}") from error
-        self._link = KeptLink(sock, pipe, self._state, self._disposal)
+        self._link = link = make(pipe)
         try:
-            with _as_shortage("the link can't be kept"):
+            with as_shortage("the link can't be kept"):
                 for name, fd in zip(_LINK, (sock.fileno(), *pipe), strict=True):
                     self._put(name, fd)
         except ShortageError:
             self._link.close()
             self.forget()
             raise
-        return self._link
+        return link, True
 
     def keep_irqfds(self, irqfd: EventNotifier, resamplefd: EventNotifier, done: Callable[[], None]) -> None:
         """Stores the pair of a SET_IRQFD; ``done()`` is called once it would survive this process.
@@ -139,7 +151,7 @@ class Keeper:
             done()
 
         self._remove(_irqfd_names(state.irqfds))
-        with _as_shortage("the eventfds can't be kept"):
+        with as_shortage("the eventfds can't be kept"):
             for name, notifier in zip(_irqfd_names(serial), (irqfd, resamplefd), strict=True):
                 self._put(name, notifier.fd)
             self._store.barrier(stored)
@@ -160,7 +172,7 @@ class Keeper:
             done()
 
         try:
-            with _as_shortage("the guest's RAM can't be kept"):
+            with as_shortage("the guest's RAM can't be kept"):
                 for fd in fds:
                     names.append(self._ram_files.use(self._prefix, fd))  # noqa: PERF401  those before an error count
                 state.put_ram_table(serial, table, names)
@@ -267,7 +279,7 @@ class Keeper:
         """The file that an earlier process left by that name, or -1."""
         fd, *others = self._store.take(self._prefix + name) or (-1,)
         self._disposal.close_fds(others)
-        if fd != -1 and name != "state":
+        if fd != -1 and name not in _LASTING:
             self._names.add(name)
         return fd
 
@@ -282,7 +294,8 @@ class Keeper:
 
 
 @contextlib.contextmanager
-def _as_shortage(text: str) -> Iterator[None]:
+def as_shortage(text: str) -> Iterator[None]:
+    """Turns an OSError into a ShortageError."""
     try:
         yield
     except OSError as error:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from typing import ClassVar
 
 from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, count_unread, receive_urgent_inline, received_fds
@@ -38,6 +39,13 @@ _REPLY_SIZE = mpqemu.HEADER.size + mpqemu.RET.size
 class KeptLink:
     """The answering end of a link whose socket and pipe outlive the process; otherwise as common.link.Link."""
 
+    HEADER_SIZE: ClassVar[int] = mpqemu.HEADER.size
+    CAPACITY: ClassVar[int] = mpqemu.HEADER.size + mpqemu.MAX_PAYLOAD
+    """bytes of the longest frame"""
+    LOOK_AHEAD: ClassVar[int] = CAPACITY
+    """how many bytes the first look at a frame asks for"""
+    MAX_FDS: ClassVar[int] = mpqemu.MAX_FDS
+
     def __init__(
         self, sock: socket.socket, pipe: tuple[int, int], state: FunctionState, disposal: Disposal
     ) -> None:
@@ -48,13 +56,14 @@ class KeptLink:
         """
         sock.setblocking(False)
         receive_urgent_inline(sock)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)  # a killed process may have left another value
         self._sock = sock
         self._pipe = pipe
         self._state = state
         self._disposal = disposal
-        self._buffer = bytearray(mpqemu.HEADER.size + mpqemu.MAX_PAYLOAD)
+        self._buffer = bytearray(self.CAPACITY)
         self._view = memoryview(self._buffer)
-        self.payload = self._view[mpqemu.HEADER.size :]
+        self.payload = self._view[self.HEADER_SIZE :]
         self._frame = 0  # length of the frame last handed out, still in the socket
         self._fds: list[int] = []
         self.is_partial = False
@@ -77,9 +86,9 @@ class KeptLink:
         """
         if self._frame:
             self._consume()
-        command, length, count, fds = self._look(len(self._buffer))
-        if fds and count > length:
-            # Some may be those of a frame behind it.
+        command, length, count, fds = self._look(self.LOOK_AHEAD)
+        if (fds and count > length) or self.LOOK_AHEAD == count < length:
+            # Some fds may be those of a frame behind it.
             self.discard(fds)
             command, length, count, fds = self._look(length)
         self.is_partial = count < length
@@ -87,11 +96,11 @@ class KeptLink:
             self.discard(fds)
             return -1
         self._frame = length
-        if fds and not mpqemu.check_request(command, length - mpqemu.HEADER.size).max_fds:
+        if fds and not self._takes_fds(command, length):
             self.discard(fds)
-        elif len(fds) > mpqemu.MAX_FDS:
+        elif len(fds) > self.MAX_FDS:
             self._disposal.close_fds(fds)
-            raise ProtocolError(f"more than {mpqemu.MAX_FDS} file descriptors in one message")
+            raise ProtocolError(f"more than {self.MAX_FDS} file descriptors in one message")
         else:
             self._fds = fds
         return command
@@ -158,14 +167,23 @@ class KeptLink:
         fds: list[int] = []
         try:
             count = self._peek(size, fds)
-            if count < mpqemu.HEADER.size:
-                return -1, mpqemu.HEADER.size if count else 0, count, fds
-            command, payload = mpqemu.HEADER.unpack_from(self._buffer)
-            mpqemu.check_request(command, payload)
+            if count < self.HEADER_SIZE:
+                return -1, self.HEADER_SIZE if count else 0, count, fds
+            command, length = self._check_header()
         except IohubError:
             self._disposal.close_fds(fds)
             raise
-        return command, mpqemu.HEADER.size + payload, count, fds
+        return command, length, count, fds
+
+    def _check_header(self) -> tuple[int, int]:
+        """The command of the frame in the buffer, and the frame's length. Raises ProtocolError."""
+        command, payload = mpqemu.HEADER.unpack_from(self._buffer)
+        mpqemu.check_request(command, payload)
+        return command, mpqemu.HEADER.size + payload
+
+    def _takes_fds(self, command: int, length: int) -> bool:
+        """Whether such a frame may bring fds."""
+        return mpqemu.check_request(command, length - mpqemu.HEADER.size).max_fds > 0
 
     def _peek(self, size: int, fds: list[int]) -> int:
         """Copies up to ``size`` bytes, and all their fds, and leaves them in the socket. Returns how many bytes.

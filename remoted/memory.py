@@ -106,6 +106,14 @@ class GuestMemory:
         return [(region.start, region.end - region.start) for region in self._regions]
 
     @property
+    def mappings(self) -> list[tuple[int, int, int, int, bool, bool]]:
+        """What map() has got for every region, by address: start, size, offset, fd, can_read, can_write."""
+        return [
+            (each.start, each.end - each.start, each.offset, each.fd, each.can_read, each.can_write)
+            for each in self._regions
+        ]
+
+    @property
     def fds(self) -> list[int]:
         """The fds of all regions, each once."""
         return list(self._uses)

@@ -7,6 +7,7 @@ src/core/service.c). So each file is there by one name, that of its inode, as lo
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 from common.fdstore import FdStore
@@ -23,14 +24,22 @@ class RamFiles:
         self._inherited: dict[str, int] = {}
 
     @staticmethod
-    def name(fd: int) -> str:
-        """The file's name, which has 32 characters at most. Raises OSError."""
+    def identify(fd: int) -> tuple[int, int, bool]:
+        """Device and inode of a file, and whether the fd can write. Raises OSError."""
         status = os.fstat(fd)
-        return f"ram-{status.st_dev:x}-{status.st_ino:x}"
+        return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+    @staticmethod
+    def name(device: int, inode: int, is_writable: bool) -> str:
+        """The name of a file, which has 32 characters at most.
+
+        One that can only be read has another than one of the same inode that can be written.
+        """
+        return f"ram-{device:x}-{inode:x}" + ("" if is_writable else "-r")
 
     def use(self, user: str, fd: int) -> str:
         """Stores the file for that device, unless it is there already. Returns its name. Raises OSError."""
-        name = self.name(fd)
+        name = self.name(*self.identify(fd))
         if not self._users.get(name):
             self._store.put(name, fd)
         self._users.setdefault(name, set()).add(user)

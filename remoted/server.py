@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from common.disposal import Disposal
 from common.errors import IohubError, ShortageError, UsageError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from common.fdstore import FdStore
     from remoted.keeper import Keeper
     from remoted.ramfiles import RamFiles
+    from remoted.vfiouser.keeper import VfioUserKeeper
     from remoted.vfiouser.session import VfioUserSession
     from remoted.vfiouser.vectors import Vectors
 
@@ -124,9 +125,9 @@ class DeviceServer:
         irqs = Irqs(vectors, self.function)
 
         def open_session(sock: socket.socket) -> VfioUserSession:
-            commit = None if self._keeper is None else self._keeper.commit
+            keeper = cast("VfioUserKeeper | None", self._keeper)
             return VfioUserSession(
-                self._loop, sock, self.function, irqs, self._on_end, self._log, self._disposal, commit
+                self._loop, sock, self.function, irqs, self._on_end, self._log, self._disposal, keeper
             )
 
         return open_session
@@ -155,12 +156,19 @@ class DeviceServer:
     def keep(self, store: FdStore, ram_files: RamFiles, devfn: int) -> None:
         """Continues with what the previous process left, and keeps state and link for the next one.
 
-        The link of a vfio-user client is not kept, only the state. It resets the function if nothing was left.
-        Raises OSError.
+        It resets the function if nothing was left. Raises OSError.
         """
-        from remoted.keeper import Keeper  # only where there is a store
+        # Each only where it is used.
+        if isinstance(self.interrupts, Pirq):
+            from remoted.keeper import Keeper
 
-        self._keeper = Keeper(store, ram_files, devfn, self.function, self.line, self._disposal)
+            self._keeper = Keeper(store, ram_files, devfn, self.function, self.line, self._disposal)
+        else:
+            from remoted.vfiouser.keeper import VfioUserKeeper
+
+            self._keeper = VfioUserKeeper(
+                store, ram_files, devfn, self.function, self.interrupts, self._disposal
+            )
         sock = self._keeper.take_socket()
         if sock is not None:
             client = str(peer_credentials(sock))

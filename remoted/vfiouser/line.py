@@ -49,6 +49,23 @@ class IntxLine(Line):
         """The fd of the unmask eventfd, or -1."""
         return -1 if self._unmask is None else self._unmask.fd
 
+    @property
+    def kept(self) -> tuple[EventNotifier | None, EventNotifier | None, bool]:
+        """What resume() takes: the two eventfds, and whether the client has masked the line."""
+        return self._trigger, self._unmask, self._is_masked
+
+    def resume(self, trigger: EventNotifier | None, unmask: EventNotifier | None, is_masked: bool) -> None:
+        """Goes on with the eventfds of the previous process, and takes ownership of them.
+
+        A level that is high has been asserted by it, unless it was killed between the EOI and the assertion.
+        Raises ShortageError, as set_unmask().
+        """
+        self._trigger, self._is_masked = trigger, is_masked
+        self._is_served = bool(self.level) and trigger is not None and not (is_masked or self.owes_assert[0])
+        self.owes_assert[0] = 0
+        self.set_unmask(unmask)
+        self._refire()
+
     def adopt(self, fd: int) -> EventNotifier:
         """Takes ownership of an eventfd of the client, also for vectors.
 

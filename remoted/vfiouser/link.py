@@ -33,11 +33,15 @@ class VfioUserLink(FrameLink):
         Command.REGION_WRITE: vfiouser.HEADER.size + vfiouser.REGION_ACCESS.size + 4,
     }
     EXTRA = 0
+    has_unsent = False
+    """a reply is sent as a whole, or not at all"""
 
     def __init__(self, sock: socket.socket, disposal: Disposal) -> None:
         """Takes ownership of a connected UNIX stream socket; ``disposal`` closes it, and fds that came over it."""
         super().__init__(sock, disposal)
         self.frame = self._view
+        self.is_negotiated = False
+        """whether the client's VERSION was accepted"""
 
     def send(self, message: bytes, fds: Sequence[int] = ()) -> bool:
         """Sends a whole reply, and copies of fds with it.

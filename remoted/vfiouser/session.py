@@ -13,11 +13,11 @@ import socket
 from collections.abc import Callable, Mapping
 from select import EPOLLIN, EPOLLOUT
 from struct import Struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from common import vfiouser
 from common.disposal import Disposal
-from common.errors import ProtocolError, ShortageError
+from common.errors import PeerGone, ProtocolError, ShortageError
 from common.journal import RateLimited
 from common.loop import Loop, Timer
 from common.messages import Event
@@ -29,6 +29,10 @@ from remoted.vfiouser.irqs import Irqs
 from remoted.vfiouser.link import VfioUserLink
 from remoted.vfiouser.regions import Regions
 from remoted.vfiouser.version import reply_to_version
+
+if TYPE_CHECKING:
+    from remoted.vfiouser.keeper import VfioUserKeeper
+    from remoted.vfiouser.keptlink import KeptVfioUserLink
 
 __all__ = ["VfioUserSession"]
 
@@ -68,7 +72,7 @@ class _Handlers(dict[int, Callable[[], None]]):
 class VfioUserSession(ClientSession):
     """Serves one vfio-user client of one function until either end closes the link."""
 
-    _link: VfioUserLink
+    _link: VfioUserLink | KeptVfioUserLink
 
     def __init__(
         self,
@@ -79,11 +83,9 @@ class VfioUserSession(ClientSession):
         on_end: Callable[[], None],
         log: RateLimited,
         disposal: Disposal,
-        commit: Callable[[], None] | None = None,
+        keeper: VfioUserKeeper | None = None,
     ) -> None:
-        """As ClientSession; ``irqs`` are the function's. ``commit()`` is called after each request, to keep the
-        function's state for the next process; the link isn't kept.
-        """
+        """As ClientSession; ``irqs`` are the function's."""
         self._irqs = irqs
         self._regions = Regions(function)
         self._request = _Request(0, 0, 0, 0, 0)
@@ -95,29 +97,54 @@ class VfioUserSession(ClientSession):
         """the address of the RAM that was refused last"""
         self._ram_timer: Timer | None = None
         self._is_complaint_told = False
-        self._commit = commit
-        super().__init__(loop, sock, function, on_end, log, disposal, None)
+        self._client_keeper = keeper
+        super().__init__(loop, sock, function, on_end, log, disposal, keeper)
         self._frame = self._link.frame
         self._link_send = self._link.send
+        if self._link.is_negotiated:
+            self._begin()
+            self._order_eoi(irqs.line.unmaskfd)
+        if self._link.has_unsent:
+            self._wait_for_room(b"", ())
 
     def _open_link(self, sock: socket.socket) -> tuple[ClientLink, Mapping[int, Callable[[], None]]]:
         self._requests: dict[int, Callable[[], bytes]] = {Command.VERSION: self._version}
-        self._table = _Handlers(self._committed(self._serve))
-        return VfioUserLink(sock, self._disposal), self._table
+        link: VfioUserLink | KeptVfioUserLink
+        if self._client_keeper is None:
+            link = VfioUserLink(sock, self._disposal)
+        else:
+            link = kept = self._client_keeper.client_link(sock)
+            kept.hold, kept.stored = self._hold, lambda: self._go_on(kept)
+        self._table = _Handlers(self._finished(self._serve, link))
+        return link, self._table
+
+    def _go_on(self, link: KeptVfioUserLink) -> None:
+        """The fd store has the files of the last request: that is answered, and the next one is handled."""
+        if link.closed:
+            return
+        try:
+            link.finish_stored()
+        except (PeerGone, ProtocolError, ShortageError) as error:
+            self._end(error)
+            return
+        self._stored()
+        if link.has_unsent:
+            self._wait_for_room(b"", ())
 
     def _drop_interrupts(self) -> None:
         if self._ram_timer is not None:
             self._ram_timer.cancel()
         self._irqs.drop()
 
-    def _committed(self, handler: Callable[[], None]) -> Callable[[], None]:
-        commit = self._commit
-        if commit is None:
+    @staticmethod
+    def _finished(handler: Callable[[], None], link: ClientLink) -> Callable[[], None]:
+        if isinstance(link, VfioUserLink):
             return handler
+        finish = cast("KeptVfioUserLink", link).finish
 
         def handle() -> None:
             handler()
-            commit()
+            finish()
 
         return handle
 
@@ -175,9 +202,12 @@ class VfioUserSession(ClientSession):
         The client may have sent many requests before it reads their replies.
         """
         if not self._link_send(message, fds):
-            self._unsent = message, fds
-            self._receive = self._receive_later
-            self._loop.modify(self._link.fileno(), EPOLLOUT)
+            self._wait_for_room(message, fds)
+
+    def _wait_for_room(self, message: bytes, fds: tuple[int, ...]) -> None:
+        self._unsent = message, fds
+        self._receive = self._receive_later
+        self._loop.modify(self._link.fileno(), EPOLLOUT)
 
     def _receive_later(self) -> int:
         """Sends the reply that is kept, and goes on with the next request; -1 while there still is no room."""
@@ -197,6 +227,12 @@ class VfioUserSession(ClientSession):
 
     def _version(self) -> bytes:
         reply = reply_to_version(self._payload)
+        self._begin()
+        return reply
+
+    def _begin(self) -> None:
+        """After VERSION: all other requests are served."""
+        self._link.is_negotiated = True
         self._requests = {
             Command.DMA_MAP: self._dma_map,
             Command.DMA_UNMAP: self._dma_unmap,
@@ -208,9 +244,8 @@ class VfioUserSession(ClientSession):
             Command.REGION_READ: self._read,
             Command.REGION_WRITE: self._write,
         }
-        self._table[Command.REGION_READ] = self._committed(self._region_read)
-        self._table[Command.REGION_WRITE] = self._committed(self._region_write)
-        return reply
+        self._table[Command.REGION_READ] = self._finished(self._region_read, self._link)
+        self._table[Command.REGION_WRITE] = self._finished(self._region_write, self._link)
 
     def _get_info(self) -> bytes:
         flags = DeviceFlag.RESET | DeviceFlag.PCI

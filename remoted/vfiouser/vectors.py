@@ -7,7 +7,8 @@ itself; it is told when that has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from common.notifier import EventNotifier
 from remoted.msi import VectorKind
@@ -47,6 +48,15 @@ class Vectors:
     def kind_in_use(self) -> VectorKind | None:
         """The kind of which vectors have eventfds; None if there are none."""
         return next((kind for kind, attached in self._attached.items() if attached), None)
+
+    def kept(self, kind: VectorKind) -> tuple[Mapping[int, EventNotifier], AbstractSet[int]]:
+        """What resume() takes: eventfds by vector, and the vectors that the client has masked."""
+        return self._attached[kind], self._masked[kind]
+
+    def resume(self, kind: VectorKind, attached: Mapping[int, EventNotifier], masked: Iterable[int]) -> None:
+        """Goes on with the eventfds of the previous process, and takes ownership of them."""
+        self._attached[kind].update(attached)
+        self._masked[kind].update(masked)
 
     def attach(self, kind: VectorKind, start: int, notifiers: Sequence[EventNotifier]) -> None:
         """Gives so many vectors their eventfds, and takes ownership of them."""

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A vfio-user client's files in the fd store, besides those that remoted.keeper tells of.
+
+``28.client`` (remoted.vfiouser.clientstate), and ``28.event-17`` for each eventfd, by its number in the kernel:
+the store takes an eventfd once, and a client may use it for several vectors.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable
+
+from common.disposal import Disposal
+from common.errors import IohubError, ProtocolError, ShortageError
+from common.fdstore import FdStore
+from common.messages import Event
+from common.notifier import EventNotifier
+from common.vfiouser import Command
+from remoted.function import PciFunction
+from remoted.keeper import Keeper, as_shortage
+from remoted.msi import VectorKind
+from remoted.ramfiles import RamFiles
+from remoted.vfiouser.clientstate import ClientState, IrqTable, RamEntry, Request
+from remoted.vfiouser.keptlink import KeptVfioUserLink
+from remoted.vfiouser.vectors import Vectors
+
+__all__ = ["VfioUserKeeper"]
+
+
+class VfioUserKeeper(Keeper):
+    """Keeps one device's state, and link, eventfds and RAM of its vfio-user client, in the fd store."""
+
+    def __init__(
+        self,
+        store: FdStore,
+        ram_files: RamFiles,
+        devfn: int,
+        function: PciFunction,
+        vectors: Vectors,
+        disposal: Disposal,
+    ) -> None:
+        """As Keeper; ``vectors`` are the function's, with its line."""
+        super().__init__(store, ram_files, devfn, function, vectors.line, disposal)
+        self._vectors = vectors
+        self._stored_ram: set[str] = set()
+        self._stored_events: set[str] = set()
+        """what the tables that are valid, or are about to be, refer to"""
+        self._stale_ram: set[str] = set()
+        self._stale_events: set[str] = set()
+        """what they have referred to before the last request"""
+        self._staged: tuple[int, int] | None = None
+        """tables that are valid once the store has their files"""
+        fd = self._take("client")
+        if fd == -1:
+            fd = os.memfd_create("iohub-client", os.MFD_CLOEXEC)
+            try:
+                store.put(self._prefix + "client", fd)
+            except OSError:
+                os.close(fd)
+                raise
+        self._client = ClientState(fd)
+
+    def client_link(self, sock: socket.socket) -> KeptVfioUserLink:
+        """A link over the socket, which it owns: a new one, or with interrupts and RAM of the one before.
+
+        Raises as Keeper.link().
+        """
+        if self._pipe is None:
+            self._client.note(self._state.serial, Request(), b"")
+        link, is_new = self._open_link(sock, self._make_link(sock))
+        if not is_new:
+            request = self._client.request(self._state.serial)
+            if request.has_tables:
+                self._resume_vectors(self._client.irqs(request.irq_table))
+                self._resume_regions(self._client.ram(request.ram_table))
+        return link
+
+    def forget(self) -> None:
+        super().forget()
+        for name in self._stored_ram | self._stale_ram:
+            self._ram_files.release(self._prefix, name)
+        self._stored_ram, self._stale_ram = set(), set()
+        self._stored_events, self._stale_events = set(), set()
+        self._staged = None
+
+    def discard(self) -> None:
+        super().discard()
+        self._store.remove(self._prefix + "client")
+
+    def close(self) -> None:
+        super().close()
+        self._client.close()
+
+    def _make_link(self, sock: socket.socket) -> Callable[[tuple[int, int]], KeptVfioUserLink]:
+        return lambda pipe: KeptVfioUserLink(
+            sock, pipe, self._state, self._client, self._store_tables, self._disposal
+        )
+
+    def _store_tables(self, command: int, done: Callable[[], None]) -> tuple[int, int] | None:
+        """See KeptVfioUserLink. Raises ShortageError."""
+        if self._staged is not None:
+            tables, self._staged = self._staged, None
+            return tables
+        if self._stale_ram or self._stale_events:
+            self._drop_stale()
+        last = self._client.request(self._state.serial)
+        irqs, ram, are_new = last.irq_table, last.ram_table, False
+        with as_shortage("the client's files can't be kept"):
+            if command == Command.DEVICE_SET_IRQS or not last.has_tables:
+                irqs = 1 - irqs
+                are_new |= self._store_irqs(irqs)
+            if command in (Command.DMA_MAP, Command.DMA_UNMAP) or not last.has_tables:
+                ram = 1 - ram
+                are_new |= self._store_ram(ram)
+            if are_new:
+                self._staged = irqs, ram
+                self._store.barrier(done)
+                return None
+        return irqs, ram
+
+    def _drop_stale(self) -> None:
+        for name in self._stale_ram:
+            self._ram_files.release(self._prefix, name)
+        self._remove(sorted(self._stale_events))
+        self._stale_ram, self._stale_events = set(), set()
+
+    def _store_irqs(self, index: int) -> bool:
+        """Writes a table of interrupts, and stores the eventfds that are new; whether there are any."""
+        events: dict[str, EventNotifier] = {}
+
+        def key(notifier: EventNotifier | None) -> int:
+            if notifier is None or notifier.identity is None:
+                return 0
+            events[f"event-{notifier.identity}"] = notifier
+            return int(notifier.identity) + 1
+
+        trigger, unmask, is_masked = self._vectors.line.kept
+        attached, masked = {}, {}
+        for kind in VectorKind:
+            notifiers, masks = self._vectors.kept(kind)
+            attached[kind] = {vector: key(notifier) for vector, notifier in notifiers.items()}
+            masked[kind] = set(masks)
+        self._client.put_irqs(index, IrqTable(is_masked, key(trigger), key(unmask), attached, masked))
+        new = events.keys() - self._stored_events
+        for name in new:
+            self._put(name, events[name].fd)
+        self._stale_events = self._stored_events - events.keys()
+        self._stored_events = set(events)
+        return bool(new)
+
+    def _store_ram(self, index: int) -> bool:
+        """Writes a table of RAM regions, and stores the files that are new; whether there are any."""
+        files: dict[int, tuple[int, int, bool]] = {-1: (0, 0, False)}
+        table, names, is_new = [], set(), False
+        for start, size, offset, fd, can_read, can_write in self._function.host.memory.mappings:
+            if fd not in files:
+                files[fd] = self._ram_files.identify(fd)
+                name = self._ram_files.name(*files[fd])
+                names.add(name)
+                if name not in self._stored_ram:
+                    self._ram_files.use(self._prefix, fd)
+                    is_new = True
+            table.append(RamEntry(start, size, offset, *files[fd], can_read, can_write))
+        self._client.put_ram(index, table)
+        self._stale_ram = self._stored_ram - names
+        self._stored_ram = names
+        return is_new
+
+    def _resume_vectors(self, table: IrqTable) -> None:
+        fds: dict[int, int] = {}
+
+        def adopt(key: int) -> EventNotifier | None:
+            if not key:
+                return None
+            if key not in fds:
+                fds[key] = self._take(f"event-{key - 1}")
+            if fds[key] == -1:
+                raise ProtocolError("an eventfd is not in the fd store")
+            self._stored_events.add(f"event-{key - 1}")
+            fd = os.dup(fds[key])
+            try:
+                return self._vectors.line.adopt(fd)
+            except IohubError:
+                os.close(fd)
+                raise
+
+        try:
+            line = adopt(table.trigger), adopt(table.unmask)
+            self._vectors.line.resume(*line, table.is_masked)
+            for kind in VectorKind:
+                adopted = {vector: adopt(key) for vector, key in table.attached[kind].items()}
+                attached = {vector: notifier for vector, notifier in adopted.items() if notifier is not None}
+                self._vectors.resume(kind, attached, table.masked[kind])
+        except (IohubError, OSError) as error:
+            self._log.warning("its eventfds can't be used again: %s", error, event=Event.RESUME_FAILED)
+        finally:
+            self._close(fds.values())
+
+    def _resume_regions(self, table: Iterable[RamEntry]) -> None:
+        memory = self._function.host.memory
+        try:
+            for start, size, offset, device, inode, is_writable, can_read, can_write in table:
+                fd = -1
+                if device or inode:
+                    name = self._ram_files.name(device, inode, is_writable)
+                    fd = self._ram_files.take(self._prefix, name)
+                    if fd == -1:
+                        raise ProtocolError("a region's file is not in the fd store")
+                    self._stored_ram.add(name)
+                try:
+                    surplus = memory.map(start, size, offset, fd, can_read=can_read, can_write=can_write)
+                except (ProtocolError, ShortageError):
+                    self._close((fd,))
+                    raise
+                self._close(surplus)
+        except (IohubError, OSError) as error:
+            self._log.warning(
+                "the guest's RAM can't be used until it is mapped again: %s", error, event=Event.RESUME_FAILED
+            )
+
+    def _close(self, fds: Iterable[int]) -> None:
+        self._disposal.close_fds(fd for fd in fds if fd != -1)

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from common.amiss import Amiss
 from common.lostlines import LOST
 from common.peer import PeerCredentials
-
-if TYPE_CHECKING:
-    from proxyd.control import ProxydService
 
 __all__ = ["FunctionState", "VmState", "describe"]
 
@@ -69,12 +66,6 @@ class VmState:
         self.amiss.add(LOST.amiss)
         self.attached: str | None = None
         self.reason: str | None = None
-
-    def make_interface(self) -> ProxydService:
-        """What answers calls at the control socket, which is loaded when the first one comes."""
-        from proxyd.control import ProxydService
-
-        return ProxydService(self)
 
 
 def describe(functions: Sequence[FunctionState]) -> str:

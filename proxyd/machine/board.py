@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 from common.config import DeviceConfig, VmConfig
-from common.controlsocket import ControlServer
 from common.errors import UsageError
 from common.journal import device_log
 from common.loop import Loop
 from common.pci import format_devfn
+from proxyd.controlserver import answer_calls
 from proxyd.kvm.irqchip import Irqchip
 from proxyd.machine.console import COM1_IRQ, Console
 from proxyd.pci.links import LinkKeeper
@@ -56,8 +56,7 @@ class Board:
         remoted = f"{config.runtime_dir}/remoted.varlink"
         self._state = VmState(config.name, config.vm, "", None, self._proxies, remoted)
         with ExitStack() as opened:
-            path = config.own_socket_path("proxyd.varlink")
-            self._control = ControlServer(loop, path, self._state.make_interface, log)
+            self._control = answer_calls(loop, config, self._state, log)
             opened.callback(self._control.close)
             self._keeper = LinkKeeper(loop)
             opened.callback(self._keeper.close)

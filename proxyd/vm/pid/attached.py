@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from common import mpqemu, pci
 from common.amiss import Amiss
 from common.config import DeviceConfig, VmConfig
-from common.controlsocket import ControlServer
 from common.errors import IohubError, PeerGone, ProtocolError, UsageError
 from common.fdstore import FdStore
 from common.journal import RateLimited, device_log
@@ -25,6 +24,7 @@ from common.messages import Event
 from common.mpqemu import Command
 from common.peer import PeerCredentials
 from common.service import notify
+from proxyd.controlserver import answer_calls
 from proxyd.kvm.kvm_h import KVM_IOAPIC_NUM_PINS
 from proxyd.pci.links import LinkKeeper
 from proxyd.vm.pid.inject import Line, Target
@@ -281,9 +281,8 @@ class Attached:
         self._functions: list[_Function] = []
         remoted = f"{config.runtime_dir}/remoted.varlink"
         state = VmState(config.name, config.vm, "kvm", None, self._functions, remoted)
-        path = config.own_socket_path("proxyd.varlink")
         # Before the process is touched: it may have a daemon already.
-        self._control = ControlServer(loop, path, state.make_interface, log)
+        self._control = answer_calls(loop, config, state, log)
         # Before any thread is started: one that doesn't block it can take the signal that says that the process
         # has stopped, and it would stand still until somebody looks.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})

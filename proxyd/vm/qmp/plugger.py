@@ -20,7 +20,6 @@ from typing import Any
 
 from common.backoff import FIRST_SECONDS, Backoff
 from common.config import DeviceConfig, Transport, VmConfig
-from common.controlsocket import ControlServer
 from common.errors import PeerGone, ProtocolError, UsageError
 from common.journal import RateLimited, device_log, printable
 from common.loop import Loop
@@ -28,6 +27,7 @@ from common.messages import Event
 from common.pathwatch import PathWatch
 from common.peer import PeerCredentials
 from common.service import notify
+from proxyd.controlserver import answer_calls
 from proxyd.vm.procstat import is_stopped, process_start
 from proxyd.vm.qmp import qemu
 from proxyd.vm.qmp.function import Function
@@ -90,8 +90,7 @@ class QemuPlugger:
         self._state.reason = "looking for QEMU"
         self._health = Health()
         self._state.amiss.add(self._health.amiss)
-        path = config.own_socket_path("proxyd.varlink")
-        self._control = ControlServer(self._loop, path, self._state.make_interface, log)
+        self._control = answer_calls(self._loop, config, self._state, log)
         self._qemu: tuple[int, int] | None = None
         """the process that was attached last, as far as it can be seen: a sandbox may hide it"""
         self._has_attached = False

@@ -42,7 +42,7 @@ class Bench:
         assert self.may_load.wait(10)
         if self.error is not None:
             raise self.error
-        return VmState("vm1", "soft", "soft", None, []).make_interface()
+        return ProxydService(VmState("vm1", "soft", "soft", None, []))
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)

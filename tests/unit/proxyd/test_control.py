@@ -21,6 +21,7 @@ from common.ctl.children import Child
 from common.loop import Loop
 from common.pci import parse_devfn
 from common.peer import PeerCredentials
+from proxyd.control import ProxydService
 from proxyd.machine.board import Board
 from proxyd.vm.soft.softirqchip import SoftIrqchip
 from proxyd.vmstate import VmState
@@ -210,7 +211,7 @@ class Unlinked:
 
 def test_a_reason_is_one_line_whatever_a_peer_has_said() -> None:
     state = VmState("vm1", "soft", "soft", None, [Unlinked(""), Unlinked("QEMU: no\n" + 4096 * "o")])
-    interface = state.make_interface()
+    interface = ProxydService(state)
     functions = status_of(interface)["functions"]
     silent, loud = (function["reason"] for function in functions)
     assert silent == "not connected yet"
@@ -225,7 +226,7 @@ def test_a_link_that_outlives_its_remote_is_that_of_the_next_one(tmp_path: Path)
     function = Unlinked("")
     function.remote = PeerCredentials(ended.pid, 0, 0)
     control = tmp_path / "remoted.varlink"
-    interface = VmState("vm1", "soft", "soft", None, [function], str(control)).make_interface()
+    interface = ProxydService(VmState("vm1", "soft", "soft", None, [function], str(control)))
     assert status_of(interface)["functions"][0]["remote_pid"] == ended.pid
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(control))
@@ -237,7 +238,7 @@ def test_a_link_that_outlives_its_remote_is_that_of_the_next_one(tmp_path: Path)
 
 def test_the_qemu_that_has_the_functions_is_told_or_why_there_is_none() -> None:
     state = VmState("vm1", "qmp:x", "kvm", None, [])
-    interface = state.make_interface()
+    interface = ProxydService(state)
     state.reason = "no QEMU:\nwaiting"
     status = status_of(interface)
     assert status["reason"] == "no QEMU:\\nwaiting"

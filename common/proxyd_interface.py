@@ -50,7 +50,7 @@ class Proxyd(VarlinkInterface, name="org.iohub.Proxyd"):
 
     Of the VM:
     vm: its name. pid: the daemon's process. kind: the way to the VM, as --vm has it.
-    irqchip: who raises the interrupts, kvm or soft.
+    irqchip: who raises the interrupts, kvm, qemu or soft.
     tsc_khz: frequency of the guest's time stamp counter, null where it is unknown.
     attached: where QEMUs come and go, the one that has the functions, as in qemu-system-x86[42].
     reason: why there is none at present, in words.

@@ -230,3 +230,23 @@ def test_what_shows_msix_is_never_unplugged(start: Start) -> None:
     assert not bench.asked_to_eject(5)
     assert monitor.plugged() == {"disk0": "child<vfio-user-pci>"}
     assert monitor.execute("query-status")["running"]
+
+
+def test_a_reload_plugs_and_unplugs(bench: QmpBench, monitor: MonitorClient) -> None:
+    file = bench.directory / "vm.toml"
+
+    def write(*devices: tuple[str, ...]) -> None:
+        tables = [
+            "\n".join('{} = "{}"'.format(*each.split("=")) for each in device[1:]) for device in devices
+        ]
+        file.write_text("\n[[device]]\n".join([f'vm = "qmp:{bench.monitor_path}"', *tables]))
+
+    write(EDU)
+    bench.start_proxyd_from(file)
+    assert monitor.plugged() == {"edu0": PLUGGED["edu0"]}
+    write(SERIAL)
+    bench.proxyd.process.send_signal(signal.SIGHUP)
+    bench.wait_log("proxyd", "com1: plugged at 06.0")
+    bench.eject(5)
+    bench.wait_log("proxyd", "edu0: unplugged")
+    assert monitor.plugged() == {"com1": PLUGGED["com1"]}

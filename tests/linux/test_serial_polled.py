@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from common.ctl.children import Child
-from tests.support.linuxguest import LinuxGuest
+from tests.support.linuxguest import KernelPanic, LinuxGuest
 from tests.support.serialline import exchange
 
 pytestmark = pytest.mark.usefixtures("requires_qemu")
@@ -32,13 +34,22 @@ def guest(tmp_path_factory: pytest.TempPathFactory, line: socket.socket) -> Iter
     remoted = Child("remoted", ["--name=vm", f"--runtime-dir={directory}", device], directory)
     try:
         line.connect(str(chardev))
-        with socket.socket(socket.AF_UNIX) as link:
-            link.connect(str(directory / "com1.sock"))
-            args = ["-device", f"x-pci-proxy-dev,addr=05.0,fd={link.fileno()}"]
-            with LinuxGuest(args, pass_fds=[link.fileno()], machine="pc") as guest:
-                yield guest
+        with booted(directory / "com1.sock") as guest:
+            yield guest
     finally:
         remoted.kill()
+
+
+def booted(device: Path) -> LinuxGuest:
+    """Under the system's QEMU: 11.1 ends at once where an x-pci-proxy-dev has no KVM."""
+    for _ in range(2):
+        with socket.socket(socket.AF_UNIX) as link:
+            link.connect(str(device))
+            args = ["-device", f"x-pci-proxy-dev,addr=05.0,fd={link.fileno()}"]
+            # QEMU 7.2's TCG lets a newer kernel oops once in a while, in any of its parts.
+            with contextlib.suppress(KernelPanic):
+                return LinuxGuest(args, pass_fds=[link.fileno()], machine="pc")
+    pytest.fail("the kernel panics at each start")
 
 
 def test_the_driver_finds_a_16550a(guest: LinuxGuest) -> None:

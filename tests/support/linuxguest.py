@@ -11,14 +11,14 @@ from pathlib import Path
 from tests.support.checkout import ROOT
 from tests.support.qemu import PATIENCE, QEMU, Qemu, make
 
-__all__ = ["CommandFailed", "LinuxGuest", "build", "busybox", "check_ext4", "read_ext4"]
+__all__ = ["CommandFailed", "KernelPanic", "LinuxGuest", "build", "busybox", "check_ext4", "read_ext4"]
 
 _FOLDER = ROOT / "build" / "linux-guest"
 _PACKAGES = _FOLDER / "packages"
 _INITRAMFS = _FOLDER / "initramfs"
 _BOOT_SECONDS = 90.0
 """3 to 5 on an idle machine"""
-_KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 mitigations=off"
+_KERNEL_OPTIONS = "console=ttyS0 quiet oops=panic mitigations=off"
 _SEPARATOR = b"\x1e"
 """what tests/linux/guest/init prints before a command's exit status"""
 _LINE_MAX = 4000
@@ -37,6 +37,10 @@ def build() -> bool:
     return True
 
 
+class KernelPanic(AssertionError):
+    """The guest's kernel has panicked, as it does at each oops."""
+
+
 class LinuxGuest(Qemu):
     """A QEMU process whose guest has started and waits for commands."""
 
@@ -50,10 +54,7 @@ class LinuxGuest(Qemu):
         cpus: int = 1,
         channels: Sequence[str] = (),
     ) -> None:
-        """``args`` follow on the command line. The guest has 256 MiB, which other processes can map.
-
-        A kernel that panics ends QEMU, and the command fails that was running.
-        """
+        """``args`` follow on the command line. The guest has 256 MiB, which other processes can map."""
         (kernel,) = (_PACKAGES / "boot").glob("vmlinuz-*")
         super().__init__(
             [
@@ -72,27 +73,23 @@ class LinuxGuest(Qemu):
             self.wait_ready()
 
     def wait_ready(self) -> None:
-        """Waits until the guest has started, also after a reset that a command has caused."""
+        """Waits until the guest has started; also after a reset."""
         self._answer("a start", _BOOT_SECONDS, b"ready")
 
     def run(self, command: str, timeout: float = PATIENCE) -> str:
         """Carries out a shell command. Returns what it printed on stdout and stderr, without the last newline.
 
-        Raises CommandFailed for an exit status that isn't 0, and AssertionError when the command doesn't end
-        within ``timeout`` seconds.
+        Raises CommandFailed for an exit status that isn't 0, AssertionError when the command doesn't end within
+        ``timeout`` seconds, and KernelPanic.
         """
-        self.send(command)
-        printed, status = self._answer(command, timeout)
-        if status != "0":
-            raise CommandFailed(f"{command}: status {status}: {printed}")
-        return printed
-
-    def send(self, command: str) -> None:
-        """Starts a command that doesn't end: run() can't be used before the next wait_ready()."""
         line = command.encode() + b"\n"
         assert line.count(b"\n") == 1, command
         assert len(line) < _LINE_MAX, command
         self.channels["console"].sendall(line)
+        printed, status = self._answer(command, timeout)
+        if status != "0":
+            raise CommandFailed(f"{command}: status {status}: {printed}")
+        return printed
 
     def _answer(self, command: str, timeout: float, end: bytes = b"") -> tuple[str, str]:
         """What was printed up to the next status, or to that of this name, and the status."""
@@ -115,6 +112,8 @@ class LinuxGuest(Qemu):
         if not received:
             raise AssertionError(f"{command}: QEMU has ended; last: {self._text()}")
         self._received += received
+        if b"Kernel panic" in self._received:
+            raise KernelPanic(f"{command}: {self._text()}")
 
     def _text(self) -> str:
         return self._received[-2000:].decode(errors="replace")

@@ -129,7 +129,8 @@ class Remoted(VarlinkInterface, name="org.iohub.Remoted"):
     client.
     amiss: what an operator should act on and the other fields don't tell, in words; empty if nothing.
     counters: what its model counts by itself. Of a pci-serial, in bytes: dropped_output, which nobody was there to
-    take, and dropped_input, which the guest didn't read.
+    take, and dropped_input, which the guest didn't read. Of an nvme: reads, writes, failed_commands, and
+    media_errors, of which the image was the cause.
     """
 
     errors = (NoSuchDevice, NotDrivable, Stalled)

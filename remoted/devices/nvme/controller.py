@@ -129,7 +129,7 @@ class Nvme(PciFunction):
             "reads": health.reads,
             "writes": health.writes,
             "media_errors": health.media_errors,
-            "errors": health.errors,
+            "failed_commands": health.errors,
         }
 
     def reset(self) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""MSI and MSI-X in a guest on QEMU's vfio-user-pci: as many come as were sent, and masks hold them back."""
+"""A guest on QEMU's vfio-user-pci that drives all of a device but its line: messages, DMA, and a BAR that it maps.
+
+As many messages come as were sent, and masks hold them back.
+"""
 
 from __future__ import annotations
 
@@ -176,3 +179,50 @@ def test_messages_are_switched_off_and_on(guest: MessageFunction) -> None:
         guest.machine.set16(DEVFN, guest.msi + 2, 0)
         guest.machine.reset()
         guest = MessageFunction(guest.machine)
+
+
+RAM_ADDRESS = 0x200000
+
+
+def test_dma(guest: MessageFunction) -> None:
+    """Only while the guest has set bus mastering, as on hardware."""
+    guest.machine.write(RAM_ADDRESS, 0x600DCAFE)
+    guest.machine.write(BASE + device.DMA_ADDRESS, RAM_ADDRESS)
+    guest.machine.write(BASE + device.DMA_ADDRESS + 4, 0)
+    assert guest.machine.read(BASE + device.DMA_DATA) == 0x600DCAFE
+    guest.machine.write(BASE + device.DMA_DATA, 0x12345678)
+    assert guest.machine.read(BASE + device.DMA_FAILED) == 0
+    assert guest.machine.read(RAM_ADDRESS) == 0x12345678
+    guest.machine.set16(DEVFN, pci.PCI_COMMAND, pci.PCI_COMMAND_MEMORY)
+    guest.machine.write(BASE + device.DMA_DATA, 0xBAD)
+    assert guest.machine.read(BASE + device.DMA_FAILED) == 1
+    assert guest.machine.read(RAM_ADDRESS) == 0x12345678
+    guest.machine.set16(DEVFN, pci.PCI_COMMAND, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER)
+    assert guest.machine.read(BASE + device.DMA_DATA) == 0x12345678
+
+
+def test_dma_where_there_is_no_ram(guest: MessageFunction) -> None:
+    for address in (0xF000_0000, 0xFFFF_F000, 64 << 20):
+        guest.machine.write(BASE + device.DMA_ADDRESS, address)
+        guest.machine.write(BASE + device.DMA_DATA, 0xBAD)
+        assert guest.machine.read(BASE + device.DMA_FAILED) == 1
+
+
+def test_guest_maps_a_bar(guest: MessageFunction, server: VfioUserServer) -> None:
+    """What it writes to the mapped area never comes as a message; the registers beside it work."""
+    start, length = device.SHARED
+    bar = BASE + 2 * STRIDE
+    places = [start, start + 0x1000, start + length - 4]
+    guest.machine.write(bar + start, 0)  # the first access may be the one that maps it
+    before = server.status("probe")["accesses"]
+    for number, place in enumerate(places * 10):
+        guest.machine.write(bar + place, 0xA0000000 + number)
+        assert guest.machine.read(bar + place) == 0xA0000000 + number
+    assert server.status("probe")["accesses"] == before
+    assert guest.machine.read(bar + 0x10) == 0x10
+    assert server.status("probe")["accesses"] == before + 1
+    guest.machine.close()
+    server.await_nothing_left()
+    with server.connect("probe") as client:
+        client.version()
+        assert [client.read(2, place) - 0xA0000000 for place in places] == [27, 28, 29]

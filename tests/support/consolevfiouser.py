@@ -52,21 +52,29 @@ class ConsoleGuest:
         program: str,
         accelerator: str,
         seabios: bool = False,
+        shares_ram: bool = True,
         **properties: object,
     ) -> None:
-        """Boots it, its devices with these properties; ``monitor`` is a monitor of QEMU."""
+        """Boots it, its devices with these properties; ``monitor`` is a monitor of QEMU.
+
+        If it doesn't share its RAM, it sends no file descriptors of it.
+        """
         self.accelerator = accelerator
         self._server = server
         self._stack = ExitStack()
         path = directory / "qmp"
         path.unlink(missing_ok=True)
-        arguments = [*RAM, "-qmp", f"unix:{path},server=on,wait=off"]
+        arguments = [*(RAM if shares_ram else ()), "-qmp", f"unix:{path},server=on,wait=off"]
         for name in server.addresses:
             arguments += device_option(server, name, **properties)
         try:
             self.machine = self._stack.enter_context(
                 QemuGuest(
-                    arguments, machine=_BACKEND, seabios=seabios, program=program, accelerator=accelerator
+                    arguments,
+                    machine=_BACKEND if shares_ram else "",
+                    seabios=seabios,
+                    program=program,
+                    accelerator=accelerator,
                 )
             )
             self.console = self.machine.console

@@ -163,6 +163,7 @@ class VfioUserClient:
     def connect(cls, path: str, settle: Callable[[], None] | None = None) -> Self:
         """A client of the device that listens at ``path``; it has yet to negotiate."""
         sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
         try:
             sock.connect(path)
         except BaseException:

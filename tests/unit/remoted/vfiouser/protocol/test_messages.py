@@ -251,6 +251,15 @@ def test_client_triggers_vectors_itself(msix: VfioUserClient, vectors: list[Even
         assert taken(vectors) == dict.fromkeys((3, 4, 7, 9), 1)
 
 
+def test_full_and_blocking_eventfds_hold_nobody_up(msix: VfioUserClient, vectors: list[Event]) -> None:
+    """Whoever shares an eventfd may fill it, and clear its O_NONBLOCK."""
+    os.eventfd_write(vectors[0].fd, (1 << 64) - 2)
+    os.set_blocking(vectors[0].fd, True)
+    for vector in (0, 0, 1):
+        signal(msix, vector)
+    assert set(taken(vectors)) == {0, 1}
+
+
 # What doesn't fit
 
 

@@ -51,6 +51,7 @@ def test_a_disk_is_plugged_and_unplugged_twenty_times(guest: VfioUserGuest, remo
         guest.plug("disk0", PORT)
         await_disk(guest)
         guest.run(f"diskcheck {DISK} 1 {'verify' if count else 'both'}")
+        assert "PCI-MSI-" in guest.run("grep nvme0q1 /proc/interrupts")
         guest.unplug("disk0")
         guest.run(f"! test -e {DISK}")
     assert guest.complaints("nvme", "pci ") == []

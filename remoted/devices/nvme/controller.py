@@ -11,6 +11,7 @@ from remoted.device import (
     Bar,
     BarKind,
     Host,
+    Msi,
     Msix,
     Option,
     PciExpress,
@@ -64,6 +65,7 @@ class Nvme(PciFunction):
     REVISION = 2
     CLASS_CODE = 0x010802
     BARS: ClassVar = {0: Bar(BarKind.MEM64, 16384)}
+    MSI = Msi(vectors=32)
     MSIX = Msix(vectors=MAX_IO_QUEUES + 1)
     CAPABILITIES = (PowerManagement(), PciExpress())
     REGISTERS: ClassVar = {0: {each.value: each.name for each in Register}}

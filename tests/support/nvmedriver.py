@@ -102,6 +102,11 @@ class Driver:
         self.bench.function.config_write(pci.PCI_COMMAND, 2, command)
         self.attach_ram()
 
+    def attach_again(self) -> None:
+        """The same, after a reset."""
+        self.lose_ram()
+        self.attach()
+
     def attach_ram(self) -> None:
         """Gives the function its RAM."""
         rest = [0] * 7

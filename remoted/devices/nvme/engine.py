@@ -46,7 +46,7 @@ class Engine:
         drained: Callable[[], None],
     ) -> None:
         """``interrupt(vector)`` raises an interrupt, ``fail(reason)`` says that the controller can't go on, and
-        ``drained()`` that no job of the time before a reset is left."""
+        ``drained()`` that a job of the time before a reset has ended."""
         self.admin: Mapping[int, Handler] = {}
         self.io: Mapping[int, Handler] = {}
         self.page = PAGE
@@ -248,8 +248,7 @@ class Engine:
         """A job has ended."""
         if epoch != self._epoch:
             self.stale -= 1
-            if not self.stale:
-                self._drained()
+            self._drained()
             return
         self._jobs -= 1
         try:

@@ -286,6 +286,19 @@ class TestRings:
             nvme.acknowledge(queue)
         assert sorted(cids) == list(range(40))
 
+    def test_a_completion_queue_that_nobody_empties_holds_up_its_own_commands_only(
+        self, nvme: Driver
+    ) -> None:
+        completions, submissions = nvme.allocate(), nvme.allocate(64 * 1024)
+        assert nvme.run(nvme.admin, 0x05, prp1=completions, cdw10=3 << 16 | 1, cdw11=3).status == 0
+        created = nvme.run(nvme.admin, 0x01, prp1=submissions, cdw10=1023 << 16 | 1, cdw11=1 << 16 | 1)
+        assert created.status == 0
+        nvme.store(submissions, struct.pack("<BBHI", FLUSH, 0, 1, 1).ljust(64, b"\0") * 1000)
+        nvme.write(0x1008, 1000)
+        other = nvme.create_pair(2)
+        assert nvme.run(other, FLUSH, nsid=1).status == 0
+        assert nvme.run(other, FLUSH, nsid=1).status == 0
+
     def test_hostile_doorbells_cost_the_guest_only(self, nvme: Driver, queue: QueuePair) -> None:
         rng = random.Random(7)
         nvme.store(queue.submissions, rng.randbytes(64 * queue.size))

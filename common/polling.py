@@ -79,6 +79,8 @@ class Polling:
         poll, clock = self._poll, self._clock
         begin = clock()
         window = self.window
+        if not window and begin < self._closed_until:
+            return poll(timeout)  # whatever comes of it changes nothing
         if window:
             events = poll(0)
             if events:

@@ -60,6 +60,11 @@ class Capability:
         """The bits of the body that the guest can write."""
         return bytes(len(self.body()))
 
+    @property
+    def size(self) -> int:
+        """Its bytes, those of the header among them."""
+        return (_EXTENDED_HEADER_SIZE if self.IS_EXTENDED else _HEADER_SIZE) + len(self.body())
+
     def check(self) -> None:
         """Raises UsageError for a value that is not possible."""
 
@@ -245,7 +250,7 @@ def add_capabilities(capabilities: Iterable[Capability], config: bytearray, wmas
     for capability in capabilities:
         body, mask = capability.body(), capability.write_mask()
         if capability.IS_EXTENDED:
-            end = extended_start + _EXTENDED_HEADER_SIZE + len(body)
+            end = extended_start + capability.size
             _check_room(capability, end, len(config))
             header = (1 << 16 | capability.cap_id).to_bytes(_EXTENDED_HEADER_SIZE, "little")
             config[extended_start:end] = header + body
@@ -256,7 +261,7 @@ def add_capabilities(capabilities: Iterable[Capability], config: bytearray, wmas
             offsets.append(extended_start)
             extended_link, extended_start = extended_start, end + -end % 4
         else:
-            end = start + _HEADER_SIZE + len(body)
+            end = start + capability.size
             _check_room(capability, end, pci.PCI_CONFIG_SIZE)
             config[link] = start
             config[start:end] = bytes((capability.cap_id, 0)) + body

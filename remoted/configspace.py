@@ -61,23 +61,19 @@ class ConfigSpace:
         self.wmask = bytearray(size)
         """for each byte the bits that the guest can write"""
         self._put_header(function, bars)
-        self._offsets = add_capabilities(capabilities, self.data, self.wmask)
-        self._capabilities = tuple(capabilities)
+        offsets = add_capabilities(capabilities, self.data, self.wmask)
+        self._places = tuple(zip(capabilities, offsets, strict=True))
         self._power_on = bytes(self.data)
-        spans = [
-            (offset, 2 + len(each.body()))
-            for each, offset in zip(capabilities, self._offsets, strict=True)
-            if not each.IS_EXTENDED
-        ]
-        self.watched_end = max((_BARS_END, *(offset + length for offset, length in spans)))
+        ends = (offset + each.size for each, offset in self._places if not each.IS_EXTENDED)
+        self.watched_end = max((_BARS_END, *ends))
         """behind the last byte that has an effect on the function"""
-        self._reset_spans = (*_RESET_SPANS, *spans)
+        self._reset_spans = (*_RESET_SPANS, *((offset, each.size) for each, offset in self._places))
         self._power_state = _D0
         self._pmcsr = self._express = 0
         """offsets; 0: there is none"""
         self._keeps_state = False
         self._kept_link_control: bytes | None = None
-        for each, offset in zip(capabilities, self._offsets, strict=True):
+        for each, offset in self._places:
             if isinstance(each, PowerManagement):
                 self._pmcsr, self._keeps_state = offset + PMCSR, each.no_soft_reset
             elif isinstance(each, PciExpress):
@@ -85,7 +81,7 @@ class ConfigSpace:
 
     def offset_of(self, capability: Capability) -> int:
         """Where a capability is. Raises LookupError for one that is not shown."""
-        for each, offset in zip(self._capabilities, self._offsets, strict=True):
+        for each, offset in self._places:
             if each is capability:
                 return offset
         raise LookupError(f"config space does not show {capability!r}")

@@ -183,7 +183,7 @@ class Interrupts:
         self._vectors = max(1, msi.vectors if msi else 0, msix.vectors if msix else 0)
         table_size, pba_size = (msix.table_size, msix.pba_size) if msix else (0, 0)
         self.state = bytearray(self._vectors + 4 + pba_size + table_size)
-        """what resume() takes: a byte for each vector, as below; MSI's pending bits, PBA, table"""
+        """what resume() takes: a byte for each vector (_LOW and so on), MSI's pending bits, PBA, table"""
         view = memoryview(self.state)[self._vectors :]
         msi_pending, view = view[:4], view[4:]
         pba, self._table = view[:pba_size], view[pba_size:]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -266,3 +267,62 @@ def test_more_than_there_is_room_for() -> None:
         MessageBoard(Overfull)
     with pytest.raises(UsageError, match="no room for ExtendedVendorSpecific, which would end at 0x1010 of"):
         MessageBoard(Endless)
+
+
+def any_capabilities(chance: random.Random) -> list[Capability]:
+    """Some of each kind, in any order, with PciExpress() if it must be there."""
+    vendors = [VendorSpecific(chance.randbytes(chance.randrange(20))) for _ in range(chance.randrange(3))]
+    extended: list[Capability] = []
+    for _ in range(chance.randrange(3)):
+        content = chance.randbytes(chance.randrange(40))
+        extended.append(
+            ExtendedVendorSpecific(chance.getrandbits(16), content, 1, chance.randbytes(len(content)))
+        )
+    extended += [DeviceSerialNumber(chance.getrandbits(64))] * chance.randrange(2)
+    chosen: list[Capability] = [*vendors, *extended]
+    chosen += [PowerManagement(chance.random() < 0.5)] * chance.randrange(2)
+    chosen += [PciExpress()] * (1 if extended else chance.randrange(2))
+    chance.shuffle(chosen)
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_capabilities_are_linked_apart_and_restored_by_a_reset(seed: int) -> None:
+    chance = random.Random(seed)
+    chosen = any_capabilities(chance)
+    messages = [Msi(1 << chance.randrange(6), chance.random() < 0.5)] * chance.randrange(2)
+
+    class Any(Full):
+        CAPABILITIES = tuple(chosen)
+        MSI = messages[0] if messages else None
+        MSIX = None
+
+    board = MessageBoard(Any)
+    read, write = board.function.bus_config_read, board.function.bus_config_write
+    before = config(board, 0, board.function.config_size)
+    plain, extended, at = [], [], before[0x34]
+    while at:
+        plain.append((at, before[at]))
+        at = before[at + 1]
+    at = 0x100 if board.function.config_size > 256 else 0
+    while at:
+        header = read(at, 4)
+        extended.append((at, header & 0xFFFF))
+        assert header >> 16 & 0xF == 1
+        at = header >> 20
+    shown = [each for each in [*chosen, *messages] if not each.IS_EXTENDED]
+    for found, wanted in ((plain, shown), (extended, [each for each in chosen if each.IS_EXTENDED])):
+        assert [cap_id for _, cap_id in found] == [each.cap_id for each in wanted]
+        ends = [at + each.size for (at, _), each in zip(found, wanted, strict=True)]
+        assert all(at % 4 == 0 for at, _ in found)
+        assert all(end <= following for end, (following, _) in zip(ends, found[1:], strict=False))
+        assert all(end <= (4096 if found is extended else 256) for end in ends)
+    end = max((0x40, *(at + each.size for (at, _), each in zip(plain, shown, strict=True))))
+    for _ in range(500):
+        addr = chance.choice((chance.randrange(0x40), chance.randrange(end), chance.randrange(0x100, 0x200)))
+        write(addr, chance.choice((1, 2, 4)), chance.getrandbits(32))
+        assert board.function.errors == 0
+    board.function.full_reset()
+    assert config(board, 0, end) == before[:end]
+    for at in range(0x100, board.function.config_size):
+        assert read(at, 1) == before[at]

@@ -118,6 +118,18 @@ def test_status_tells_what_happens_now(stopped_host: HostBench) -> None:
     assert host.system.show(PROXYD, "StatusText") == told
 
 
+def test_a_users_group_does_not_matter_to_the_devices_sockets(host: HostBench) -> None:
+    """QEMU connects to those of vfio-user devices, with libvirt as another group's process."""
+    script = "import socket; socket.socket(socket.AF_UNIX).connect('/run/iohub/vm1/edu0.sock')"
+
+    def connects(user: str) -> bool:
+        run_as = ("setpriv", f"--reuid={user}", "--regid=nogroup", "--clear-groups")
+        return not host.system.run(*run_as, "/usr/bin/python3", "-c", script, check=False).returncode
+
+    assert connects("qemu")
+    assert not connects("nobody")
+
+
 def test_root_may_ask_without_naming_the_units_user(host: HostBench) -> None:
     assert "com1: pci-serial" in host.system.run("iohubctl", "status", "vm1").stdout
     assert host.system.run("iohubctl", "list").stdout.split()[-5:][2:] == ["2", "0", "vm1"]

@@ -7,20 +7,19 @@ few files: of each file one fd is kept. What is replaced or unmapped is out of u
 looked at. One memory serves one client: with its session the files go.
 
 The files stay the client's, which may truncate them at any time, make them larger than any address space, or leave
-them sparse. So what a client can make this process hold is bounded: RAM is read with pread(2), and mapped for a
-write, or while a device looks at it, in the pages concerned only. A process that touches a mapped page that is
-gone dies of SIGBUS, while the kernel, copying on its behalf, answers EFAULT: so bytes are copied into a mapping
-from a file of our own, and RAM itself is only shown where a seal keeps it from shrinking (memfd_create(2),
-fcntl(2)). pwrite(2) would take the file's lock, which fallocate(2) in the client may hold for seconds. Huge pages
-from hugetlbfs are not shown at all: their owner may still punch a hole, and the pool that fills it again may be
-empty (hugetlb_no_page() in mm/hugetlb.c).
+them sparse. So what a client can make this process hold is bounded: RAM is read with pread(2), and a part of it is
+mapped for a write, or for a device to look at it. A process that touches a mapped page that is gone dies of
+SIGBUS, while the kernel, copying on its behalf, answers EFAULT. So RAM is only shown, written directly, and kept
+mapped, where a seal keeps it from shrinking (memfd_create(2), fcntl(2)); otherwise bytes are copied into a mapping
+of the pages concerned from a file of our own. pwrite(2) would take the file's lock, which fallocate(2) in the
+client may hold for seconds. Huge pages from hugetlbfs are not shown at all: their owner may still punch a hole,
+and the pool that fills it again may be empty (hugetlb_no_page() in mm/hugetlb.c).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 from bisect import bisect_left, bisect_right
@@ -29,8 +28,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from common import mpqemu
-from common.disposal import is_memory
 from common.errors import IohubError, ProtocolError, ShortageError
+from remoted.mappings import Mappings
+from remoted.ramregions import FileKey, MapError, Region, check_range, check_region, file_key
 
 __all__ = ["DmaError", "GuestMemory", "MapError"]
 
@@ -40,45 +40,16 @@ _MAX_FILES = 256
 """of which regions may be mapped: QEMU has at most that many pieces of RAM (ACPI_MAX_RAM_SLOTS)"""
 _WITHOUT_FD = "has no file descriptor: QEMU needs -object memory-backend-memfd,id=ID,size=SIZE,share=on and \
 -machine memory-backend=ID"
-_F_SEAL_FUTURE_WRITE = 0x0010  # include/uapi/linux/fcntl.h
-_READ_ONLY_SEALS = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
 
 
 class DmaError(IohubError):
     """An address that isn't RAM, or bus mastering is off."""
 
 
-class MapError(ProtocolError):
-    """A region that can't be mapped or unmapped; ``code`` is the errno for the client."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class _Region(NamedTuple):
-    start: int
-    end: int
-    fd: int
-    """-1 for one that this process can't reach"""
-    offset: int
-    """of the start in the file"""
-    page_size: int
-    """of the filesystem"""
-    can_vanish: bool
-    """whether its file's owner can take pages away for good"""
-    can_read: bool = True
-    can_write: bool = True
-
-
-_FileKey = tuple[int, int, int]
-"""device, inode, access mode"""
-
-
 class _Piece(NamedTuple):
     """A part of a region: offsets into its file."""
 
-    region: _Region
+    region: Region
     start: int
     end: int
 
@@ -89,14 +60,15 @@ class GuestMemory:
     def __init__(self) -> None:
         self.is_bus_master = True
         """whether its function may access RAM: the bus master bit, which the function keeps up to date"""
-        self._regions: list[_Region] = []
+        self._regions: list[Region] = []
         self._starts: list[int] = []
         self._uses: dict[int, int] = {}
         """how many regions use an fd"""
-        self._files: dict[_FileKey, int] = {}
+        self._files: dict[FileKey, int] = {}
         """the fd that is kept of a file, of those that were mapped"""
         self._unreachable = 0
         """how many regions are writable and have no fd"""
+        self._mappings = Mappings()
         self._copy = -1
         """a memfd that bytes to be written go through, as long as there is RAM"""
 
@@ -136,7 +108,7 @@ class GuestMemory:
         table = mpqemu.SYSMEM.unpack_from(payload)
         limit = mpqemu.MAX_FDS
         wanted = [(table[i], table[limit + i], table[2 * limit + i], fd) for i, fd in enumerate(fds)]
-        regions = sorted(_check_region(start, size, offset, fd) for start, size, offset, fd in wanted)
+        regions = sorted(check_region(start, size, offset, fd) for start, size, offset, fd in wanted)
         for region, following in pairwise(regions):
             if region.end > following.start:
                 raise ProtocolError(f"RAM regions overlap at {following.start:#x}")
@@ -165,10 +137,10 @@ class GuestMemory:
             raise MapError(errno.ENOSPC, f"more than {MAX_DMA_MAPS} regions of RAM")
         try:
             if fd == -1:
-                _check_range(start, size, offset)
-                region = _Region(start, start + size, -1, offset, mmap.PAGESIZE, True, can_read, can_write)
+                check_range(start, size, offset)
+                region = Region(start, start + size, -1, offset, mmap.PAGESIZE, True, can_read, can_write)
             else:
-                region = _check_region(start, size, offset, fd, can_write)._replace(
+                region = check_region(start, size, offset, fd, can_write)._replace(
                     can_read=can_read, can_write=can_write
                 )
         except ProtocolError as error:
@@ -200,6 +172,7 @@ class GuestMemory:
             raise MapError(errno.ENOENT, f"no RAM of {size:#x} bytes is mapped at {start:#x}")
         region = self._regions.pop(index)
         del self._starts[index]
+        self._mappings.drop(region.fd)
         if region.fd == -1:
             self._unreachable -= region.can_write
             return []
@@ -207,11 +180,12 @@ class GuestMemory:
         if self._uses[region.fd]:
             return []
         del self._uses[region.fd]
-        del self._files[_file_key(region.fd)]
+        del self._files[file_key(region.fd)]
         return [region.fd]
 
     def unmap_all(self) -> list[int]:
         """Removes all regions. Returns their fds for the caller to close."""
+        self._mappings.drop_all()
         old, self._uses = list(self._uses), {}
         self._regions, self._starts, self._files, self._unreachable = [], [], {}, 0
         return old
@@ -254,7 +228,7 @@ class GuestMemory:
         memory-backend-memfd is, by default), or consists of huge pages from hugetlbfs.
 
         Valid until the device's handler returns, and to be released by then (use it in a with statement): a view
-        that is kept keeps its pages mapped.
+        that is kept keeps its pages mapped, and those around it.
         """
         pieces = self._pieces(address, size)
         if len(pieces) != 1:
@@ -265,7 +239,7 @@ class GuestMemory:
         if region.can_vanish:
             raise DmaError(f"RAM at {address:#x} may be taken away, it can't be viewed")
         with _as_dma_error(address):
-            return _map(region, start, end)
+            return self._map_lasting(region, start, end)
 
     def _make_copy(self) -> None:
         if self._copy == -1:
@@ -276,7 +250,7 @@ class GuestMemory:
 
     def _keep_file(self, fd: int) -> int:
         """Counts a use of the fd that is kept of this fd's file: the fd itself, if there is none yet."""
-        key = _file_key(fd)
+        key = file_key(fd)
         kept = self._files.get(key, fd)
         if kept == fd and len(self._files) >= _MAX_FILES:
             raise MapError(errno.ENOSPC, f"RAM of more than {_MAX_FILES} files")
@@ -315,8 +289,21 @@ class GuestMemory:
             chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    def _map_lasting(self, region: Region, start: int, end: int) -> memoryview:
+        """As _map(), of a region that can't vanish; what is mapped is kept for the next time."""
+        limit = region.offset + region.end - region.start
+        view = self._mappings.view(region.fd, start, end, limit)
+        return _map(region, start, end) if view is None else view
+
     def _write_piece(self, piece: _Piece, data: memoryview) -> None:
         region, start, end = piece
+        if not region.can_vanish:
+            with (
+                _as_dma_error(region.start + start - region.offset),
+                self._map_lasting(region, start, end) as view,
+            ):
+                view[:] = data
+            return
         for offset in range(start, end, _CHUNK):
             size = min(_CHUNK, end - offset)
             with _as_dma_error(region.start + offset - region.offset):
@@ -339,7 +326,7 @@ def _expect(copied: int, wanted: int) -> None:
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
 
-def _map(region: _Region, start: int, end: int) -> memoryview:
+def _map(region: Region, start: int, end: int) -> memoryview:
     """The bytes between two offsets of the file, mapped until the view is released. Raises OSError."""
     first = start - start % region.page_size
     length = end - first
@@ -351,42 +338,3 @@ def _map(region: _Region, start: int, end: int) -> memoryview:
     pages.madvise(mmap.MADV_DONTDUMP)
     with memoryview(pages) as whole:
         return whole[start - first : end - first]
-
-
-def _file_key(fd: int) -> _FileKey:
-    """What fds have in common that can stand for each other: the file, and whether they can write."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-
-
-def _describe(start: int, size: int, offset: int) -> str:
-    return f"RAM at {start:#x}, {size:#x} bytes from offset {offset:#x}"
-
-
-def _check_range(start: int, size: int, offset: int) -> None:
-    """Raises ProtocolError."""
-    if size == 0 or offset < 0 or start + size > 1 << 64:
-        raise ProtocolError(f"{_describe(start, size, offset)}: impossible")
-    if (start | size | offset) % mmap.PAGESIZE:
-        raise ProtocolError(f"{_describe(start, size, offset)}: not page-aligned")
-
-
-def _check_region(start: int, size: int, offset: int, fd: int, must_write: bool = True) -> _Region:
-    """Raises ProtocolError."""
-    where = _describe(start, size, offset)
-    _check_range(start, size, offset)
-    if not is_memory(fd):  # any other filesystem might never answer fstat() or a fault
-        raise ProtocolError(f"{where}: the fd is neither a memfd nor a file on tmpfs or hugetlbfs")
-    file_size = os.fstat(fd).st_size
-    if offset + size > file_size:
-        raise ProtocolError(f"{where}: the file has only {file_size:#x} bytes")
-    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-    if mode == os.O_WRONLY:
-        raise ProtocolError(f"{where}: the file can only be written")
-    if must_write and (mode != os.O_RDWR or seals & _READ_ONLY_SEALS):
-        raise ProtocolError(f"{where}: the file can only be read")
-    # st_blksize is that of huge pages on tmpfs, too, where transparent ones are enabled.
-    page_size = os.fstatvfs(fd).f_bsize
-    can_vanish = not seals & fcntl.F_SEAL_SHRINK or page_size != mmap.PAGESIZE
-    return _Region(start, start + size, fd, offset, page_size, can_vanish)

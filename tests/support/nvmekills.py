@@ -129,6 +129,7 @@ class Test:
             lambda: not kept.under_way and not kept.unposted and queue.head == queue.tail,
         )
         self.machine.loop.step(0)
+        assert all(each.promised == 0 for each in kept.completions.values())
 
     def collect(self) -> list[int]:
         """The identifiers of the commands whose completions are there."""

@@ -410,6 +410,15 @@ class TestEvents:
         event = nvme.wait(nvme.admin)
         assert (event.cid, event.dword0) == (cid, 0x01_01_00), "a doorbell with an impossible value"
 
+    def test_a_head_beyond_the_tail(self, nvme: Driver) -> None:
+        queue = nvme.create_pair()
+        assert nvme.run(queue, 0x00, nsid=1).status == 0
+        nvme.submit(nvme.admin, ASYNC_EVENT)
+        nvme.write(DOORBELLS + 8 * queue.number + 4, queue.head + 1)
+        assert nvme.wait(nvme.admin).dword0 == 0x01_01_00
+        for _ in range(2 * queue.size):
+            assert nvme.run(queue, 0x00, nsid=1).status == 0
+
     def test_an_event_waits_for_a_request(self, nvme: Driver) -> None:
         for _ in range(100):
             nvme.write(DOORBELLS, 4000)

@@ -201,8 +201,10 @@ class TestLine:
         assert not nvme.bench.line
         nvme.write(INTMC, 0xFFFFFFFF)
         assert nvme.bench.line
+        nvme.write(INTMS, 2)
         nvme.disable()
         assert not nvme.bench.line
+        assert nvme.read(INTMS) == 0
 
     def test_a_queue_without_interrupts(self, nvme: Driver) -> None:
         nvme.enable()

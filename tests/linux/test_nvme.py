@@ -47,6 +47,16 @@ def await_disk(guest: VfioUserGuest) -> None:
     guest.run(f"until test -b {DISK}; do usleep 10000; done")
 
 
+def await_work(guest: VfioUserGuest) -> None:
+    """Waits until each I/O queue has completed more commands."""
+    before = interrupts(guest)
+    del before["nvme0q0"]
+    wait_until(
+        lambda: all(interrupts(guest)[queue] > count + 20 for queue, count in before.items()),
+        "all queues are at work",
+    )
+
+
 def pci_address(guest: VfioUserGuest) -> str:
     return guest.run("basename $(realpath /sys/block/nvme0n1/device/device)")
 
@@ -82,13 +92,18 @@ def test_the_disk_is_removed_and_found_again(guest: VfioUserGuest) -> None:
     guest.run(f"diskcheck {DISK} 4 verify 7")
 
 
+def test_writes_go_on_over_resets_of_the_controller(guest: VfioUserGuest) -> None:
+    check = f"diskcheck {DISK} 16 both 8"
+    guest.run(f"(until test -e /tmp/enough; do {check} || exit 1; done) & writer=$!")
+    for _ in range(5):
+        await_work(guest)
+        guest.run("echo 1 > /sys/class/nvme/nvme0/reset_controller")
+    guest.run("touch /tmp/enough; wait $writer")
+
+
 def test_the_guest_is_reset_in_the_middle_of_its_writes(guest: VfioUserGuest) -> None:
-    before = interrupts(guest)
     guest.run(f"(while diskcheck {DISK} 16 write 9; do :; done) > /dev/null &")
-    wait_until(
-        lambda: all(count > before[queue] + 20 for queue, count in interrupts(guest).items() if queue[-1] != "0"),
-        "all queues are at work",
-    )
+    await_work(guest)
     guest.monitor.execute("system_reset")
     guest.wait_ready()
     guest.run(f"diskcheck {DISK} 16 both 10")

@@ -86,6 +86,10 @@ VERSIONS = {
     "bytes that are no UTF-8": bytes(4) + b'{"capabilities": {"\xff": 1}}\0',
     "a deep list": bytes(4) + b"[" * 60_000 + b"\0",
     "a deep object": bytes(4) + b'{"a":' * 10_000 + b"1" + b"}" * 10_000 + b"\0",
+    "a list as deep as fits": bytes(4) + b"[" * 4000 + b"\0",
+    "a list within lists": bytes(4) + b"[" * 2000 + b"]" * 2000 + b"\0",
+    "not a number": bytes(4) + b"NaN\0",
+    "a lone surrogate": bytes(4) + b'"\\ud800"\0',
     "a megabyte": bytes(4) + b'{"a": "' + b"a" * (1 << 20) + b'"}\0',
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import vfiouserclient as vfu
 from tests.support import vfiouserdevice as device
-from tests.support.vfiouserclient import CONFIG_REGION, MSIX, VfioUserClient
+from tests.support.vfiouserclient import CONFIG_REGION, INTX, MSIX, VfioUserClient
 from tests.support.vfiousermutants import Mutant, Mutants, Stream
 from tests.support.vfiouserprocess import Event, VfioUserServer, events, fds_of, memory
 
@@ -168,7 +168,8 @@ def test_mutated_messages(server: VfioUserServer, seed: int) -> None:
     lines = server.log.count("\n")
     spent: list[float] = []
     sent = 0
-    with Mutants(seed) as mutants, server.negotiated("other") as victim:
+    with Mutants(seed) as mutants, server.negotiated("other") as victim, Event() as trigger:
+        victim.attach(INTX, 0, [trigger.fd])
         while sent < MUTANTS:
             with server.negotiated("probe") as client:
                 stream = Stream(client.sock)
@@ -179,6 +180,7 @@ def test_mutated_messages(server: VfioUserServer, seed: int) -> None:
                     is_wild = batch[-1].is_wild
                     send_batch(stream, batch)
                     spent.append(cpu_until_answered(server, victim))
+                    check_interrupt(victim, trigger)
                     take_replies(stream, batch)
     assert server.child.process.poll() is None
     check_spent(spent)
@@ -219,6 +221,15 @@ def take_replies(stream: Stream, batch: Sequence[Mutant]) -> None:
         assert stream.heads.popleft() == mutant.reply, mutant
     if not batch[-1].is_wild:
         assert not stream.heads
+
+
+def check_interrupt(victim: VfioUserClient, trigger: Event) -> None:
+    """The line is signalled once for each rise."""
+    victim.write(0, device.RAISE, 0)
+    assert trigger.take() == 1
+    victim.write(0, device.LOWER, 0, posted=True)
+    victim.unmask(INTX)
+    assert trigger.take() == 0
 
 
 def cpu_until_answered(server: VfioUserServer, victim: VfioUserClient) -> float:

@@ -53,6 +53,8 @@ class _Messages:
         self.vectors = vectors
         self.offset = offset
         self.pending = pending
+        self.may_be_pending = True
+        """False if no vector is"""
         self._port = port
         self._config = config
 
@@ -76,6 +78,7 @@ class _Messages:
             self.pending[vector >> 3] &= ~bit
         else:
             self.pending[vector >> 3] |= bit
+            self.may_be_pending = True
 
     def is_pending(self, vector: int) -> bool:
         return bool(self.pending[vector >> 3] & 1 << (vector & 7))
@@ -90,9 +93,11 @@ class _Messages:
             if self.is_pending(vector):
                 self.clear(vector)
                 self.send(vector, True)
+        self.may_be_pending = any(self.pending)
 
     def reset(self) -> None:
         self.pending[:] = bytes(len(self.pending))
+        self.may_be_pending = False
 
 
 class _MsiMessages(_Messages):
@@ -235,7 +240,8 @@ class Interrupts:
             self.state[vector] = _LOW
             self._raised -= 1
             for messages in self._kinds:
-                self._forget(messages, vector)
+                if messages.may_be_pending:
+                    self._forget(messages, vector)
             if not self._raised:
                 self._update_line()
 
@@ -260,6 +266,8 @@ class Interrupts:
         self.state[:] = state
         self.level = level
         self._raised = self._vectors - self.state.count(_LOW, 0, self._vectors)
+        for messages in self._kinds:
+            messages.may_be_pending = True
         self._look()
         self.is_asserted = self.is_high and self._may_drive
 
@@ -291,6 +299,7 @@ class Interrupts:
             self.state[other] and messages.fold(other) == folded for other in range(self._vectors)
         ):
             messages.clear(folded)
+            messages.may_be_pending = any(messages.pending)
 
     def _update_line(self) -> None:
         """Sets the status bit, and hands the line's level to the transport when it has changed."""

@@ -7,6 +7,8 @@ As many messages come as were sent, and masks hold them back.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from random import Random
+from subprocess import TimeoutExpired
 
 import pytest
 
@@ -26,6 +28,8 @@ DEVFN = 5 << 3
 BASE = 0xE000_0000
 STRIDE = 1 << 24
 MESSAGES = 2000
+KILLS = 10
+RAM_ADDRESS = 0x200000
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +46,14 @@ def guest(
     """The function with its BARs placed, in a fresh machine."""
     if request.param == "kvm":
         request.getfixturevalue("requires_kvm")
-    options = [*RAM, *device_option(server, "probe")]
-    with MessageGuest(options, vfio_user_qemu, request.param, ",memory-backend=ram") as machine:
+    with start(server, vfio_user_qemu, request.param) as machine:
         yield MessageFunction(machine)
     server.await_nothing_left()
+
+
+def start(server: VfioUserServer, program: str, accelerator: str) -> MessageGuest:
+    """A guest with the function."""
+    return MessageGuest([*RAM, *device_option(server, "probe")], program, accelerator, ",memory-backend=ram")
 
 
 class MessageFunction:
@@ -181,9 +189,6 @@ def test_messages_are_switched_off_and_on(guest: MessageFunction) -> None:
         guest = MessageFunction(guest.machine)
 
 
-RAM_ADDRESS = 0x200000
-
-
 def test_dma(guest: MessageFunction) -> None:
     """Only while the guest has set bus mastering, as on hardware."""
     guest.machine.write(RAM_ADDRESS, 0x600DCAFE)
@@ -226,3 +231,31 @@ def test_guest_maps_a_bar(guest: MessageFunction, server: VfioUserServer) -> Non
     with server.connect("probe") as client:
         client.version()
         assert [client.read(2, place) - 0xA0000000 for place in places] == [27, 28, 29]
+
+
+def test_qemu_is_killed_while_messages_are_sent(
+    requires_kvm: None, server: VfioUserServer, vfio_user_qemu: str
+) -> None:
+    """With RAM that was accessed, a BAR that is mapped, and an eventfd for each vector: nothing of it is left."""
+    random = Random(7)
+    sent = 0
+    for _ in range(KILLS):
+        before = server.status("probe")["messages"]
+        with start(server, vfio_user_qemu, "kvm") as machine:
+            guest = MessageFunction(machine)
+            guest.fill_table()
+            guest.enable_msix()
+            machine.write(BASE + 2 * STRIDE + device.SHARED[0], 1)
+            machine.write(BASE + device.DMA_ADDRESS, RAM_ADDRESS)
+            machine.write(BASE + device.DMA_DATA, 1)
+            machine.start_run(guest.raise_register, device.MSIX_VECTORS, 1 << 23)
+            with pytest.raises(TimeoutExpired):
+                machine.process.wait(random.uniform(0, 0.1))
+        server.await_nothing_left()
+        sent += server.status("probe")["messages"] > before
+    assert sent > KILLS // 2
+    with start(server, vfio_user_qemu, "kvm") as machine:
+        guest = MessageFunction(machine)
+        guest.fill_table()
+        guest.enable_msix()
+        machine.run(guest.raise_register, device.MSIX_VECTORS, MESSAGES)

@@ -74,6 +74,10 @@ class MessageGuest(Qemu):
         """Writes 0 to ``vectors`` - 1 to a register, in turn, and waits after each for the vector so numbered."""
         self._command(_RUN, address, rounds << 8 | vectors)
 
+    def start_run(self, address: int, vectors: int, rounds: int) -> None:
+        """The same without waiting for its end: no other command can follow."""
+        self._commands.sendall(_COMMAND.pack(_RUN, address, rounds << 8 | vectors))
+
     def _await_ready(self) -> None:
         if self.channels["letters"].recv(1) != b"R":
             raise RuntimeError("the guest didn't get ready")

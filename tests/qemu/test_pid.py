@@ -32,6 +32,7 @@ from proxyd.vm.pid.attached import Attached
 from remoted.devices.irq_line import IrqLine
 from tests.support.countguest import CountGuest
 from tests.support.remote import HangingUp, RemoteThread
+from tests.support.steploop import run_until
 from tests.support.wait import wait_until
 
 GSI = 10
@@ -322,3 +323,24 @@ def test_a_remote_that_hangs_up_at_once_does_not_fill_the_log(
     assert {record.__dict__["device"] for record in lines} == {DEVICE}
     (function,) = in_process._proxyd._functions
     assert function.reason == "link lost: the peer closed the link"
+
+
+def test_a_process_that_holds_up_the_attach_does_not_hold_up_the_daemon(in_process: InProcess) -> None:
+    """Nor does one that holds up the detach: the loop goes on meanwhile."""
+    (function,) = in_process._proxyd._functions
+    with in_process._proxyd._target.turn:
+        in_process.loop.call_later(10, in_process.loop.stop)
+        in_process.run()
+        wait_until(lambda: function._connecting is not None and function.pin == 1, "it is to be attached")
+        assert function.gsi is None
+    run_until(in_process.loop, lambda: function.gsi == GSI)
+    session = in_process.remote.servers[DEVICE].session
+    assert session is not None
+    with in_process._proxyd._target.turn:
+        with socket.socket(fileno=os.dup(session.fileno())) as link:
+            link.shutdown(socket.SHUT_RDWR)
+        run_until(in_process.loop, lambda: function.gsi is None)
+        detaching = function._detaching
+        assert detaching is not None
+        assert detaching.is_alive()
+    wait_until(lambda: not detaching.is_alive(), "it is detached")

@@ -21,6 +21,7 @@ from common.loop import Loop
 from common.messages import Event
 from common.output import OutputError, complain
 from common.privilege import renounce
+from common.rate import Rate
 from common.reload import reload_on_sighup
 from common.service import (
     dump_stacks_on_crash,
@@ -62,8 +63,8 @@ class Remoted:
         log = logging.getLogger(PROGRAM)
         self._log = RateLimited(log)
         self._is_serving = False
-        self._counted = (self._loop.time(), 0)
-        """when interrupts were counted last, and how many there had been"""
+        self._rate = Rate(self._loop.time)
+        """of interrupts"""
         try:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._loop.stop_on_signal(signum)
@@ -117,11 +118,9 @@ class Remoted:
     def _describe(self) -> str:
         """The state in one line, with the interrupts of the time since the line before."""
         servers = self._roster.servers
-        (before, count), now = self._counted, self._loop.time()
-        self._counted = now, sum(
-            server.line.raised + server.line.reasserts + server.messages for server in servers
+        rate = self._rate.update(
+            sum(server.line.raised + server.line.reasserts + server.messages for server in servers)
         )
-        rate = (self._counted[1] - count) / (now - before) if now > before else 0.0
         linked = sum(server.session is not None for server in servers)
         return f"{len(servers)} functions, {linked} of them linked, {rate:.0f} interrupts/s"
 

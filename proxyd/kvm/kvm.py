@@ -40,6 +40,7 @@ from proxyd.kvm.kvm_h import (
     kvm_sregs,
     kvm_userspace_memory_region,
 )
+from proxyd.kvm.stats import VcpuStats
 
 __all__ = ["REQUIRED_CAPABILITIES", "Kvm", "Vcpu", "Vm", "missing_capabilities"]
 
@@ -355,6 +356,13 @@ class Vcpu:
             if error.errno == errno.EIO:
                 return None
             raise
+
+    def stats(self) -> VcpuStats | None:
+        """Its statistics; None where KVM has none, before Linux 5.14. To be called before it runs."""
+        try:
+            return VcpuStats(self._ioctl(Request.KVM_GET_STATS_FD))
+        except OSError:
+            return None
 
     def close(self) -> None:
         """Closes the vCPU; a second call does nothing."""

@@ -5,7 +5,7 @@ Request numbers are computed from the size of their argument, as the C macros do
 gives a wrong number and the kernel answers ENOTTY instead of reading past the end.
 """
 
-from ctypes import Structure, Union, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+from ctypes import Structure, Union, c_int16, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 from enum import IntEnum, IntFlag
 
 KVM_API_VERSION = 12
@@ -101,6 +101,29 @@ class kvm_userspace_memory_region(Structure):
 
 class kvm_irq_level(Structure):
     _fields_ = [("irq", c_uint32), ("level", c_uint32)]
+
+
+class kvm_stats_header(Structure):
+    _fields_ = [
+        ("flags", c_uint32),
+        ("name_size", c_uint32),
+        ("num_desc", c_uint32),
+        ("id_offset", c_uint32),
+        ("desc_offset", c_uint32),
+        ("data_offset", c_uint32),
+    ]
+
+
+class kvm_stats_desc(Structure):
+    """Without the name that follows."""
+
+    _fields_ = [
+        ("flags", c_uint32),
+        ("exponent", c_int16),
+        ("size", c_uint16),
+        ("offset", c_uint32),
+        ("bucket_size", c_uint32),
+    ]
 
 
 class kvm_irqfd(Structure):
@@ -320,3 +343,4 @@ class Request(IntEnum):
     KVM_GET_SREGS = _IOR(0x83, kvm_sregs)
     KVM_SET_SREGS = _IOW(0x84, kvm_sregs)
     KVM_GET_TSC_KHZ = _IO(0xA3)
+    KVM_GET_STATS_FD = _IO(0xCE)

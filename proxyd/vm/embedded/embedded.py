@@ -21,6 +21,7 @@ from common.errors import UsageError
 from common.journal import RateLimited
 from common.loop import Loop
 from common.messages import Event
+from common.rate import Rate
 from common.service import notify
 from proxyd.kvm.irqchip import KvmIrqchip
 from proxyd.kvm.kvm import Kvm, Vm
@@ -54,6 +55,7 @@ class Machine:
         self._ram = ram
         vm.map_ram(0, 0, ram)
         self._vcpu = vm.create_vcpu()
+        self._stats = self._vcpu.stats()
         self._start()
 
     def step(self) -> ExitReason:
@@ -92,6 +94,15 @@ class Machine:
     def interrupt(self, value: bool) -> None:
         """Makes step() return INTR at once for as long as it is set. Any thread."""
         self._vcpu.immediate_exit = value
+
+    def interrupts(self) -> int:
+        """How many interrupts the guest has taken. Any thread."""
+        return 0 if self._stats is None else self._stats.interrupts()
+
+    def close(self) -> None:
+        """Closes the statistics; the vCPU is the VM's."""
+        if self._stats is not None:
+            self._stats.close()
 
     def tsc_khz(self) -> int | None:
         """The frequency of the guest's time stamp counter in kHz, None where KVM can't tell."""
@@ -178,8 +189,10 @@ class Embedded:
             self._board = Board(program, config, loop, irqchip, ram)
             opened.callback(self._board.close)
             self._machine = Machine(vm, ram.mapping, image, self._board.host, self._board.console)
+            opened.callback(self._machine.close)
             self._vcpu = VcpuThread(self._machine, self._log, self._on_dead)
             self._opened = opened.pop_all()
+        self._rate = Rate(loop.time)
 
     def run(self) -> int:
         """Runs the guest until the loop is stopped, or until it can't go on. Returns the exit status.
@@ -196,7 +209,8 @@ class Embedded:
 
     def describe(self) -> str:
         """The state in one line."""
-        return self._board.describe()
+        rate = self._rate.update(self._machine.interrupts())
+        return f"{self._board.describe()}, {rate:.0f} interrupts/s"
 
     def close(self) -> None:
         """Stops the guest, then takes the irqfds out of KVM."""

@@ -202,6 +202,8 @@ class I8259Pair:
         self._slave = _I8259(8, ELCR_MASK[1], on_ack)
         self._chips = (self._master, self._slave)
         self._intr = False
+        self.acknowledged = 0
+        """how many interrupts the CPU has taken"""
 
     @property
     def intr(self) -> bool:
@@ -215,6 +217,7 @@ class I8259Pair:
 
     def acknowledge(self) -> int:
         """INTA: the vector. When the request is gone it is that of pin 7, which isn't in service then."""
+        self.acknowledged += 1
         pin = self._master.pending()
         chip = self._master
         if pin is not None:

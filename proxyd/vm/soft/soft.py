@@ -7,6 +7,7 @@ import logging
 
 from common.config import VmConfig
 from common.loop import Loop
+from common.rate import Rate
 from common.service import notify
 from proxyd.machine.board import Board, check_addresses
 from proxyd.vm.soft.machine import TSC_KHZ, SoftMachine
@@ -27,6 +28,7 @@ class Soft:
         self._board = Board(program, config, loop, self._irqchip)
         machine = SoftMachine(loop, self._irqchip.pic, self._board.host, self._board.console)
         self._guest = ScriptedGuest(machine)
+        self._rate = Rate(loop.time)
 
     def run(self) -> int:
         """Runs the guest until the loop is stopped. Returns the exit status."""
@@ -38,7 +40,8 @@ class Soft:
 
     def describe(self) -> str:
         """The state in one line."""
-        return self._board.describe()
+        rate = self._rate.update(self._irqchip.pic.acknowledged)
+        return f"{self._board.describe()}, {rate:.0f} interrupts/s"
 
     def close(self) -> None:
         """Takes the irqfds out of the irqchip and closes everything."""

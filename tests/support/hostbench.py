@@ -128,6 +128,12 @@ class HostBench:
         assert reply.ok, f"{line}: {reply.reason}, {reply.records}"
         return reply
 
+    def reboot(self) -> None:
+        """Resets the machine, and waits until the guest is ready again."""
+        self.command("reboot")
+        assert self._console is not None
+        self._console.wait_ready(PATIENCE)
+
     def linked(self) -> set[str]:
         """The ids of the functions that remoted serves a client for, with an irqfd."""
         return {each["id"] for each in self.functions("remoted") if each["has_irqfd"]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
@@ -17,16 +17,11 @@ from statistics import quantiles
 
 import pytest
 
-from proxyd.kvm.kvm import Kvm
+from tests.support.hammer import ROUNDS, Interrupts, check_counts, hammering, kill_at_random, tsc_hertz
 from tests.support.hostbench import PROXYD, QEMU_UNIT, REMOTED, HostBench
 from tests.support.wait import wait_until
 
 KILLS = int(os.environ.get("IOHUB_KILLS", "10"))
-ROUNDS = 100
-LONGEST_LIFE = 0.5
-"""seconds, from the start of a process"""
-LONGEST_SERVICE = 0.1
-"""seconds, once the functions are served"""
 BLACKOUT = 0.02
 """seconds from the access that raises a line to its handler, which nothing but a kill takes"""
 PLUGGING = 0.8
@@ -49,21 +44,6 @@ def host(
     with closing(HostBench(installed)) as bench:
         bench.start()
         yield bench
-
-
-class Interrupts:
-    """The guest raises and serves interrupts."""
-
-    def __init__(self, host: HostBench) -> None:
-        self.samples: list[int] = []
-        """TSC cycles from each access that raised a line to the handler"""
-        self._host = host
-
-    def __call__(self) -> None:
-        self._host.command(f"run {ROUNDS} held 4")
-        for addr in ("05.0", "06.0"):
-            for record in self._host.command(f"samples {addr}").of_kind("raise_to_handler"):
-                self.samples += record.cycles()
 
 
 class Transfers:
@@ -102,83 +82,6 @@ class Transfers:
 
     def _read(self, register: int) -> int:
         return self._host.command(f"read 32 {self._base + register:#x}").result.number("value")
-
-
-class Hammer(threading.Thread):
-    """Does some work again and again until it is stopped."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self.rounds = 0
-        self.error: BaseException | None = None
-        self._work = work
-        self._is_over = threading.Event()
-
-    def run(self) -> None:
-        try:
-            while not self._is_over.is_set():
-                self._work()
-                self.rounds += 1
-        except BaseException as error:  # noqa: BLE001  it is raised by stop()
-            self.error = error
-
-    def stop(self) -> None:
-        """Waits for the end of the present round. Raises what has failed in it."""
-        self._is_over.set()
-        self.join()
-        if self.error is not None:
-            raise self.error
-
-
-@contextmanager
-def hammering(work: Callable[[], object]) -> Iterator[Hammer]:
-    hammer = Hammer(work)
-    hammer.start()
-    try:
-        yield hammer
-    finally:
-        hammer.stop()
-
-
-def kill_at_random(host: HostBench, units: Sequence[str], kills: int, random: Random) -> None:
-    """Kills all of the units at once, again and again, each time at another moment of their lives.
-
-    Every other time they have got as far as to serve the guest, which waits for an interrupt for a few seconds.
-    """
-    victims = dict.fromkeys(units, 0)
-    for number in range(kills):
-        victims = {unit: host.wait_for_process(unit, pid) for unit, pid in victims.items()}
-        if number % 2:
-            wait_until(lambda: host.linked() == {"edu0", "com1"}, "all functions are served")
-        threading.Event().wait(random.uniform(0, LONGEST_SERVICE if number % 2 else LONGEST_LIFE))
-        for unit in victims:
-            victims[unit] = host.kill(unit)
-    for unit in units:
-        host.wait_state(unit, "active")
-
-
-def check_counts(host: HostBench, spurious: int) -> dict[str, int]:
-    """Every interrupt was served, and so many at most found nobody asserting. Returns the sums of the counts."""
-    stats = host.command("stats")
-    sums: dict[str, int] = {}
-    for record in stats.records:
-        for name in set(record.fields) - {"addr", "id", "model", "gsi", "irq"}:
-            sums[name] = sums.get(name, 0) + record.number(name)
-    expected = {"lost": 0, "redone": 0, "orphaned": 0, "stuck": 0, "spurious7": 0, "spurious15": 0}
-    assert {name: sums[name] for name in expected} == expected, stats
-    assert sums["raised"] == sums["served"] > 0
-    assert sums["held"] == sums["reasserts"] > 0
-    assert sums["spurious"] <= spurious, stats
-    return sums
-
-
-def tsc_hertz() -> int:
-    with Kvm() as kvm:
-        vm = kvm.create_vm()
-        khz = vm.create_vcpu().tsc_khz()
-        vm.close()
-    assert khz is not None
-    return khz * 1000
 
 
 @pytest.mark.parametrize(
@@ -330,7 +233,7 @@ def test_kills_while_a_function_is_plugged(host: HostBench) -> None:
                 host.add_device(f'model = "edu"\nid = "new{number}"\naddr = "{7 + number:02x}.0"\n')
                 for each in (REMOTED, PROXYD):
                     host.kill(each, signal.SIGHUP)
-                threading.Event().wait(random.uniform(0, LONGEST_SERVICE))
+                threading.Event().wait(random.uniform(0, 0.1))
                 host.kill(unit)
                 wait_until(lambda: host.linked() == names, f"all of {names} are plugged and linked")
             assert len(host.command("setup").of_kind("function")) == len(names)

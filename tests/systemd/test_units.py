@@ -6,14 +6,21 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from tests.support.hammer import Interrupts, tsc_hertz
 from tests.support.hostbench import PROXYD, QEMU_UNIT, REMOTED, HostBench
 from tests.support.wait import wait_until
 
 DAEMONS = (REMOTED, PROXYD)
+STALL_SECONDS = float(os.environ.get("IOHUB_STALL_SECONDS", "2"))
+"""for how long journald stands still"""
+LATEST = 0.05
+"""seconds from the access that raises a line to its handler"""
 
 STUCK = """\
 from remoted.device import Bar, BarKind, PciFunction
@@ -26,6 +33,25 @@ class Stuck(PciFunction):
     def bar_write(self, bar, offset, size, value):
         while value:
             pass
+"""
+
+NOISY = """\
+from remoted.device import Bar, BarKind, PciFunction
+
+
+class Noisy(PciFunction):
+    VENDOR_ID, DEVICE_ID = 0x1234, 0x4015
+    BARS = {0: Bar(BarKind.MEM32, 4096)}
+
+    def reset(self):
+        self.call_every(0.002, self.complain)
+
+    def restored(self):
+        self.call_every(0.002, self.complain)
+
+    def complain(self):
+        for number in range(20):
+            self.host.log.warning("trouble %d", number)
 """
 
 
@@ -135,14 +161,61 @@ def test_root_may_ask_without_naming_the_units_user(host: HostBench) -> None:
     assert host.system.run("iohubctl", "list").stdout.split()[-5:][2:] == ["2", "0", "vm1"]
 
 
-def test_journald_that_stands_still_holds_up_nothing(host: HostBench) -> None:
-    """Interrupts and accesses don't wait for it, nor does a daemon that has something to log."""
+def latencies(host: HostBench, seconds: float) -> list[float]:
+    """Seconds from each access that raises a line to the handler, of so long a time, in ascending order."""
+    interrupts, end = Interrupts(host), time.monotonic() + seconds
+    while time.monotonic() < end:
+        interrupts()
+    hertz = tsc_hertz()
+    return sorted(cycles / hertz for cycles in interrupts.samples)
+
+
+def test_journald_that_stands_still_holds_up_no_interrupt(stopped_host: HostBench) -> None:
+    """While a device has ten thousand lines a second to log. What isn't taken is counted, and told of.
+
+    For how long the processes have waited for a CPU of a machine that is busy is not counted. The same load while
+    journald runs is measured for comparison.
+    """
+    host = stopped_host
+    (host.root / "etc/iohub/noisy.py").write_text(NOISY)
+    host.drop_in(REMOTED, "[Service]\nWorkingDirectory=/etc/iohub\n")
+    host.add_device('model = "./noisy.py:Noisy"\nid = "noisy0"\naddr = "07.0"\n')
+    host.start({"edu0", "com1", "noisy0"})
+    host.command("setup")
     journald = host.system.main_pid("systemd-journald.service")
+    before = latencies(host, STALL_SECONDS / 2)
     os.kill(journald, signal.SIGSTOP)
     try:
-        run_and_check(host)
+        delay = cpu_delay(host)
+        during = latencies(host, STALL_SECONDS)
+        delay = cpu_delay(host) - delay
+        wait_until(lambda: lost_lines(host) > 0, "lines are lost, and the status says so")
+        lost = lost_lines(host)
     finally:
         os.kill(journald, signal.SIGCONT)
+    print(f"\nraise to handler: max {before[-1] * 1e3:.1f} ms while journald runs ({len(before)} interrupts), ")
+    print(f"{during[-1] * 1e3:.1f} ms while it stands still ({len(during)}), {lost} lines lost")
+    print(f"{delay:.2f} s of waiting for a CPU in that time")
+    assert during[-1] < LATEST + delay
+    wait_until(lambda: "journald did not take them: " in host.journal("-u", REMOTED), "the loss is told of")
+    for record in host.command("stats").of_kind("function"):
+        assert record.number("lost") == record.number("redone") == 0
+
+
+def cpu_delay(host: HostBench) -> float:
+    """For how many seconds remoted and QEMU have been ready to run, and waited for a CPU (schedstat)."""
+    nanoseconds = 0
+    for unit in (REMOTED, QEMU_UNIT):
+        for path in Path(f"/proc/{host.wait_for_process(unit)}/task").glob("*/schedstat"):
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
+
+
+def lost_lines(host: HostBench) -> int:
+    """What iohubctl status tells of remoted's log."""
+    status = host.system.run("iohubctl", "status", "--json", "vm1", check=False).stdout
+    found = re.search(r"(\d+) lines of the log could not be written", status)
+    return int(found[1]) if found else 0
 
 
 def test_state_of_another_class_starts_from_reset(host: HostBench) -> None:

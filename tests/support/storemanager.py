@@ -35,6 +35,10 @@ class StoreManager:
             os.unlink(self.address)
         self._socket.bind(self.address)
 
+    def fileno(self) -> int:
+        """The socket's fd."""
+        return self._socket.fileno()
+
     def serve(self) -> int:
         """Takes what has arrived. Returns how many messages that were."""
         count = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.loop import Loop
+from remoted.devices.nvme.drive import Drive
 from tests.support.fuseimage import fuse_image
 from tests.support.nvmedriver import PAGE, RAM_SIZE, RAM_START, Driver, QueuePair, driver
 from tests.support.steploop import run_until
@@ -119,7 +120,11 @@ def test_blocks_of_4096_bytes(loop: Loop, tmp_path: Path) -> None:
         (WRITE, {"nsid": 1, "prp1": (1 << 64) - PAGE}, DATA_TRANSFER_ERROR),
         (READ, {"prp1": RAM_START, "prp2": RAM_START + 4, **extent(0, 9)}, PRP_OFFSET_INVALID),
         (READ, {"prp1": RAM_START + 4, "prp2": RAM_START + PAGE, **extent(0, 16)}, PRP_OFFSET_INVALID),
-        (WRITE, {"prp1": RAM_START, "prp2": RAM_START + 4, **extent(0, 100)}, PRP_OFFSET_INVALID),
+        (
+            WRITE,
+            {"prp1": RAM_START, "prp2": RAM_START + RAM_SIZE // 2 + 4, **extent(0, 100)},
+            PRP_OFFSET_INVALID,
+        ),
         (WRITE, {"prp1": RAM_START, "prp2": 0, **extent(0, 100)}, DATA_TRANSFER_ERROR),
         (WRITE, {"prp1": RAM_START, "prp2": RAM_START - PAGE, **extent(0, 9)}, DATA_TRANSFER_ERROR),
         (DATASET_MANAGEMENT, {"nsid": 1, "prp1": RAM_START + 2}, PRP_OFFSET_INVALID),
@@ -414,3 +419,24 @@ def test_without_bus_mastering_the_controller_fails(nvme: Driver, queue: QueuePa
     nvme.function.config_write(4, 2, 6)
     nvme.restart()
     assert nvme.run(nvme.create_pair(), FLUSH, nsid=1).status == 0
+
+
+def test_a_read_with_force_unit_access_flushes_first(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the page cache has the blocks."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(SIZE))
+    flushes: list[Drive] = []
+
+    def flush(drive: Drive) -> None:
+        flushes.append(drive)
+
+    monkeypatch.setattr(Drive, "flush", flush)
+    with driver(loop, drive=f"file:{image}") as nvme:
+        nvme.enable()
+        queue, buffer = nvme.create_pair(), nvme.allocate()
+        assert nvme.run(queue, READ, prp1=buffer, **extent(0, 1)).status == 0
+        assert flushes == []
+        assert nvme.run(queue, READ, prp1=buffer, nsid=1, cdw12=1 << 30).status == 0
+        assert len(flushes) == 1

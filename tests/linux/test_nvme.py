@@ -65,6 +65,7 @@ def test_the_driver_finds_it_and_complains_of_nothing(guest: VfioUserGuest) -> N
     assert guest.run("cat /sys/block/nvme0n1/size") == str(IMAGE_SIZE // 512)
     assert guest.run("cat /sys/class/nvme/nvme0/serial").strip() == "disk0"
     assert "4/0/0 default/read/poll queues" in guest.run("dmesg | grep 'nvme nvme0'")
+    assert "PCIe" in guest.run(f"cat /sys/bus/pci/devices/{pci_address(guest)}/current_link_speed")
     assert guest.complaints("nvme", "pcieport", "pci ", pci_address(guest)) == []
 
 

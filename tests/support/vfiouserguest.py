@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.control import call
 from common.ctl.children import Child
 from tests.support.linuxguest import LinuxGuest
 from tests.support.monitorclient import Monitor
@@ -22,11 +23,16 @@ _PORT_OPTIONS = ["-device", "pcie-root-port,id=port0,chassis=1,addr=02.0"]
 
 @contextmanager
 def serving(directory: Path, *devices: str) -> Iterator[Child]:
-    """A remoted with these devices, each what follows --device, on vfio-user."""
+    """A remoted with these devices, each what follows --device, on vfio-user.
+
+    AssertionError at the end if a device's code has raised, or a client's message was rejected.
+    """
     options = [f"--device={device},transport=vfio-user" for device in devices]
     remoted = Child("remoted", ["--name=vm", f"--runtime-dir={directory}", *options], directory)
     try:
         yield remoted
+        for function in call(directory / "remoted.varlink", "org.iohub.Remoted.Status")["functions"]:
+            assert (function["errors"], function["rejected"]) == (0, 0), function
     finally:
         remoted.kill()
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["FALLOCATE", "FSYNC", "READ", "WRITE", "FuseImage", "fuse_image"]
+__all__ = ["FALLOCATE", "FSYNC", "OPEN", "READ", "WRITE", "FuseImage", "fuse_image"]
 
-_LOOKUP, _FORGET, _GETATTR, _SETATTR, _OPEN, READ, WRITE, _RELEASE = 1, 2, 3, 4, 14, 15, 16, 18
+_LOOKUP, _FORGET, _GETATTR, _SETATTR, OPEN, READ, WRITE, _RELEASE = 1, 2, 3, 4, 14, 15, 16, 18
 FSYNC, _INIT, _INTERRUPT, _BATCH_FORGET, FALLOCATE = 20, 26, 36, 42, 43
 _NO_REPLY = (_FORGET, _INTERRUPT, _BATCH_FORGET)
 _IN_HEADER = struct.Struct("<IIQQIIII")
@@ -118,9 +118,9 @@ class FuseImage:
             return 0, struct.pack("<QQQQII", _FILE, 0, 0, 0, 0, 0) + self._attributes(_FILE)
         if opcode in (_GETATTR, _SETATTR):
             return 0, struct.pack("<QII", 0, 0, 0) + self._attributes(node)
-        if opcode == _OPEN and self._is_read_only and int.from_bytes(body[:4], "little") & os.O_ACCMODE:
+        if opcode == OPEN and self._is_read_only and int.from_bytes(body[:4], "little") & os.O_ACCMODE:
             return errno.EROFS, b""
-        if opcode == _OPEN:
+        if opcode == OPEN:
             return 0, struct.pack("<QII", 0, _DIRECT_IO | _NO_FLUSH, 0)
         if opcode == READ:
             _, offset, size = _IO.unpack_from(body)

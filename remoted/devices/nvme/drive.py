@@ -11,12 +11,11 @@ import ctypes
 import errno
 import os
 import re
-import stat
 from collections.abc import Sequence
 
 from common.keptfiles import KeptFiles
 from remoted.device import UsageError
-from remoted.devices.nvme.imagelock import lock_image
+from remoted.devices.nvme.image import close_image, open_image
 
 __all__ = ["Drive", "open_drive"]
 
@@ -57,10 +56,10 @@ class Drive:
         return self._fd == -1
 
     def close(self) -> None:
-        """Closes the image; a second call does nothing."""
+        """Closes the image, or lets it be closed if that lasts; a second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd != -1:
-            os.close(fd)
+            close_image(fd)
 
     def try_read(self, offset: int, buffers: Sequence[bytearray | memoryview], size: int) -> bool:
         """Fills the buffers, of ``size`` bytes in all, without waiting; False if that isn't possible.
@@ -176,31 +175,8 @@ def _open_memory(text: str, files: KeptFiles | None) -> Drive:
 
 
 def _open_image(path: str) -> Drive:
-    where = f"drive=file:{path}"
-    # O_NONBLOCK is for open() alone, which would wait for the other end of a FIFO.
-    flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        is_read_only = False
-        try:
-            fd = os.open(path, os.O_RDWR | flags)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            is_read_only = True
-            fd = os.open(path, os.O_RDONLY | flags)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{where}: {getattr(error, 'strerror', error)}") from error
-    try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            raise UsageError(f"{where}: is neither a file nor a block device")
-        size = os.lseek(fd, 0, os.SEEK_END)
-        lock_image(fd, is_read_only=is_read_only)
-        os.set_blocking(fd, True)
-    except OSError as error:
-        os.close(fd)
-        raise UsageError(f"{where}: {error.strerror}") from error
+        image = open_image(path)
     except UsageError as error:
-        os.close(fd)
-        raise UsageError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
-    return Drive(fd, size, is_read_only=is_read_only, is_memory=False)
+        raise UsageError(f"drive=file:{path}: {error}") from error
+    return Drive(image.fd, image.size, is_read_only=image.is_read_only, is_memory=False)

@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,12 +20,14 @@ from common.fdstore import FdStore
 from common.journal import RateLimited
 from common.keptfiles import KeptFiles
 from common.loop import Loop
+from remoted.devices.nvme import image as image_module
 from remoted.devices.nvme.drive import Drive, open_drive
 from tests.support.fds import count_fds
 from tests.support.filesystems import small_filesystem
-from tests.support.fuseimage import fuse_image
+from tests.support.fuseimage import OPEN, fuse_image
 from tests.support.nvmedriver import driver
 from tests.support.storemanager import StoreManager
+from tests.support.wait import wait_until
 
 WRITE, WRITE_ZEROES = 0x01, 0x08
 CAPACITY_EXCEEDED, WRITE_FAULT = 0x081, 0x280
@@ -120,6 +123,46 @@ def refuse_writers(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(path, flags, mode)
 
     monkeypatch.setattr(os, "open", refusing)
+
+
+class TestFilesystemsThatDoNotAnswer:
+    def test_open(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The image is closed when it has been opened at last."""
+        monkeypatch.setattr(image_module, "_OPEN_SECONDS", 0.05)
+        with fuse_image(tmp_path / "fuse") as image:
+            image.held.add(OPEN)
+            before = count_fds()
+            with pytest.raises(UsageError) as refusal:
+                open_drive(f"file:{image.path}", None)
+            complaint = "its filesystem has not opened it within 0.05 s"
+            assert str(refusal.value) == f"drive=file:{image.path}: {complaint}"
+            wait_until(lambda: image.waiting, "the thread waits")
+            image.release()
+            wait_until(lambda: "nvme" not in [each.name for each in threading.enumerate()], "it has ended")
+            assert count_fds() == before
+            monkeypatch.undo()
+            with opened(f"file:{image.path}"):
+                pass
+
+    def test_close(self, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It goes on in a thread."""
+        answer = threading.Event()
+        closed: list[int] = []
+
+        def close(fd: int) -> None:
+            answer.wait()
+            closed.append(fd)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close)
+            drive = open_drive(f"file:{image}", None)
+            fd = drive._fd
+            drive.close()
+            assert drive.is_closed
+            assert closed == []
+            answer.set()
+            wait_until(lambda: closed == [fd], "it is closed")
+        os.close(fd)
 
 
 def test_a_full_filesystem(loop: Loop, tmp_path: Path) -> None:

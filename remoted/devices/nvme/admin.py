@@ -84,7 +84,7 @@ class AdminCommands:
         return read_only | (WARNING_TEMPERATURE_CROSSED if self._features.is_too_warm_or_cold else 0)
 
     def _create_cq(self, command: Command) -> int:
-        """5.3."""
+        """Create I/O Completion Queue (5.3)."""
         number, size = self._new_queue(command, self._queues.completions)
         vector = command.cdw11 >> 16
         if vector > self._max_queues:
@@ -95,7 +95,7 @@ class AdminCommands:
         return 0
 
     def _create_sq(self, command: Command) -> int:
-        """5.4."""
+        """Create I/O Submission Queue (5.4)."""
         number, size = self._new_queue(command, self._queues.submissions)
         target = command.cdw11 >> 16
         if not 1 <= target <= self._max_queues:
@@ -122,7 +122,10 @@ class AdminCommands:
         return number, size
 
     def _delete_sq(self, command: Command) -> int | None:
-        """5.6. It waits for the queue's commands: a write that was given up might overtake a later one."""
+        """Delete I/O Submission Queue (5.6).
+
+        It waits for the queue's commands: a write that was given up might overtake a later one.
+        """
         number = command.cdw10 & 0xFFFF
         queue = self._queues.submissions.get(number)
         if number == 0 or queue is None:
@@ -135,7 +138,7 @@ class AdminCommands:
         return 0
 
     def _delete_cq(self, command: Command) -> int:
-        """5.5."""
+        """Delete I/O Completion Queue (5.5)."""
         number = command.cdw10 & 0xFFFF
         queue = self._queues.completions.get(number)
         if number == 0 or queue is None:
@@ -146,7 +149,7 @@ class AdminCommands:
         return 0
 
     def _identify(self, command: Command) -> int:
-        """5.15."""
+        """Identify (5.15)."""
         cns, nsid = command.cdw10 & 0xFF, command.nsid
         if cns == IdentifyCns.NAMESPACE:
             _check_namespace(nsid)
@@ -166,7 +169,7 @@ class AdminCommands:
         return 0
 
     def _get_log_page(self, command: Command) -> int:
-        """5.14."""
+        """Get Log Page (5.14)."""
         size = 4 * (((command.cdw11 & 0xFFFF) << 16 | command.cdw10 >> 16) + 1)
         offset = command.cdw13 << 32 | command.cdw12
         try:
@@ -186,7 +189,7 @@ class AdminCommands:
         return 0
 
     def _abort(self, command: Command) -> int:
-        """5.1. Only requests for events can be aborted; dword 0 is 1 if the command was not."""
+        """Abort (5.1). Only requests for events can be aborted; dword 0 is 1 if the command was not."""
         number, cid = command.cdw10 & 0xFFFF, command.cdw10 >> 16
         if number == 0 and self._events.abort(cid):
             error = CommandError(Status.ABORT_REQUESTED)
@@ -195,7 +198,7 @@ class AdminCommands:
         return 1
 
     def _set_features(self, command: Command) -> int | None:
-        """5.21."""
+        """Set Features (5.21)."""
         was_cached, was_warned = self._features.has_write_cache, self._features.is_too_warm_or_cold
         result = self._features.set(command, has_io_queues=self._queues.has_io_queues)
         features = self._features
@@ -206,11 +209,11 @@ class AdminCommands:
         return result
 
     def _get_features(self, command: Command) -> int:
-        """5.13."""
+        """Get Features (5.13)."""
         return self._features.get(command)
 
     def _request_event(self, command: Command) -> None:
-        """5.2."""
+        """Asynchronous Event Request (5.2)."""
         self._events.request(command.cid)
 
     def _send(self, command: Command, data: bytes) -> None:

@@ -192,7 +192,7 @@ class Nvme(PciFunction):
             self._acq = self._acq & _MASK32 | value << 32
 
     def _write_cc(self, value: int) -> None:
-        """3.1.5."""
+        """Controller Configuration (3.1.5)."""
         old = self._cc
         if old & value & nvme_h.CC_EN:
             value = value & ~_FIXED | old & _FIXED
@@ -224,7 +224,7 @@ class Nvme(PciFunction):
             self._start()
 
     def _start(self) -> None:
-        """7.6.1."""
+        """Creates the admin queues, and is ready (7.6.1)."""
         submissions, completions = (self._aqa & 0xFFF) + 1, (self._aqa >> 16 & 0xFFF) + 1
         shift = self._cc >> nvme_h.CC_MPS_SHIFT & 0xF
         page = PAGE << shift
@@ -249,7 +249,7 @@ class Nvme(PciFunction):
         self._csts |= nvme_h.CSTS_RDY
 
     def _begin_shutdown(self) -> None:
-        """7.6.2: what has been written goes to the medium."""
+        """What has been written goes to the medium (7.6.2)."""
         self._csts = self._csts & ~nvme_h.CSTS_SHST_MASK | nvme_h.CSTS_SHST_OCCURRING
         self._engine.finish_writes(self._io.flush_drive, self._end_shutdown)
 

@@ -88,13 +88,13 @@ class IoCommands:
         return self._do(command, self._drive.flush, _nothing, "flushing", Status.WRITE_FAULT)
 
     def _flush(self, command: Command) -> int | None:
-        """6.8."""
+        """Flush (6.8)."""
         if command.nsid not in (1, ALL_NAMESPACES):
             raise CommandError(Status.INVALID_NAMESPACE, _NSID)
         return self.flush(command)
 
     def _read(self, command: Command) -> int | None:
-        """6.9."""
+        """Read (6.9)."""
         offset, size = self._extent(command)
         ranges = self._find_data(command, size)
         needs_flush = bool(command.cdw12 & _FORCE_UNIT_ACCESS)
@@ -114,7 +114,7 @@ class IoCommands:
         return self._do(command, job, finish, what, Status.UNRECOVERED_READ_ERROR)
 
     def _write(self, command: Command) -> int | None:
-        """6.15."""
+        """Write (6.15)."""
         offset, size = self._extent(command)
         ranges = self._find_data(command, size)
         self._check_writable()
@@ -125,7 +125,7 @@ class IoCommands:
         return self._do(command, job, partial(self._has_written, size), what, Status.WRITE_FAULT)
 
     def _write_zeroes(self, command: Command) -> int | None:
-        """6.17."""
+        """Write Zeroes (6.17)."""
         offset, size = self._extent(command)
         self._check_writable()
         job = partial(
@@ -139,7 +139,7 @@ class IoCommands:
         return self._do(command, job, _nothing, what, Status.WRITE_FAULT, is_quick=False)
 
     def _manage_dataset(self, command: Command) -> int | None:
-        """6.7."""
+        """Dataset Management (6.7)."""
         self._check_namespace(command)
         count = (command.cdw10 & 0xFF) + 1
         ranges = find_ranges(self._memory, self._engine.page, command.prp1, command.prp2, count * _RANGE.size)

@@ -9,19 +9,6 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-__all__ = [
-    "COMPLETION",
-    "SUBMISSION",
-    "AdminOpcode",
-    "CommandError",
-    "Feature",
-    "IdentifyCns",
-    "LogPage",
-    "Opcode",
-    "Register",
-    "Status",
-]
-
 
 class Register(IntEnum):
     """Offsets of controller registers in BAR 0 (3.1)."""
@@ -57,8 +44,6 @@ CC_CSS_SHIFT = 4
 CC_MPS_SHIFT = 7
 CC_AMS_SHIFT = 11
 CC_SHN_SHIFT = 14
-CC_SHN_NORMAL = 1
-CC_SHN_ABRUPT = 2
 CC_IOSQES_SHIFT = 16
 CC_IOCQES_SHIFT = 20
 CC_WRITABLE = 0x00FF_FFF1
@@ -151,7 +136,6 @@ class Status(IntEnum):
     SUCCESS = 0x000
     INVALID_OPCODE = 0x001
     INVALID_FIELD = 0x002
-    COMMAND_ID_CONFLICT = 0x003
     DATA_TRANSFER_ERROR = 0x004
     INTERNAL_ERROR = 0x006
     ABORT_REQUESTED = 0x007
@@ -161,17 +145,14 @@ class Status(IntEnum):
     WRITE_PROTECTED = 0x020
     LBA_OUT_OF_RANGE = 0x080
     CAPACITY_EXCEEDED = 0x081
-    NAMESPACE_NOT_READY = 0x082
     CQ_INVALID = 0x100
     INVALID_QUEUE_ID = 0x101
     INVALID_QUEUE_SIZE = 0x102
-    ABORT_LIMIT_EXCEEDED = 0x103
     EVENT_REQUEST_LIMIT_EXCEEDED = 0x105
     INVALID_VECTOR = 0x108
     INVALID_LOG_PAGE = 0x109
     INVALID_QUEUE_DELETION = 0x10C
     FEATURE_NOT_SAVEABLE = 0x10D
-    FEATURE_NOT_CHANGEABLE = 0x10E
     FEATURE_NOT_NAMESPACE_SPECIFIC = 0x10F
     WRITE_FAULT = 0x280
     UNRECOVERED_READ_ERROR = 0x281
@@ -187,7 +168,6 @@ _MAY_SUCCEED_LATER = frozenset(
         Status.DATA_TRANSFER_ERROR,
         Status.ABORT_REQUESTED,
         Status.CAPACITY_EXCEEDED,
-        Status.NAMESPACE_NOT_READY,
         Status.WRITE_FAULT,
         Status.UNRECOVERED_READ_ERROR,
     )

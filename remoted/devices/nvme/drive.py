@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a namespace's blocks are stored in: a raw image, a block device, or memory.
 
-All offsets and sizes are in bytes. Methods raise OSError, and all but try_read() may wait for a disk, or for the
-server of a filesystem: they are to be called in a thread.
+All offsets and sizes are in bytes. Methods raise OSError, and all but try_read() and try_write() may wait for a
+disk, or for the server of a filesystem: they are to be called in a thread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Drive:
         self.is_memory = is_memory
         """whether reads and writes never wait"""
         self._flags = 0 if is_memory else os.RWF_NOWAIT
-        self._can_try = True
+        self._can_try_read = True
+        self._can_try_write = not is_read_only
 
     @property
     def is_closed(self) -> bool:
@@ -64,14 +65,27 @@ class Drive:
     def try_read(self, offset: int, buffers: Sequence[bytearray | memoryview], size: int) -> bool:
         """Fills the buffers, of ``size`` bytes in all, without waiting; False if that isn't possible.
 
-        In any thread. Never raises OSError: read() tells what is wrong.
+        Never raises OSError: read() tells what is wrong.
         """
-        if not self._can_try:
+        if not self._can_try_read:
             return False
         try:
             return os.preadv(self._fd, buffers, offset, self._flags) == size
         except OSError as error:
-            self._can_try = error.errno not in _NOT_SUPPORTED
+            self._can_try_read = error.errno not in _NOT_SUPPORTED
+            return False
+
+    def try_write(self, offset: int, buffers: Buffers, size: int) -> bool:
+        """Writes the buffers, of ``size`` bytes in all, without waiting; False if that isn't possible.
+
+        Some of it may have been written then. Never raises OSError: write() tells what is wrong.
+        """
+        if not self._can_try_write:
+            return False
+        try:
+            return os.pwritev(self._fd, buffers, offset, self._flags) == size
+        except OSError as error:
+            self._can_try_write = error.errno not in _NOT_SUPPORTED
             return False
 
     def read(self, offset: int, size: int) -> bytearray:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """NVM commands (NVM Express 1.4, 6): what they do to the drive.
 
-Reads that the page cache can serve are done at once, straight into the guest's RAM. All else that may wait is done
-by a thread with a copy of the data: once a command has ended, or was given up by a reset, no thread touches the
-guest's RAM.
+Reads and writes that need not wait, as the page cache serves them, are done at once, straight from or to the
+guest's RAM. All else is done by a thread with a copy of the data: once a command has ended, or was given up by a
+reset, no thread touches the guest's RAM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -118,9 +119,10 @@ class IoCommands:
         offset, size = self._extent(command)
         ranges = self._find_data(command, size)
         self._check_writable()
-        job = partial(
-            self._drive.write, offset, read_data(self._memory, ranges), is_durable=self._is_durable(command)
-        )
+        is_durable = self._is_durable(command)
+        if (self._drive.is_memory or not is_durable) and self._try_write(offset, size, ranges):
+            return self._has_written(size, None)
+        job = partial(self._drive.write, offset, read_data(self._memory, ranges), is_durable=is_durable)
         what = f"writing {size} bytes at {offset:#x}"
         return self._do(command, job, partial(self._has_written, size), what, Status.WRITE_FAULT)
 
@@ -191,18 +193,33 @@ class IoCommands:
         return None
 
     def _try_read(self, offset: int, size: int, ranges: Ranges) -> bool:
-        """Reads what the page cache has straight into the guest's RAM; False if the drive has to be waited for."""
-        views = []
+        """Reads straight into the guest's RAM; False if the drive has to be waited for."""
+        with self._views(ranges) as views:
+            if views is not None:
+                return self._drive.try_read(offset, views, size)
+        data = bytearray(size)
+        if not self._drive.try_read(offset, [data], size):
+            return False
+        write_data(self._memory, ranges, data)
+        return True
+
+    def _try_write(self, offset: int, size: int, ranges: Ranges) -> bool:
+        """Writes straight from the guest's RAM; False if that can't be, or the drive has to be waited for."""
+        with self._views(ranges) as views:
+            return views is not None and self._drive.try_write(offset, views, size)
+
+    @contextmanager
+    def _views(self, ranges: Ranges) -> Iterator[list[memoryview] | None]:
+        """The guest's RAM itself, for the body of a with statement; None where it can only be copied."""
+        views: list[memoryview] = []
+        can_view = True
         try:
-            for each in ranges:
-                views.append(self._memory.view(*each))  # noqa: PERF401  those before an error are released
-            return self._drive.try_read(offset, views, size)
-        except DmaError:
-            data = bytearray(size)
-            if not self._drive.try_read(offset, [data], size):
-                return False
-            write_data(self._memory, ranges, data)
-            return True
+            try:
+                for each in ranges:
+                    views.append(self._memory.view(*each))  # noqa: PERF401  those before an error are released
+            except DmaError:
+                can_view = False
+            yield views if can_view else None
         finally:
             for view in views:
                 view.release()

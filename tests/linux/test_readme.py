@@ -20,8 +20,8 @@ PATIENCE = 60.0
 
 def readme_commands() -> list[str]:
     readme = (ROOT / "README.md").read_text()
-    pattern = r"Three commands plug a disk.*?\n\n((?:    \$ .*\n)+)"
-    (block,) = re.findall(pattern, readme, re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(r"Three commands plug a disk[^$]*?\n\n((?:    \$ [^\n]*\n)+)", readme)
+    assert block.count("\n") == 3
     return [line.removeprefix("    $ ").removesuffix(" &") for line in block.splitlines()]
 
 

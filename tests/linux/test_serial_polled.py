@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.ctl.children import Child
-from tests.support.linuxguest import KernelPanic, LinuxGuest
+from tests.support.linuxguest import KernelPanic, LinuxGuest, QemuEnded
 from tests.support.serialline import exchange
 
 pytestmark = pytest.mark.usefixtures("requires_qemu")
@@ -41,14 +42,19 @@ def guest(tmp_path_factory: pytest.TempPathFactory, line: socket.socket) -> Iter
 
 
 def booted(device: Path) -> LinuxGuest:
-    """Under the system's QEMU: 11.1 ends at once where an x-pci-proxy-dev has no KVM."""
+    """Under the system's QEMU; newer ones than 7.2 crash where an x-pci-proxy-dev has no KVM."""
     for _ in range(2):
         with socket.socket(socket.AF_UNIX) as link:
             link.connect(str(device))
             args = ["-device", f"x-pci-proxy-dev,addr=05.0,fd={link.fileno()}"]
             # QEMU 7.2's TCG lets a newer kernel oops once in a while, in any of its parts.
             with contextlib.suppress(KernelPanic):
-                return LinuxGuest(args, pass_fds=[link.fileno()], machine="pc")
+                try:
+                    return LinuxGuest(args, pass_fds=[link.fileno()], machine="pc")
+                except QemuEnded as ended:
+                    if ended.status != -signal.SIGSEGV:
+                        raise
+                    pytest.skip("needs an x-pci-proxy-dev that works without KVM: QEMU 7.2's")
     pytest.fail("the kernel panics at each start")
 
 

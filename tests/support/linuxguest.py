@@ -11,7 +11,16 @@ from pathlib import Path
 from tests.support.checkout import ROOT
 from tests.support.qemu import PATIENCE, QEMU, Qemu, make
 
-__all__ = ["CommandFailed", "KernelPanic", "LinuxGuest", "build", "busybox", "check_ext4", "read_ext4"]
+__all__ = [
+    "CommandFailed",
+    "KernelPanic",
+    "LinuxGuest",
+    "QemuEnded",
+    "build",
+    "busybox",
+    "check_ext4",
+    "read_ext4",
+]
 
 _FOLDER = ROOT / "build" / "linux-guest"
 _PACKAGES = _FOLDER / "packages"
@@ -35,6 +44,14 @@ def build() -> bool:
         return False
     make(str(_INITRAMFS.relative_to(ROOT)))
     return True
+
+
+class QemuEnded(AssertionError):
+    """QEMU has ended; ``status`` is as subprocess.Popen has it."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(f"{text} (status {status})")
+        self.status = status
 
 
 class KernelPanic(AssertionError):
@@ -110,7 +127,7 @@ class LinuxGuest(Qemu):
         except TimeoutError:
             raise AssertionError(f"{command}: no end in time; so far: {self._text()}") from None
         if not received:
-            raise AssertionError(f"{command}: QEMU has ended; last: {self._text()}")
+            raise QemuEnded(f"{command}: QEMU has ended; last: {self._text()}", self.process.wait())
         self._received += received
         if b"Kernel panic" in self._received:
             raise KernelPanic(f"{command}: {self._text()}")

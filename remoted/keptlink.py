@@ -29,11 +29,16 @@ from remoted.state import FunctionState
 
 __all__ = ["KeptLink"]
 
-_FLAGS = socket.MSG_CMSG_CLOEXEC
-_PEEK = _FLAGS | socket.MSG_PEEK
+# As ints: an operator of IntFlag is a function in Python.
+_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_PEEK = _FLAGS | int(socket.MSG_PEEK)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 _SO_PEEK_OFF = 42  # include/uapi/asm-generic/socket.h; Python has no name for it
 _SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
 _REPLY_SIZE = mpqemu.HEADER.size + mpqemu.RET.size
+_pack_value = mpqemu.RET.pack_into
+
+_Ancillary = list[tuple[int, int, bytes]]
 
 
 class KeptLink:
@@ -64,8 +69,14 @@ class KeptLink:
         self._buffer = bytearray(self.CAPACITY)
         self._view = memoryview(self._buffer)
         self.payload = self._view[self.HEADER_SIZE :]
+        self._ahead = [self._view[: self.LOOK_AHEAD]]
+        self._recvmsg_into = sock.recvmsg_into
+        self._recv_into = sock.recv_into
+        self._reply = bytearray(mpqemu.reply_frame(0))
         self._frame = 0  # length of the frame last handed out, still in the socket
         self._fds: list[int] = []
+        self._is_bare = False
+        """whether the frame was seen to have no fds"""
         self.is_partial = False
         """whether a frame has begun but not ended: the peer owes its rest"""
         self.closed = False
@@ -86,6 +97,26 @@ class KeptLink:
         """
         if self._frame:
             self._consume()
+        try:
+            count, ancillary, flags, _ = self._recvmsg_into(self._ahead, ANCILLARY_SIZE, _PEEK)
+        except OSError:
+            return self._receive_any()
+        if ancillary:
+            self._disposal.close_fds(received_fds(ancillary))  # copies: they come again
+        elif count >= self.HEADER_SIZE and not flags & _TRUNCATED:
+            # Nearly always: one whole request without fds.
+            command, length = self._check_header()
+            if length == count:
+                self._frame = length
+                self._fds = []
+                self._is_bare = True
+                self.is_partial = False
+                return command
+        self._is_bare = False
+        return self._receive_any()
+
+    def _receive_any(self) -> int:
+        """As receive(), for whatever is in the socket."""
         command, length, count, fds = self._look(self.LOOK_AHEAD)
         if (fds and count > length) or self.LOOK_AHEAD == count < length:
             # Some fds may be those of a frame behind it.
@@ -197,7 +228,7 @@ class KeptLink:
                     [self._view[count:size]], ANCILLARY_SIZE, _PEEK
                 )
                 fds += received_fds(ancillary)
-                if flags & socket.MSG_CTRUNC:
+                if flags & _TRUNCATED:
                     raise ShortageError("a message's file descriptors are lost: too many files are open here")
                 if not more and not count:
                     raise PeerGone("the peer closed the link")
@@ -217,11 +248,13 @@ class KeptLink:
     def _consume(self) -> None:
         """Takes the frame out of the socket. Its fds are here already, by other numbers."""
         length, self._frame = self._frame, 0
+        ancillary: _Ancillary = []
         while length:
             try:
-                count, ancillary, _, _ = self._sock.recvmsg_into(
-                    [self._view[:length]], ANCILLARY_SIZE, _FLAGS
-                )
+                if self._is_bare:
+                    count = self._recv_into(self._buffer, length)
+                else:
+                    count, ancillary, _, _ = self._recvmsg_into([self._view[:length]], ANCILLARY_SIZE, _FLAGS)
             except OSError as error:
                 raise PeerGone(f"reading the link: {error.strerror}") from error
             if ancillary:
@@ -231,12 +264,13 @@ class KeptLink:
             length -= count
 
     def _fill_pipe(self) -> None:
-        os.write(self._pipe[1], mpqemu.reply_frame(self._state.reply))
+        _pack_value(self._reply, mpqemu.HEADER.size, self._state.reply)
+        os.write(self._pipe[1], self._reply)
         self._state.sent = self._state.serial
 
     def _empty_pipe(self) -> None:
         try:
-            os.splice(self._pipe[0], self._sock.fileno(), _REPLY_SIZE, flags=_SPLICE_F_NONBLOCK)
+            os.splice(self._pipe[0], self._sock.fileno(), _REPLY_SIZE, None, None, _SPLICE_F_NONBLOCK)
         except BlockingIOError:
             raise ProtocolError("the peer doesn't read its replies") from None
         except OSError as error:

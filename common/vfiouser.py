@@ -193,7 +193,7 @@ class RefusedError(ProtocolError):
     """A request that is answered with an errno, after which the session goes on."""
 
     def __init__(self, code: int, text: str = "") -> None:
-        """``text`` says what is wrong with the request; none if a client may well ask for what there isn't."""
+        """``text`` says what is wrong with the request; empty if a client may ask for what isn't supported."""
         super().__init__(text)
         self.code = code
 

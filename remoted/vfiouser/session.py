@@ -2,8 +2,8 @@
 """One vfio-user client served: request -> function -> reply.
 
 Requests are handled one by one in the order in which they came, posted writes among them. A request that is wrong,
-or asks for what there isn't, is answered with an errno, and changes nothing. What ends a session is told in
-remoted.clientsession. The client decodes BARs by itself: an access names a region and an offset in it.
+or asks for something that does not exist, is answered with an errno, and changes nothing. What ends a session is
+told in remoted.clientsession. The client decodes BARs by itself: an access names a region and an offset in it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def guest(vfio_user_qemu: str, directory: Path, remoted: Child) -> Iterator[Vfio
 
 
 def usage(pid: int) -> tuple[int, int]:
-    """How many fds a process has, and how many of its maps are of RAM or another file that is in memory."""
+    """How many fds a process has, and how many maps of memfds, such as the guest's RAM."""
     return settled_fds(pid), Path(f"/proc/{pid}/maps").read_text().count("/memfd:")
 
 

@@ -19,9 +19,9 @@ PORT = "/dev/ttyS1"
 KIBIBYTES = int(os.environ.get("IOHUB_SERIAL_KIB", "32"))
 """each way; one takes a tenth of a second, on a busy machine three"""
 PART = 64
-ECHOES = 300
+"""of them in one test, which may take two minutes"""
 PARTS = range(0, KIBIBYTES, PART)
-"""a test may take two minutes"""
+ECHOES = 300
 
 
 @pytest.fixture(scope="module")

@@ -110,9 +110,7 @@ class Keeper:
             self._resume_ram()
         return link
 
-    def _open_link(
-        self, sock: socket.socket, make: Callable[[tuple[int, int]], _Link]
-    ) -> tuple[_Link, bool]:
+    def _open_link(self, sock: socket.socket, make: Callable[[tuple[int, int]], _Link]) -> tuple[_Link, bool]:
         """The link that ``make(pipe)`` makes, and whether it is a new one, which is stored. Raises as link()."""
         pipe, self._pipe = self._pipe, None
         if pipe is not None:

@@ -77,13 +77,18 @@ class GuestMemory:
         """Start and size of every region, by address."""
         return [(region.start, region.end - region.start) for region in self._regions]
 
+    def mapping(self, start: int) -> tuple[int, int, int, bool, bool] | None:
+        """What map() has got for the region at that address: size, offset, fd, can_read, can_write."""
+        index = bisect_left(self._starts, start)
+        if index == len(self._starts) or self._starts[index] != start:
+            return None
+        each = self._regions[index]
+        return each.end - start, each.offset, each.fd, each.can_read, each.can_write
+
     @property
-    def mappings(self) -> list[tuple[int, int, int, int, bool, bool]]:
-        """What map() has got for every region, by address: start, size, offset, fd, can_read, can_write."""
-        return [
-            (each.start, each.end - each.start, each.offset, each.fd, each.can_read, each.can_write)
-            for each in self._regions
-        ]
+    def is_empty(self) -> bool:
+        """Whether there is no region."""
+        return not self._regions
 
     @property
     def fds(self) -> list[int]:
@@ -149,7 +154,9 @@ class GuestMemory:
         if (index and self._regions[index - 1].end > start) or (
             index < len(self._starts) and self._starts[index] < region.end
         ):
-            raise MapError(errno.EEXIST, f"RAM at {start:#x}, {size:#x} bytes: overlaps a region that is mapped")
+            raise MapError(
+                errno.EEXIST, f"RAM at {start:#x}, {size:#x} bytes: overlaps a region that is mapped"
+            )
         surplus = []
         if fd == -1:
             self._unreachable += can_write

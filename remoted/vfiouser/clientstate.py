@@ -3,8 +3,8 @@
 
 It lies in a memfd of its own beside the function's state (remoted.state), whose serial number of the last request
 says which half is valid: each request is noted in the half of its own number, and becomes valid when the
-function's state names that number. Tables of interrupts and of RAM are written where the valid half doesn't
-refer to.
+function's state names that number. There are two tables of interrupts, of which the valid half doesn't refer to
+the one that is written; the table of RAM is in remoted.vfiouser.ramtable.
 """
 
 from __future__ import annotations
@@ -15,29 +15,26 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
-from common.vfiouser import HEADER, MAX_DMA_MAPS, MAX_SIZE
+from common.vfiouser import HEADER, MAX_SIZE
 from remoted.msi import VectorKind
+from remoted.vfiouser.ramtable import TABLE_SIZE, RamTable
 
-__all__ = ["ClientState", "IrqTable", "RamEntry", "Request"]
+__all__ = ["ClientState", "IrqTable", "Request"]
 
 _VECTORS = {VectorKind.MSI: 32, VectorKind.MSIX: 2048}
 """the most that a function can have"""
-_NOTE = Struct(f"<{HEADER.size}sI????BB2x")
+_NOTE = Struct(f"<{HEADER.size}sI????B3xQ")
 _KINDS = tuple(_VECTORS)
 _IRQS = Struct("<?3xII")
 _VECTOR = Struct("<HHI")
 """index of the kind, vector, identity plus 1 of its eventfd"""
-_RAM = Struct("<QQQQQ???5x")
 _COUNT = Struct("<I4x")
 _HALF = _NOTE.size + MAX_SIZE
 _HALVES = 64
-_IRQ_SIZE = _IRQS.size + _COUNT.size + sum(
-    _VECTOR.size * count + count // 8 for count in _VECTORS.values()
-)
+_IRQ_SIZE = _IRQS.size + _COUNT.size + sum(_VECTOR.size * count + count // 8 for count in _VECTORS.values())
 _IRQ_TABLES = _HALVES + 2 * _HALF + -2 * _HALF % 8
-_RAM_SIZE = _COUNT.size + _RAM.size * MAX_DMA_MAPS
-_RAM_TABLES = _IRQ_TABLES + 2 * _IRQ_SIZE + -2 * _IRQ_SIZE % 8
-_SIZE = _RAM_TABLES + 2 * _RAM_SIZE
+_RAM_TABLE = _IRQ_TABLES + 2 * _IRQ_SIZE + -2 * _IRQ_SIZE % 8
+_SIZE = _RAM_TABLE + TABLE_SIZE
 
 
 class Request(NamedTuple):
@@ -54,7 +51,8 @@ class Request(NamedTuple):
     """whether the client's VERSION was accepted"""
     has_tables: bool = False
     irq_table: int = 0
-    ram_table: int = 0
+    ram_change: int = 0
+    """the last change of the table of RAM"""
 
 
 class IrqTable(NamedTuple):
@@ -66,21 +64,6 @@ class IrqTable(NamedTuple):
     unmask: int
     attached: dict[VectorKind, dict[int, int]]
     masked: dict[VectorKind, set[int]]
-
-
-class RamEntry(NamedTuple):
-    """A region of RAM."""
-
-    start: int
-    size: int
-    offset: int
-    device: int
-    inode: int
-    """of the file; device and inode are 0 for a region without one"""
-    is_writable: bool
-    """whether the file can be written"""
-    can_read: bool
-    can_write: bool
 
 
 class ClientState:
@@ -96,9 +79,11 @@ class ClientState:
         self._view = memoryview(self._map)
         self.received = self._view[: HEADER.size]
         """where the header of a request goes when that is taken out of its socket"""
+        self.ram = RamTable(self._view[_RAM_TABLE:])
 
     def close(self) -> None:
         """Unmaps the file."""
+        self.ram.close()
         self.received.release()
         self._view.release()
         self._map.close()
@@ -150,15 +135,6 @@ class ClientState:
                 for vector, identity in table.attached[kind].items()
             ],
         )
-
-    def ram(self, index: int) -> list[RamEntry]:
-        """One of the two tables of RAM regions."""
-        rows = self._rows(_RAM_TABLES + index * _RAM_SIZE, _RAM)
-        return [RamEntry._make(fields) for fields in _RAM.iter_unpack(rows)]
-
-    def put_ram(self, index: int, table: Sequence[RamEntry]) -> None:
-        """Writes one of the two tables of RAM regions."""
-        self._put_rows(_RAM_TABLES + index * _RAM_SIZE, [_RAM.pack(*entry) for entry in table])
 
     def _rows(self, position: int, layout: Struct) -> memoryview:
         """The rows of a table, behind their number."""

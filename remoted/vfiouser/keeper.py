@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from common.disposal import Disposal
 from common.errors import IohubError, ProtocolError, ShortageError
 from common.fdstore import FdStore
 from common.messages import Event
 from common.notifier import EventNotifier
-from common.vfiouser import Command
+from common.vfiouser import DMA_MAP, DMA_UNMAP, Command
 from remoted.function import PciFunction
 from remoted.keeper import Keeper, as_shortage
 from remoted.msi import VectorKind
 from remoted.ramfiles import RamFiles
-from remoted.vfiouser.clientstate import ClientState, IrqTable, RamEntry, Request
+from remoted.vfiouser.clientstate import ClientState, IrqTable, Request
 from remoted.vfiouser.keptlink import KeptVfioUserLink
+from remoted.vfiouser.ramtable import RamEntry
 from remoted.vfiouser.vectors import Vectors
 
 __all__ = ["VfioUserKeeper"]
@@ -43,14 +45,15 @@ class VfioUserKeeper(Keeper):
         """As Keeper; ``vectors`` are the function's, with its line."""
         super().__init__(store, ram_files, devfn, function, vectors.line, disposal)
         self._vectors = vectors
-        self._stored_ram: set[str] = set()
+        self._stored_ram: Counter[str] = Counter()
+        """how many regions use a file"""
         self._stored_events: set[str] = set()
         """what the tables that are valid, or are about to be, refer to"""
         self._stale_ram: set[str] = set()
         self._stale_events: set[str] = set()
         """what they have referred to before the last request"""
         self._staged: tuple[int, int] | None = None
-        """tables that are valid once the store has their files"""
+        """a table of interrupts and a change of RAM that are valid once the store has their files"""
         fd = self._take("client")
         if fd == -1:
             fd = os.memfd_create("iohub-client", os.MFD_CLOEXEC)
@@ -68,19 +71,20 @@ class VfioUserKeeper(Keeper):
         """
         if self._pipe is None:
             self._client.note(self._state.serial, Request(), b"")
+            self._client.ram.clear()
         link, is_new = self._open_link(sock, self._make_link(sock))
         if not is_new:
             request = self._client.request(self._state.serial)
             if request.has_tables:
                 self._resume_vectors(self._client.irqs(request.irq_table))
-                self._resume_regions(self._client.ram(request.ram_table))
+                self._resume_regions(self._client.ram.resume(request.ram_change))
         return link
 
     def forget(self) -> None:
         super().forget()
-        for name in self._stored_ram | self._stale_ram:
+        for name in self._stored_ram.keys() | self._stale_ram:
             self._ram_files.release(self._prefix, name)
-        self._stored_ram, self._stale_ram = set(), set()
+        self._stored_ram, self._stale_ram = Counter(), set()
         self._stored_events, self._stale_events = set(), set()
         self._staged = None
 
@@ -97,7 +101,9 @@ class VfioUserKeeper(Keeper):
             sock, pipe, self._state, self._client, self._store_tables, self._disposal
         )
 
-    def _store_tables(self, command: int, done: Callable[[], None]) -> tuple[int, int] | None:
+    def _store_tables(
+        self, command: int, payload: memoryview, done: Callable[[], None]
+    ) -> tuple[int, int] | None:
         """See KeptVfioUserLink. Raises ShortageError."""
         if self._staged is not None:
             tables, self._staged = self._staged, None
@@ -105,19 +111,19 @@ class VfioUserKeeper(Keeper):
         if self._stale_ram or self._stale_events:
             self._drop_stale()
         last = self._client.request(self._state.serial)
-        irqs, ram, are_new = last.irq_table, last.ram_table, False
+        irqs, change, are_new = last.irq_table, last.ram_change, False
         with as_shortage("the client's files can't be kept"):
             if command == Command.DEVICE_SET_IRQS or not last.has_tables:
                 irqs = 1 - irqs
-                are_new |= self._store_irqs(irqs)
-            if command in (Command.DMA_MAP, Command.DMA_UNMAP) or not last.has_tables:
-                ram = 1 - ram
-                are_new |= self._store_ram(ram)
+                are_new = self._store_irqs(irqs)
+            if command in (Command.DMA_MAP, Command.DMA_UNMAP):
+                change += 1
+                are_new = self._store_ram(command, payload, change)
             if are_new:
-                self._staged = irqs, ram
+                self._staged = irqs, change
                 self._store.barrier(done)
                 return None
-        return irqs, ram
+        return irqs, change
 
     def _drop_stale(self) -> None:
         for name in self._stale_ram:
@@ -149,23 +155,44 @@ class VfioUserKeeper(Keeper):
         self._stored_events = set(events)
         return bool(new)
 
-    def _store_ram(self, index: int) -> bool:
-        """Writes a table of RAM regions, and stores the files that are new; whether there are any."""
-        files: dict[int, tuple[int, int, bool]] = {-1: (0, 0, False)}
-        table, names, is_new = [], set(), False
-        for start, size, offset, fd, can_read, can_write in self._function.host.memory.mappings:
-            if fd not in files:
-                files[fd] = self._ram_files.identify(fd)
-                name = self._ram_files.name(*files[fd])
-                names.add(name)
-                if name not in self._stored_ram:
-                    self._ram_files.use(self._prefix, fd)
-                    is_new = True
-            table.append(RamEntry(start, size, offset, *files[fd], can_read, can_write))
-        self._client.put_ram(index, table)
-        self._stale_ram = self._stored_ram - names
-        self._stored_ram = names
-        return is_new
+    def _store_ram(self, command: int, payload: memoryview, change: int) -> bool:
+        """Notes the change of a region, and stores its file if that is new; whether it is."""
+        memory, table = self._function.host.memory, self._client.ram
+        if memory.is_empty:
+            for each in table:
+                self._unuse(table.drop(each, change))
+            return False
+        layout, index = (DMA_MAP, 3) if command == Command.DMA_MAP else (DMA_UNMAP, 2)
+        start = layout.unpack_from(payload)[index]
+        mapping, entry = memory.mapping(start), table.get(start)
+        if mapping is None:
+            if entry is not None:
+                self._unuse(table.drop(start, change))
+            return False
+        size, offset, fd, can_read, can_write = mapping
+        file = (0, 0, False) if fd == -1 else self._ram_files.identify(fd)
+        wanted = RamEntry(start, size, offset, *file, can_read, can_write)
+        if entry == wanted:
+            return False
+        table.add(wanted, change)
+        if entry is not None:  # which the previous process has left, and this one could not use
+            self._unuse(entry)
+        if fd == -1:
+            return False
+        name = self._ram_files.name(*file)
+        self._stored_ram[name] += 1
+        if self._stored_ram[name] == 1:
+            self._ram_files.use(self._prefix, fd)
+        return self._stored_ram[name] == 1
+
+    def _unuse(self, entry: RamEntry) -> None:
+        """A region has gone; with the next request its file leaves the store, if no other region uses it."""
+        if entry.device or entry.inode:
+            name = self._ram_files.name(entry.device, entry.inode, entry.is_writable)
+            self._stored_ram[name] -= 1
+            if not self._stored_ram[name]:
+                del self._stored_ram[name]
+                self._stale_ram.add(name)
 
     def _resume_vectors(self, table: IrqTable) -> None:
         fds: dict[int, int] = {}
@@ -197,8 +224,11 @@ class VfioUserKeeper(Keeper):
         finally:
             self._close(fds.values())
 
-    def _resume_regions(self, table: Iterable[RamEntry]) -> None:
+    def _resume_regions(self, table: Sequence[RamEntry]) -> None:
         memory = self._function.host.memory
+        for each in table:
+            if each.device or each.inode:
+                self._stored_ram[self._ram_files.name(each.device, each.inode, each.is_writable)] += 1
         try:
             for start, size, offset, device, inode, is_writable, can_read, can_write in table:
                 fd = -1
@@ -207,7 +237,6 @@ class VfioUserKeeper(Keeper):
                     fd = self._ram_files.take(self._prefix, name)
                     if fd == -1:
                         raise ProtocolError("a region's file is not in the fd store")
-                    self._stored_ram.add(name)
                 try:
                     surplus = memory.map(start, size, offset, fd, can_read=can_read, can_write=can_write)
                 except (ProtocolError, ShortageError):

@@ -46,14 +46,14 @@ class KeptVfioUserLink(KeptLink):
         pipe: tuple[int, int],
         state: FunctionState,
         client: ClientState,
-        store_tables: Callable[[int, Callable[[], None]], tuple[int, int] | None],
+        store_tables: Callable[[int, memoryview, Callable[[], None]], tuple[int, int] | None],
         disposal: Disposal,
     ) -> None:
         """As KeptLink. ``client`` holds what is valid of the client.
 
-        ``store_tables(command, done)`` notes what a request has changed of interrupts and RAM, and returns the
-        numbers of the tables to be valid from then on; None if files are on their way into the store: ``done()``
-        is called when they are there.
+        ``store_tables(command, payload, done)`` notes what a request has changed of interrupts and RAM, and
+        returns the numbers of the table and the change to be valid from then on; None if files are on their way
+        into the store: ``done()`` is called when they are there.
         """
         self._client = client
         self._store_tables = store_tables
@@ -106,16 +106,14 @@ class KeptVfioUserLink(KeptLink):
             self._finish(message, fds)
 
     def _finish(self, message: bytes, fds: tuple[int, ...]) -> None:
-        tables = self._store_tables(self._command, self.stored)
+        tables = self._store_tables(self._command, self._view[HEADER.size :], self.stored)
         if tables is None:
             self._unfinished = message, fds
             self.hold()
             return
         state, header = self._state, bytes(self._view[: HEADER.size])
         has_fds = bool(fds) or len(message) > vfiouser.MAX_SIZE
-        request = Request(
-            header, len(message), has_fds, self._is_divided, self.is_negotiated, True, *tables
-        )
+        request = Request(header, len(message), has_fds, self._is_divided, self.is_negotiated, True, *tables)
         self._client.note(state.serial + 1, request, b"" if has_fds else message)
         state.commit_reply(0)
         self._consume()

@@ -17,9 +17,7 @@ _CAPABILITIES = {
     "pgsizes": 4096,
 }
 _REPLY = (
-    VERSION.pack(0, 0)
-    + json.dumps({"capabilities": _CAPABILITIES}, separators=(",", ":")).encode()
-    + b"\0"
+    VERSION.pack(0, 0) + json.dumps({"capabilities": _CAPABILITIES}, separators=(",", ":")).encode() + b"\0"
 )
 
 

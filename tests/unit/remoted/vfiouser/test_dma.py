@@ -172,7 +172,9 @@ def test_a_file_that_is_not_memory_is_refused(client: VfioUserPeer, ram: int) ->
     with open("/proc/self/stat", "rb") as file:
         assert client.map(0, PAGE, file.fileno()) == errno.EINVAL
     server = client.bench.servers["vectors"]
-    text = "DMA is impossible, the guest's RAM was refused: RAM at 0x0, 0x1000 bytes from offset 0x0: the fd is"
+    text = (
+        "DMA is impossible, the guest's RAM was refused: RAM at 0x0, 0x1000 bytes from offset 0x0: the fd is"
+    )
 
     def complaints() -> list[str]:
         return [amiss for amiss in server.function.amiss.texts() if amiss.startswith(text)]
@@ -201,7 +203,9 @@ def test_ram_without_a_file_is_named_together_with_its_mend(
     assert client.map(0, PAGE, flags=READ) == 0
     assert not memory.complaint, "a ROM has none either"
     assert client.map(PAGE, PAGE) == 0
-    with pytest.raises(DmaError, match="RAM at 0x1000 has no file descriptor: QEMU needs -object memory-backend-"):
+    with pytest.raises(
+        DmaError, match="RAM at 0x1000 has no file descriptor: QEMU needs -object memory-backend-"
+    ):
         memory.read(PAGE, 1)
     server, log = client.bench.servers["vectors"], client.bench.log
     assert any("memory-backend-memfd" in text for text in server.function.amiss.texts())

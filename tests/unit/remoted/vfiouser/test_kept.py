@@ -8,7 +8,8 @@ import gc
 import os
 import random
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +27,7 @@ from remoted.memory import GuestMemory
 from remoted.ramfiles import RamFiles
 from remoted.server import DeviceServer
 from remoted.sharedmemory import bar_memory_name
-from remoted.vfiouser import clientstate, session
+from remoted.vfiouser import clientstate, ramtable, session
 from remoted.vfiouser import keeper as vfiouser_keeper
 from remoted.vfiouser import keptlink as vfiouser_keptlink
 from remoted.vfiouser.line import IntxLine
@@ -44,7 +45,7 @@ COUNT, LINE, RAISE, FETCH, LAST = 0, 4, 8, 12, 16
 CONFIG = 7
 MODULES = (
     *(clientsession, keeper, keptlink, state),
-    *(clientstate, session, vfiouser_keeper, vfiouser_keptlink),
+    *(clientstate, ramtable, session, vfiouser_keeper, vfiouser_keptlink),
 )
 SOURCES = tuple(str(module.__file__) for module in MODULES)
 """what must stand a kill at any line"""
@@ -371,6 +372,44 @@ def test_a_line_that_the_client_has_masked_stays_so(lives: Lives, eventfds: list
     assert signals(eventfds[0]) == 0, "asserted already"
 
 
+def test_a_region_costs_the_same_however_many_there_are(lives: Lives, ram: int) -> None:
+    """And after a restart all of them are there, but for the one that was unmapped."""
+
+    def map_and_unmap() -> None:
+        assert lives.peer.map(1 << 40, PAGE, ram) == 0
+        assert lives.peer.unmap(1 << 40, PAGE).error == 0
+
+    lives.peer.map(0, PAGE, ram)
+    few = calls_of(map_and_unmap)
+    for page in range(1, 600):
+        assert lives.peer.map(page << 20, PAGE, ram, page % 16 * PAGE) == 0
+    assert calls_of(map_and_unmap) < 1.2 * few
+    assert lives.peer.unmap(300 << 20, PAGE).error == 0
+    memory = lives.restart().function.host.memory
+    assert memory.regions == [(page << 20, PAGE) for page in range(600) if page != 300]
+    assert memory.mapping(599 << 20) == (PAGE, 599 % 16 * PAGE, memory.fds[0], True, True)
+    assert lives.peer.unmap(0, 0, 2).error == 0
+    assert lives.peer.read(0, 0, 4).error == 0
+    assert stored(lives) == (0, 0)
+    assert lives.restart().function.host.memory.is_empty
+
+
+def calls_of(action: Callable[[], object]) -> int:
+    """How many functions it calls, Python's and C's."""
+    count = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 def test_what_is_unmapped_or_detached_leaves_the_store(lives: Lives, ram: int, eventfds: list[int]) -> None:
     requests_with_fds(lives, ram, eventfds)
     lives.process.settle()
@@ -423,6 +462,24 @@ def test_a_client_that_reads_no_answers_gets_them_all_from_the_next_process(live
         if is_complete():
             break
     assert got == expected
+
+
+def test_a_request_in_two_parts_whose_answer_has_no_room(lives: Lives) -> None:
+    """It is sent once there is room, although the client sends nothing more."""
+    payload = REGION_ACCESS.pack(LAST, 0, 2048)
+    request = HEADER.pack(7, Command.REGION_READ, HEADER.size + len(payload), 0, 0) + payload
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while lives.process.servers["dev"].accesses > sent - 2:
+            for part in (request[:20], request[20:]):
+                lives.peer.sock.send(part)
+                lives.process.settle()
+            sent += 1
+            assert sent < 1000
+    assert lives.process.servers["dev"].accesses < sent
+    handled = lives.process.servers["dev"].accesses
+    got = sum(1 for _ in range(3) for _ in whole_answers(lives))
+    assert got == sent > handled > 10
 
 
 def whole_answers(lives: Lives) -> Iterator[tuple[int, int]]:

@@ -174,8 +174,6 @@ def test_a_new_trigger_gets_what_the_old_one_has_not_delivered(
     assert signals(eventfds[2]) == 1
 
 
-
-
 def test_an_eoi_on_an_unmask_eventfd_that_is_being_replaced_counts(
     peer: VfioUserPeer, kvm: tuple[int, int], eventfds: list[int]
 ) -> None:

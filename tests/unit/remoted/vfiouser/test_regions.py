@@ -31,7 +31,9 @@ def info(client: VfioUserPeer, region: int, argsz: int = 32) -> tuple[int, ...]:
 
 
 @contextmanager
-def mapped(client: VfioUserPeer, region: int, size: int, argsz: int = 32) -> Iterator[tuple[bytes, mmap.mmap]]:
+def mapped(
+    client: VfioUserPeer, region: int, size: int, argsz: int = 32
+) -> Iterator[tuple[bytes, mmap.mmap]]:
     """What follows the structure in the reply, and a mapping of the file that came with it."""
     client.send(Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(argsz, 0, region, 0, 0, 0))
     client.bench.settle()

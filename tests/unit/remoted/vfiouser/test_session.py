@@ -18,7 +18,9 @@ from tests.support.vfiouserbench import TRIGGER, VfioUserPeer, signals
 INFO = DEVICE_INFO.pack(16, 0, 0, 0)
 
 
-@pytest.mark.parametrize("text", [b"", b"{}\0", b'{"capabilities":{}}\0', b'{"capabilities":{"x":[1]}}\0', b"\0"])
+@pytest.mark.parametrize(
+    "text", [b"", b"{}\0", b'{"capabilities":{}}\0', b'{"capabilities":{"x":[1]}}\0', b"\0"]
+)
 def test_version(bench: RemoteBench, text: bytes) -> None:
     with VfioUserPeer(bench, "dev", version=False) as peer:
         reply = peer.call(Command.VERSION, VERSION.pack(0, 7) + text)

@@ -149,9 +149,7 @@ def test_eventfds_that_are_replaced_are_closed(client: VfioUserPeer, eventfds: l
         (20, TRIGGER, b"\1\1"),
     ],
 )
-def test_data_of_another_size_is_refused(
-    client: VfioUserPeer, argsz: int, flags: int, data: bytes
-) -> None:
+def test_data_of_another_size_is_refused(client: VfioUserPeer, argsz: int, flags: int, data: bytes) -> None:
     payload = IRQ_SET.pack(argsz, flags, MSIX, 0, 2) + data
     assert client.call(Command.DEVICE_SET_IRQS, payload).error == errno.EINVAL
 

@@ -168,9 +168,7 @@ class VfioUserSession(ClientSession):
             if request.command == Command.VERSION:
                 raise RefusedError(errno.EINVAL, "comes a second time")
             # DEVICE_FEATURE: as the kernel answers to features that a device doesn't have.
-            raise RefusedError(
-                errno.EINVAL if request.command == Command.DEVICE_FEATURE else errno.ENOTSUP
-            )
+            raise RefusedError(errno.EINVAL if request.command == Command.DEVICE_FEATURE else errno.ENOTSUP)
         size = request.size - HEADER.size
         if not rule.least <= size <= rule.most:
             raise RefusedError(errno.EINVAL, f"{size} bytes of payload")
@@ -207,6 +205,7 @@ class VfioUserSession(ClientSession):
     def _wait_for_room(self, message: bytes, fds: tuple[int, ...]) -> None:
         self._unsent = message, fds
         self._receive = self._receive_later
+        self._is_edge_triggered = False
         self._loop.modify(self._link.fileno(), EPOLLOUT)
 
     def _receive_later(self) -> int:
@@ -384,4 +383,6 @@ class VfioUserSession(ClientSession):
     def _write(self) -> bytes:
         """An access that _region_write() leaves."""
         count = vfiouser.REGION_ACCESS.unpack_from(self._payload)[2]
-        raise RefusedError(errno.EINVAL, f"{len(self._payload)} bytes of payload, {count} of them to be written")
+        raise RefusedError(
+            errno.EINVAL, f"{len(self._payload)} bytes of payload, {count} of them to be written"
+        )

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An image on a FUSE filesystem (<linux/fuse.h>) whose server holds requests, or answers them with an errno."""
+"""An image on a FUSE filesystem (<linux/fuse.h>) whose server holds requests, or answers them with an errno.
+
+A process that is killed while it waits for a request of its own never ends. So /dev/fuse belongs to a child, which
+passes messages on, and which is killed when the thread that has started it ends: that ends the filesystem.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+import socket
 import stat
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +38,28 @@ _DIRECT_IO, _NO_FLUSH = 1 << 0, 1 << 5
 """flags of an open file; without FLUSH the process that serves it can exit while it is open"""
 _MNT_DETACH = 2
 _PUNCH_HOLE = 2
+_SO_SNDBUFFORCE = 32
+
+_MAX_WRITE = 1 << 17
+_PASSER = """
+import ctypes, os, select, signal, socket, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+device, sock = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
+while True:
+    ready = select.select([device, sock], [], [])[0]
+    try:
+        if device in ready:
+            sock.send(os.read(device, 1 << 18))
+        if sock in ready:
+            message = sock.recv(1 << 18)
+            if not message:
+                break
+            os.write(device, message)
+    except FileNotFoundError:
+        pass  # nobody waits for the answer any more
+    except OSError:
+        break  # unmounted
+"""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -53,14 +83,31 @@ class FuseImage:
         self.seen: list[int] = []
         """opcodes of requests for the content"""
         self._directory = os.fsencode(directory)
-        self._device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        options = f"fd={self._device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
-        if _libc.mount(b"image", self._directory, b"fuse", 0, options.encode()):
-            os.close(self._device)
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "fuse")
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            options = f"fd={device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
+            if _libc.mount(b"image", self._directory, b"fuse", 0, options.encode()):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "fuse")
+            self._lock = threading.Lock()
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in (self._socket, theirs):
+                end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 4 * _MAX_WRITE)
+            is_started = threading.Event()
+
+            def serve() -> None:
+                fds = (device, theirs.fileno())
+                command = [sys.executable, "-S", "-c", _PASSER, *map(str, fds)]
+                with subprocess.Popen(command, pass_fds=fds):
+                    is_started.set()
+                    with contextlib.suppress(ConnectionResetError):  # unmounted
+                        self._serve()
+
+            self._thread = threading.Thread(target=serve, daemon=True)
+            self._thread.start()
+            is_started.wait()
+            theirs.close()
+        finally:
+            os.close(device)
 
     def release(self, count: int | None = None) -> None:
         """Answers what waits, or the first so many; without a number, nothing is held any more."""
@@ -76,17 +123,12 @@ class FuseImage:
         """Unmounts the filesystem, which ends the server."""
         self.release()
         _libc.umount2(self._directory, _MNT_DETACH)
-        self._thread.join(5.0)
-        os.close(self._device)
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._socket.close()
 
     def _serve(self) -> None:
-        while True:
-            try:
-                request = os.read(self._device, 1 << 21)
-            except OSError as error:
-                if error.errno == errno.ENODEV:  # unmounted
-                    return
-                raise
+        while request := self._socket.recv(2 * _MAX_WRITE):
             _, opcode, unique, node, _, _, _, _ = _IN_HEADER.unpack_from(request)
             body = request[_IN_HEADER.size :]
             with self._lock:
@@ -104,16 +146,13 @@ class FuseImage:
         if not error:
             error, content = self._do(opcode, node, body)
         header = _OUT_HEADER.pack(_OUT_HEADER.size + len(content), -error, unique)
-        try:
-            os.write(self._device, header + content)
-        except OSError as failure:
-            if failure.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits for it any more; unmounted
-                raise
+        with contextlib.suppress(BrokenPipeError):  # unmounted
+            self._socket.send(header + content)
 
     def _do(self, opcode: int, node: int, body: bytes) -> tuple[int, bytes]:
         """The errno and what follows the header."""
         if opcode == _INIT:
-            return 0, struct.pack("<IIIIHHII36x", 7, 31, 0, 1 << 5, 0, 0, 1 << 20, 1)  # FUSE_BIG_WRITES
+            return 0, struct.pack("<IIIIHHII36x", 7, 31, 0, 1 << 5, 0, 0, _MAX_WRITE, 1)  # FUSE_BIG_WRITES
         if opcode == _LOOKUP:
             return 0, struct.pack("<QQQQII", _FILE, 0, 0, 0, 0, 0) + self._attributes(_FILE)
         if opcode in (_GETATTR, _SETATTR):

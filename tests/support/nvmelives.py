@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import NoReturn
 
 from common.loop import Loop
@@ -21,6 +22,11 @@ __all__ = ["Machine", "Process"]
 
 def _fail(reason: str) -> NoReturn:
     raise AssertionError(reason)
+
+
+def _has_no_thread() -> bool:
+    """Whether the device's threads have ended, the last of which closes the image."""
+    return "nvme" not in [each.name for each in threading.enumerate()]
 
 
 class Process(FunctionBench[Nvme]):
@@ -48,7 +54,7 @@ class Process(FunctionBench[Nvme]):
         """Ends what a kill ends."""
         self.function.host.guard.on_done = None
         self.function.shut_down()
-        run_until(self.loop, lambda: self.function._drive.is_closed)
+        run_until(self.loop, _has_no_thread)
         self.state.close()
         self.loop.close()
 
@@ -91,7 +97,7 @@ class Machine(Driver):
     def close(self) -> None:
         super().close()
         assert self.process is not None
-        run_until(self.loop, lambda: self.function._drive.is_closed)
+        run_until(self.loop, _has_no_thread)
         self.process.state.close()
         self.loop.close()
         os.close(self._state_fd)

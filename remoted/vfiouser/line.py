@@ -26,7 +26,7 @@ __all__ = ["IntxLine"]
 class IntxLine(Line):
     """The line, and the owner of all eventfds that the function's client has sent."""
 
-    __slots__ = ("_is_masked", "_is_served", "_trigger", "_unmask", "_uses")
+    __slots__ = ("_is_masked", "_is_rewired", "_is_served", "_trigger", "_unmask", "_uses")
 
     def __init__(self, loop: Loop, owners: dict[str, Line]) -> None:
         """``owners`` as for Line."""
@@ -37,6 +37,8 @@ class IntxLine(Line):
         """by the client"""
         self._is_served = False
         """whether the guest has been interrupted, and the line not unmasked since"""
+        self._is_rewired = False
+        """whether the unmask eventfd has come since the line was asserted last, and was not signalled yet"""
         self._uses: Counter[str] = Counter()
         """how often each eventfd is in use, by its identity"""
 
@@ -64,6 +66,7 @@ class IntxLine(Line):
         self._is_served = bool(self.level) and trigger is not None and not (is_masked or self.owes_assert[0])
         self.owes_assert[0] = 0
         self.set_unmask(unmask)
+        self._is_rewired = False
         self._refire()
 
     def adopt(self, fd: int) -> EventNotifier:
@@ -126,7 +129,7 @@ class IntxLine(Line):
             self.close_fds(self.give_up((old,)))
             if is_signalled:
                 self.resamples += 1
-                self.unmask()
+                self._end_of_interrupt()
         if unmask is not None:
             try:
                 self._loop.add(unmask.fd, self._on_unmask)
@@ -134,6 +137,7 @@ class IntxLine(Line):
                 self.give_up((unmask,))
                 raise ShortageError(f"the unmask eventfd can't be watched: {error.strerror}") from error
             self._unmask = unmask
+            self._is_rewired = True
 
     def is_trigger(self, eventfd: EventNotifier) -> bool:
         """Whether it is the eventfd that asserts the line: as the unmask eventfd it would unmask it at once."""
@@ -148,8 +152,14 @@ class IntxLine(Line):
         self._is_masked = True
 
     def unmask(self) -> None:
-        """Lets the line be asserted, which a level that is high does at once."""
-        self._is_masked = self._is_served = False
+        """Lets the line be asserted, which a level that is high does at once.
+
+        QEMU unmasks the line twice when the guest re-routes it: without KVM's irqfd, and with a new one, which
+        asserts what is pending in the trigger (kvm_irqfd_assign() in virt/kvm/eventfd.c). If that is the first
+        assertion, a second one could arrive after the guest has served it. Only an EOI shows that it has.
+        """
+        self._is_masked = False
+        self._is_served = self._is_rewired and self._trigger is not None and self._trigger.is_set()
         self._refire()
 
     def signal(self) -> None:
@@ -164,7 +174,7 @@ class IntxLine(Line):
 
     def disable(self) -> None:
         """Closes both eventfds; a level that is high stays pending."""
-        self._is_masked = self._is_served = False
+        self._is_masked = self._is_served = self._is_rewired = False
         old = [notifier for notifier in (self._trigger, self._unmask) if notifier is not None]
         if self._unmask is not None:
             self._loop.remove(self._unmask.fd)
@@ -174,7 +184,13 @@ class IntxLine(Line):
     def _fire(self) -> None:
         if self._trigger is not None:
             self._is_served = True
+            self._is_rewired = False
             self._trigger.set()
+
+    def _end_of_interrupt(self) -> None:
+        """The client's unmask eventfd was signalled: a level that is high asserts the line again."""
+        self._is_masked = self._is_served = self._is_rewired = False
+        self._refire()
 
     def _refire(self) -> None:
         """Asserts the line for a level that was high already."""
@@ -187,7 +203,7 @@ class IntxLine(Line):
             self.owes_assert[0] = 1
             if self._unmask.test_and_clear():
                 self.resamples += 1
-                self.unmask()
+                self._end_of_interrupt()
             self.owes_assert[0] = 0
 
     @staticmethod

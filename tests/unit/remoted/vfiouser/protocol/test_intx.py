@@ -169,6 +169,38 @@ def test_reroute_of_an_asserted_line(wired: VfioUserClient, trigger: Event, unma
         assert trigger.wait() == 1
 
 
+def test_assertion_that_is_pending_in_a_line_that_is_rewired_comes_once(
+    wired: VfioUserClient, trigger: Event, unmask: Event
+) -> None:
+    """KVM finds it in the trigger when its irqfd is assigned, and leaves the eventfd's count as it is."""
+    wired.mask(INTX)
+    drive(wired, True)
+    wired.unmask(INTX)
+    wired.mask(INTX)
+    with Event() as new:
+        wired.attach_unmask(new.fd)
+        wired.unmask(INTX)
+        wired.unmask(INTX)
+        assert trigger.take() == 1
+        new.set()
+        assert trigger.wait() == 1
+
+
+def test_count_that_nobody_reads_hides_no_interrupt(wired: VfioUserClient, trigger: Event) -> None:
+    """From the first EOI on, what is still in the trigger has been served: here by an interrupt for nothing."""
+    drive(wired, True)
+    with Event() as new:
+        wired.attach_unmask(new.fd)
+        wired.unmask(INTX)
+        drive(wired, False)
+        new.set()
+        settle(wired, new)
+        wired.mask(INTX)
+        drive(wired, True)
+        wired.unmask(INTX)
+        assert trigger.take() == 2
+
+
 def test_reset_of_the_machine_while_asserted(wired: VfioUserClient, trigger: Event, unmask: Event) -> None:
     drive(wired, True)
     assert trigger.take() == 1

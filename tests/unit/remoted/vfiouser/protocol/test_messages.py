@@ -239,6 +239,19 @@ def test_one_eventfd_may_serve_several_vectors(msix: VfioUserClient) -> None:
             os.close(duplicate)
 
 
+def test_eventfd_is_its_devices_until_the_last_vector_lets_it_go(
+    server: VfioUserServer, msix: VfioUserClient
+) -> None:
+    with server.negotiated("other") as other, Event() as shared:
+        msix.attach(MSIX, 0, [shared.fd])
+        msix.attach(MSIX, 1, [shared.fd])
+        for vector in (0, 1):
+            with pytest.raises(Refused):
+                other.attach(MSIX, 0, [shared.fd])
+            msix.detach(MSIX, vector)
+        other.attach(MSIX, 0, [shared.fd])
+
+
 def test_client_triggers_vectors_itself(msix: VfioUserClient, vectors: list[Event]) -> None:
     """The specification lets it, for tests; a server may refuse."""
     try:

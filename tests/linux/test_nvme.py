@@ -33,6 +33,7 @@ def guest(vfio_user_qemu: str, image: Path) -> Iterator[VfioUserGuest]:
         serving(image.parent, device),
         VfioUserGuest(vfio_user_qemu, image.parent, {"disk0": PORT}, CPUS) as guest,
     ):
+        await_disk(guest)
         yield guest
 
 
@@ -107,5 +108,6 @@ def test_the_guest_is_reset_in_the_middle_of_its_writes(guest: VfioUserGuest) ->
     await_work(guest)
     guest.monitor.execute("system_reset")
     guest.wait_ready()
+    await_disk(guest)
     guest.run(f"diskcheck {DISK} 16 both 10")
     assert guest.complaints("nvme", "pci ") == []

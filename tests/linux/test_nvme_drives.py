@@ -57,6 +57,7 @@ def bench(vfio_user_qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
         stack.enter_context(serving(directory, *devices))
         places = {name: {"addr": f"{5 + i:02x}.0"} for i, name in enumerate(drives)}
         guest = stack.enter_context(VfioUserGuest(vfio_user_qemu, directory, places))
+        guest.run(f"until [ $(ls /dev/nvme*n1 2>/dev/null | wc -l) = {len(drives)} ]; do usleep 10000; done")
         yield Bench(guest, full, ballast, broken)
 
 

@@ -61,6 +61,7 @@ class Fault:
     text: str
     fault: str
     unseen: str = ""
+    tests: Tests = Tests((), ())
 
     def __str__(self) -> str:
         return f"{self.file}: {_one_line(self.text)}  ->  {_one_line(self.fault) or '(nothing)'}"
@@ -86,15 +87,15 @@ class Fault:
         return ""
 
 
-def load() -> tuple[list[Fault], dict[str, Tests]]:
-    """All faults, and the tests by module."""
+def load() -> list[Fault]:
+    """All faults, with the tests of each."""
     faults: list[Fault] = []
-    tests: dict[str, Tests] = {}
     for path in sorted(LISTS.glob("*.toml")):
         for module, table in tomllib.loads(path.read_text()).items():
-            faults += [Fault(module, *entry) for entry in table["faults"]]
-            tests[module] = Tests(tuple(table["fast"]), tuple(table["slow"]))
-    return faults, tests
+            tests = Tests(tuple(table["fast"]), tuple(table["slow"]))
+            for text, fault, *unseen in table["faults"]:
+                faults.append(Fault(module, text, fault, "".join(unseen), tests))
+    return faults
 
 
 class Trees:
@@ -211,18 +212,17 @@ def main() -> int:
     )
     parser.add_argument("-j", metavar="N", type=int, default=2, help="so many at once (default: %(default)s)")
     options = parser.parse_args()
-    faults, tests = load()
-    chosen = [fault for fault in faults if options.k in f"{fault.file} {fault.text} {fault.fault}"]
+    chosen = [fault for fault in load() if options.k in f"{fault.file} {fault.text} {fault.fault}"]
     stale = {fault: reason for fault in chosen if (reason := fault.staleness())}
     seen = [fault for fault in chosen if not fault.unseen and fault not in stale]
     print(f"{len(seen)} faults", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         trees = Trees(Path(directory), options.j)
-        failing = check_tests(trees, [tests[file] for file in {fault.file for fault in seen}]) if seen else ""
+        failing = check_tests(trees, list({fault.tests for fault in seen})) if seen else ""
         if failing:
             print(f"fails without any fault: {failing}")
             return 1
-        missed = list(_run(trees, seen, tests))
+        missed = list(_run(trees, seen))
     for fault, reason in stale.items():
         print(f"stale, {reason}: {fault}")
     for fault in chosen:
@@ -234,12 +234,12 @@ def main() -> int:
     return 1 if stale or len(seen) - len(missed) < REQUIRED * len(seen) else 0
 
 
-def _run(trees: Trees, faults: Sequence[Fault], tests: dict[str, Tests]) -> Iterator[Fault]:
+def _run(trees: Trees, faults: Sequence[Fault]) -> Iterator[Fault]:
     """Runs them all, with a line each, and gives those that were not noticed."""
 
     def run(fault: Fault) -> bool:
         started = time.monotonic()
-        noticed = try_fault(trees, fault, tests[fault.file])
+        noticed = try_fault(trees, fault, fault.tests)
         seconds = time.monotonic() - started
         print(
             f"{'noticed' if noticed else 'MISSED '}  {seconds:5.1f} s  {fault}\n         {noticed}",

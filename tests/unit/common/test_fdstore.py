@@ -88,6 +88,20 @@ def test_a_full_queue_delays_and_loses_nothing(
     assert list(manager.files) == ["last"]
 
 
+def test_what_waits_is_not_overtaken(manager: StoreManager, store: FdStore, loop: Loop, memfd: int) -> None:
+    for _ in range(int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 1):
+        store.remove("28.state")
+    store.put("28.state", memfd)
+    manager.serve()
+    store.remove("28.state")  # there is room now, but not its turn
+    done: list[bool] = []
+    store.barrier(lambda: done.append(True))
+    while not done:
+        loop.step(1.0)
+        manager.serve()
+    assert not manager.files
+
+
 def test_a_manager_that_is_gone_holds_up_nobody(
     manager: StoreManager, store: FdStore, loop: Loop, memfd: int
 ) -> None:

@@ -36,7 +36,7 @@ from tests.support.fds import no_fd_is_left
 from tests.support.killing import killed_at
 from tests.support.remotebench import RemoteBench
 from tests.support.storemanager import StoreManager
-from tests.support.vfiouserbench import MASK, TRIGGER, UNMASK, UNMASK_BY, VfioUserPeer, signals
+from tests.support.vfiouserbench import DISABLE, MASK, TRIGGER, UNMASK, UNMASK_BY, VfioUserPeer, signals
 
 DEVFN = 0x28
 PAGE = 4096
@@ -331,10 +331,13 @@ def test_requests_with_fds_are_done_once_wherever_the_process_is_killed(
         answers = lives.answers()
         assert [answer[:2] for answer in answers] == expected, f"killed at line {line}"
         assert [answer[2] for answer in answers] == [0] * 5, f"killed at line {line}"
+        assert "again" not in " ".join(lives.process.log.messages), f"killed at line {line}"
         check_interrupts_and_ram(lives, ram, eventfds)
         for address in (0x10000, 0x20000):
             assert lives.peer.unmap(address, PAGE).error == 0
-        line += 13
+        for index in (INTX, MSIX):
+            assert lives.peer.set_irqs(DISABLE, index, 0, 0) == 0
+        line += 6
     assert line > 500
 
 

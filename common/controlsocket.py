@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from select import EPOLLIN, EPOLLOUT
+from select import EPOLLET, EPOLLIN, EPOLLOUT
 from typing import TYPE_CHECKING
 
 from common.disposal import Disposal
@@ -236,7 +236,8 @@ class _Client:
             return
         if self._end >= 0 and not self._output:
             self._server.enqueue(self)
-        events = EPOLLOUT if self._output else 0 if self._end >= 0 else EPOLLIN
+        # While a call waits, the end of the stream is reported once only: what answers may not be loaded yet.
+        events = EPOLLOUT if self._output else EPOLLET if self._end >= 0 else EPOLLIN
         if events != self._events:
             self._events = events
             self._loop.modify(self._sock.fileno(), events)

@@ -144,9 +144,16 @@ class Peer:
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     with no_fd_is_left(), closing(Bench(tmp_path)) as bench:
+        before = count_fds()
         with bench.connect() as first:  # the first call's answer comes later: see test_controlsocket.py
             first.send(STATUS)
             assert "parameters" in first.reply()
+
+        def has_gone() -> bool:
+            bench.loop.step()
+            return count_fds() == before
+
+        wait_until(has_gone, "nothing is left of the first client")
         bench.calls.status = 0
         yield bench
 

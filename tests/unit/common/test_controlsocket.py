@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import select
 import socket
 import sys
 import threading
@@ -118,6 +119,17 @@ def test_calls_wait_until_what_answers_is_loaded_and_nothing_else_does(bench: Be
     bench.loop.remove(reader)
     os.close(reader)
     os.close(writer)
+
+
+def test_a_caller_that_hangs_up_while_its_call_waits_does_not_keep_the_loop_busy(bench: Bench) -> None:
+    with bench.connect() as sock:
+        sock.sendall(CALL)
+        bench.step_until(lambda: bench.loads)
+    for _ in range(3):
+        bench.loop.step()
+    assert not select.select([bench.loop.fileno()], [], [], 0)[0]
+    bench.finish_loading()
+    bench.step_until(lambda: not bench.server._clients)
 
 
 def test_loading_leaves_collector_and_interpreter_as_they_were(bench: Bench) -> None:

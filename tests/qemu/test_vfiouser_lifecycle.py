@@ -55,18 +55,20 @@ def test_writes_that_are_answered(
     server.await_nothing_left()
 
 
-def test_ram_that_is_not_shared(
-    requires_kvm: None, server: VfioUserServer, vfio_user_qemu: str, tmp_path: Path
-) -> None:
-    """The operator is told by which option of QEMU DMA becomes possible; interrupts don't need it."""
+def test_ram_that_is_not_shared(requires_kvm: None, vfio_user_qemu: str, tmp_path: Path) -> None:
+    """The operator is told by which option of QEMU DMA becomes possible; interrupts don't need it.
+
+    With a process of its own: the log of the other tests' may have reached its limit.
+    """
     option = "memory-backend-memfd"
-    with ConsoleGuest(tmp_path, server, vfio_user_qemu, "kvm", shares_ram=False) as guest:
-        check_interrupts(guest, 50, held=10)
-        for name in server.addresses:
-            assert option in str(server.status(name)["amiss"])
-        wait_until(lambda: option in server.log, "the log names the option")
-    server.await_nothing_left()
-    assert not any(server.status(name)["amiss"] for name in server.addresses)
+    with closing(VfioUserServer(tmp_path, {"com1": "pci-serial", "edu0": "edu"})) as server:
+        with ConsoleGuest(tmp_path, server, vfio_user_qemu, "kvm", shares_ram=False) as guest:
+            check_interrupts(guest, 50, held=10)
+            for name in server.addresses:
+                assert option in str(server.status(name)["amiss"])
+            wait_until(lambda: option in server.log, "the log names the option")
+        server.await_nothing_left()
+        assert not any(server.status(name)["amiss"] for name in server.addresses)
 
 
 def test_functions_that_share_a_gsi(requires_kvm: None, vfio_user_qemu: str, tmp_path: Path) -> None:

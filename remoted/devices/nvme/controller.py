@@ -147,7 +147,7 @@ class Nvme(PciFunction):
         self._update_ready()
 
     def close(self) -> None:
-        self._engine.workers.close(self._drive.close)
+        self._engine.close(self._drive.close)
 
     def bar_read(self, bar: int, offset: int, size: int) -> int:
         if offset % size:

@@ -55,7 +55,7 @@ class Engine:
         """whether the controller is ready and has not failed"""
         self.stale = 0
         """jobs from before a reset that have not ended: what they read is dropped"""
-        self.workers = Workers(host.loop.call_soon_threadsafe)
+        self._workers = Workers(host.loop.call_soon_threadsafe)
         self._memory = host.memory
         self._loop = host.loop
         self._log = RateLimited(host.log)
@@ -86,6 +86,13 @@ class Engine:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def close(self, then: Callable[[], None]) -> None:
+        """Ends its work in this process, and calls ``then()`` after the last job. A next process goes on."""
+        self.is_running = False
+        if self._timer is not None:
+            self._timer.cancel()
+        self._workers.close(then)
 
     def go_on(self) -> None:
         """After a restart of the process: does what was under way again, and posts what was not posted."""
@@ -166,7 +173,7 @@ class Engine:
             return job() if epoch == self._epoch else None
 
         try:
-            self.workers.submit(unless_reset, partial(self._done, epoch, command, finish, failed))
+            self._workers.submit(unless_reset, partial(self._done, epoch, command, finish, failed))
         except RuntimeError as error:
             raise CommandError(Status.INTERNAL_ERROR) from error
         self._jobs += 1
@@ -187,7 +194,7 @@ class Engine:
                 done()
 
         try:
-            self.workers.submit(flush, ended)
+            self._workers.submit(flush, ended)
         except RuntimeError as error:
             ended(None, error)
 

@@ -306,6 +306,17 @@ class TestOptions:
         assert nvme.load(buffer + 4, 20) == b"dev0".ljust(20)
 
 
+def test_nothing_is_posted_after_the_end(nvme: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    nvme.enable()
+    queue = nvme.create_pair()
+    nvme.submit(queue, FLUSH, nsid=1)
+    nvme.function.close()
+    nvme.lose_ram()
+    nvme.loop.step(0)
+    assert nvme.read(CSTS) == READY
+    assert caplog.records == []
+
+
 def test_a_guest_that_keeps_its_queues_full_does_not_keep_the_loop(nvme: Driver) -> None:
     """Between two passes of the loop only some of its commands are executed."""
     nvme.enable(size=1024)

@@ -238,7 +238,7 @@ class TestReset:
         else:
             nvme.write(CC, CC_DEFAULT)
         image.release()
-        run_until(nvme.loop, lambda: nvme.function._engine.workers.is_idle)
+        run_until(nvme.loop, lambda: nvme.function._engine._workers.is_idle)
         for _ in range(3):
             nvme.loop.step(0)
         assert bytes(nvme.ram) == before, "neither data nor a completion"

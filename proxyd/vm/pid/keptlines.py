@@ -68,6 +68,7 @@ class KeptLines:
         """Drops what nobody has taken. From now on the store is for this process."""
         self._store.drop_inherited()
         if not self.is_same:
+            self._store.remove(_PROCESS)
             self._store.put(_PROCESS, self._target.fileno())
             self.is_same = True
 

@@ -5,11 +5,12 @@ Where files outlive the process, there is a pipe between the two that does so as
 
 1. splice(2) moves it from the user's fd into the pipe.
 2. tee(2) copies it out of the pipe, and the device takes it.
-3. The number of its bytes, ``delivered``, becomes valid together with the device's state.
+3. The number of its bytes, ``delivered``, and of those in the pipe, ``held``, become valid together with the
+   device's state.
 4. It is taken out of the pipe.
 5. ``delivered`` becomes 0 again.
 
-A successor that finds input in the pipe delivers it, but for so many bytes as were delivered.
+A successor that finds input in the pipe delivers it, but for what was delivered and has not been taken out yet.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from common.keptfiles import KeptFiles
 __all__ = ["Arrivals"]
 
 _NAMES = ("input-read", "input-write")
-_DELIVERED_BITS = 8
-_MAX_PORTION = (1 << _DELIVERED_BITS) - 1
+_PORTION_BITS = 8
+_MAX_PORTION = (1 << _PORTION_BITS) - 1
 _SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
 
 _tee = ctypes.CDLL(None, use_errno=True).tee
@@ -36,7 +37,8 @@ _tee.restype = ctypes.c_ssize_t
 class Arrivals:
     """The way in for one chardev's input; without files that outlive the process, a plain read(2)."""
 
-    delivered: int = register(_DELIVERED_BITS)
+    delivered: int = register(_PORTION_BITS)
+    held: int = register(_PORTION_BITS)
 
     def __init__(self, files: KeptFiles | None) -> None:
         """Takes up the pipe of the previous process, or makes one. Raises OSError."""
@@ -55,10 +57,11 @@ class Arrivals:
             self.waiting = count_unread(self._pipe[0])
 
     def catch_up(self) -> None:
-        """Drops what the previous process had delivered, after ``delivered`` was restored."""
+        """Drops what the previous process had delivered, after the registers were restored."""
         if self._pipe is not None and self.delivered:
-            if self.waiting:
-                self._drain(min(self.delivered, self.waiting))
+            left = self.held - self.delivered
+            if self.waiting > left:
+                self._drain(self.waiting - left)
             self.delivered = 0
 
     def read(self, fd: int, size: int) -> bytes:
@@ -84,7 +87,7 @@ class Arrivals:
     def done(self, count: int) -> None:
         """The device has taken the ``count`` bytes of the last read()."""
         if self.waiting and self._files is not None:
-            self.delivered = count
+            self.delivered, self.held = count, self.waiting
             self._files.commit()
             self._drain(count)
             self.delivered = 0

@@ -16,23 +16,18 @@ from common.journal import RateLimited
 from common.loop import Loop
 from proxyd.vm.pid.inject import Target
 from proxyd.vm.pid.keptlines import KeptLines
+from tests.support.checkout import ROOT
 from tests.support.remotebench import Recorder
 from tests.support.storemanager import StoreManager
-
-
-_VMM = """
-import fcntl, os, sys
-vm = fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE01, 0)  # KVM_CREATE_VM
-print(flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
 def pids(requires_kvm: None) -> Iterator[list[int]]:
     """Two processes with a VM each."""
-    command = [sys.executable, "-c", _VMM]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    command = [sys.executable, "-m", "tests.support.vmholder", "one"]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)
+    ]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline()

@@ -32,7 +32,7 @@ ROOM = 4
 class Process:
     """A device with its chardev. What commit() has made valid is what the next one begins with."""
 
-    def __init__(self, spec: str, manager: StoreManager, valid: tuple[bytes, int]) -> None:
+    def __init__(self, spec: str, manager: StoreManager, valid: tuple[bytes, int, int]) -> None:
         self.loop = CountingLoop()
         inherited = manager.hand_over()
         self.store = FdStore(self.loop, RateLimited(LOG), manager.address, inherited)
@@ -45,14 +45,16 @@ class Process:
         self.ready = 0
         self.received = bytearray()
         self.chardev: Chardev = open_chardev(spec, self.loop, LOG, self, self._on_connected, self.files)
-        self.received[:], self.chardev.arrivals.delivered = valid
+        self.received[:] = valid[0]
+        self.chardev.arrivals.delivered, self.chardev.arrivals.held = valid[1:]
         self.chardev.restored()
         self.commit()
         self.dropped = self.store.drop_inherited()
         manager.serve()
 
     def commit(self) -> None:
-        self.valid = bytes(self.received), self.chardev.arrivals.delivered
+        arrivals = self.chardev.arrivals
+        self.valid = bytes(self.received), arrivals.delivered, arrivals.held
 
     def can_receive(self) -> int:
         return self.room
@@ -91,9 +93,9 @@ class Lives:
 
     def begin(self, spec: str) -> Process:
         self.spec = spec
-        return self.restart((b"", 0))
+        return self.restart((b"", 0, 0))
 
-    def restart(self, valid: tuple[bytes, int] | None = None) -> Process:
+    def restart(self, valid: tuple[bytes, int, int] | None = None) -> Process:
         """The next process, with what the last one has made valid."""
         if self.process is not None:
             valid = self.process.valid if valid is None else valid
@@ -115,10 +117,11 @@ class Lives:
         process.run()
         assert process.received == sent, when
 
-    def wait_for_input(self) -> None:
-        """Until what a user has written is at this end, which takes a terminal a moment."""
+    def wait_for_input(self) -> int:
+        """Until what a user has written is at this end, which takes a terminal a moment. Returns the end's fd."""
         (fd,) = next(fds for name, fds in self.manager.files.items() if re.search("pty|client", name))
         assert select.select([fd], [], [], 20.0)[0]
+        return fd
 
     def close(self) -> None:
         if self.process is not None:
@@ -186,6 +189,26 @@ def test_input_is_heard_once_wherever_the_process_is_killed(lives: Lives, user: 
         sent += data
         user.write(data)
         lives.wait_for_input()
+        was_killed = killed_at(line, process.run, SOURCES)
+        lives.restart()
+        lives.hear(sent, f"killed at line {line}")
+        line += 1
+    assert line > 15
+
+
+def test_input_is_heard_once_by_a_device_that_takes_it_in_parts(lives: Lives, user: Stream) -> None:
+    """More is on its way than the device has room for after a restart: its guest has switched a FIFO off, say."""
+    sent = bytearray()
+    line, was_killed = 1, True
+    while was_killed:
+        process = lives.process
+        assert process is not None
+        data = os.urandom(ROOM)
+        sent += data
+        user.write(data)
+        process.chardev.arrivals.read(lives.wait_for_input(), ROOM)
+        process = lives.restart()
+        process.room = 1
         was_killed = killed_at(line, process.run, SOURCES)
         lives.restart()
         lives.hear(sent, f"killed at line {line}")

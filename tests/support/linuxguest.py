@@ -70,6 +70,7 @@ class LinuxGuest(Qemu):
         machine: str = "q35",
         cpus: int = 1,
         channels: Sequence[str] = (),
+        kernel_options: str = "",
     ) -> None:
         """``args`` follow on the command line. The guest has 256 MiB, which other processes can map."""
         (kernel,) = (_PACKAGES / "boot").glob("vmlinuz-*")
@@ -78,7 +79,14 @@ class LinuxGuest(Qemu):
                 *("-machine", f"{machine},accel=tcg,memory-backend=ram", "-m", "256", "-smp", str(cpus)),
                 *("-object", "memory-backend-memfd,id=ram,size=256M,share=on"),
                 *("-nodefaults", "-display", "none", "-serial", "chardev:console"),
-                *("-kernel", str(kernel), "-initrd", str(_INITRAMFS), "-append", _KERNEL_OPTIONS),
+                *(
+                    "-kernel",
+                    str(kernel),
+                    "-initrd",
+                    str(_INITRAMFS),
+                    "-append",
+                    f"{_KERNEL_OPTIONS} {kernel_options}",
+                ),
                 *args,
             ],
             pass_fds,

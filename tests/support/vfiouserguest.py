@@ -41,14 +41,25 @@ class VfioUserGuest(LinuxGuest):
     """A guest with a PCI Express root port, and ``monitor``, its QEMU's; another one listens at ``qmp.sock``."""
 
     def __init__(
-        self, qemu: str, directory: Path, devices: Mapping[str, Mapping[str, str]], cpus: int = 1
+        self,
+        qemu: str,
+        directory: Path,
+        devices: Mapping[str, Mapping[str, str]],
+        cpus: int = 1,
+        kernel_options: str = "",
     ) -> None:
         """The directory is remoted's; each device has an id and a place, ``addr`` and perhaps ``bus``."""
         self._directory = directory
-        args = [*_PORT_OPTIONS, "-qmp", "chardev:qmp", "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off"]
+        args = [
+            *_PORT_OPTIONS,
+            "-qmp",
+            "chardev:qmp",
+            "-qmp",
+            f"unix:{directory}/qmp.sock,server=on,wait=off",
+        ]
         for name, place in devices.items():
             args += ["-device", json.dumps(self._properties(name, place))]
-        super().__init__(args, program=qemu, cpus=cpus, channels=("qmp",))
+        super().__init__(args, program=qemu, cpus=cpus, channels=("qmp",), kernel_options=kernel_options)
         with self._starting() as owned:
             self.monitor = owned.enter_context(Monitor(self.channels["qmp"]))
 

@@ -27,7 +27,7 @@ Handler = Callable[[Command], int | None]
 
 _SLICE_SECONDS = 0.0005
 _BATCH = 8
-"""commands of one queue that are fetched at once"""
+"""commands of one queue that are fetched at once; the next queue's come before the rest"""
 _ENTRY = 64
 _COMPLETION_SIZE = 16
 
@@ -115,7 +115,7 @@ class Engine:
             has_more = False
             for number in order:
                 queue = self._queues.submissions.get(number)
-                if queue is not None and self._fetch(queue):
+                if queue is not None and self._fetch(queue, deadline):
                     has_more = True
                     self._turn = number + 1
                     if self._loop.time() > deadline:
@@ -203,8 +203,8 @@ class Engine:
         self._queues.start(command)
         self._waiting.append(command)
 
-    def _fetch(self, queue: SubmissionQueue) -> bool:
-        """Fetches some commands of a queue, and executes them; False if there are none."""
+    def _fetch(self, queue: SubmissionQueue, deadline: float) -> bool:
+        """Fetches commands of a queue, and executes them until the time is over; False if there are none."""
         count = 0 if queue.is_closing else min(_BATCH, self._queues.room(queue), queue.size - queue.head)
         if not count:
             return False
@@ -213,9 +213,11 @@ class Engine:
         except DmaError as error:
             self._fail(f"commands can't be fetched: {error}")
             return False
-        queue.head = (queue.head + count) % queue.size
         for start in range(0, len(entries), _ENTRY):
+            queue.head = (queue.head + 1) % queue.size
             self._execute(Command(queue, entries[start : start + _ENTRY]))
+            if self._loop.time() > deadline:
+                break
         return True
 
     def _execute(self, command: Command) -> None:

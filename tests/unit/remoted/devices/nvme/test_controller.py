@@ -332,4 +332,4 @@ def test_a_guest_that_keeps_its_queues_full_does_not_keep_the_loop(nvme: Driver)
     while nvme.load(queue.completions + 16 * 199 + 14, 1) != b"\1":
         nvme.loop.step(0)
         passes += 1
-    assert passes > 20
+    assert passes > 4

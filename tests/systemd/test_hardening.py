@@ -98,6 +98,21 @@ def test_a_process_of_another_user(host: HostBench) -> None:
     wait_until(lambda: host.linked() == {"line0"}, "the line is wired to QEMU's KVM")
 
 
+def test_a_drive(host: HostBench) -> None:
+    """The image is opened for writing, by the next process as well."""
+    folder = host.root / "var/lib/iohub"
+    folder.mkdir()
+    image = folder / "disk0.img"
+    image.write_bytes(bytes(1 << 20))
+    host.system.run("chown", "-R", "iohub:", "/var/lib/iohub")
+    host.drop_in(REMOTED, (EXAMPLES / "remoted-drive.conf").read_text())
+    host.add_device('model = "nvme"\nid = "disk0"\naddr = "07.0"\ndrive = "file:/var/lib/iohub/disk0.img"\n')
+    host.start({"edu0", "com1", "disk0"})
+    host.kill(REMOTED)
+    wait_until(lambda: host.linked() == {"edu0", "com1", "disk0"}, "the next process has opened it")
+    assert "disk0: its drive can only be read" not in host.journal("-u", REMOTED)
+
+
 @pytest.mark.parametrize(
     "chardev", ["pty", "unix:/run/iohub/vm1/com", "unix:/run/serial/com", "file:/run/serial/com"]
 )

@@ -99,6 +99,8 @@ class Nvme(PciFunction):
         if not blocks:
             self._drive.close()
             raise UsageError(f"drive={self.options['drive']}: is smaller than a block of {block_size} bytes")
+        if self._drive.is_read_only:
+            host.log.info("its drive can only be read: the namespace is write-protected")
         if rest:
             host.log.info("the last %d bytes of the drive are left out: they are no whole block", rest)
         identity = Identity(

@@ -387,11 +387,13 @@ class TestDatasetManagement:
         assert read(nvme, queue, 0, PAGE) == b"d" * PAGE, "nothing is deallocated"
 
 
-def test_a_read_only_image(loop: Loop, tmp_path: Path) -> None:
+def test_a_read_only_image(loop: Loop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     with (
         fuse_image(tmp_path / "fuse", is_read_only=True) as image,
         driver(loop, drive=f"file:{image.path}") as nvme,
     ):
+        assert "its drive can only be read: the namespace is write-protected" in caplog.text
         image.content[:BLOCK] = b"r" * BLOCK
         nvme.enable()
         queue = nvme.create_pair()

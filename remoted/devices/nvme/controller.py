@@ -222,7 +222,8 @@ class Nvme(PciFunction):
             return
         if not self._cc & nvme_h.CC_EN:
             self._csts &= ~nvme_h.CSTS_RDY
-        elif not self._csts & (nvme_h.CSTS_RDY | nvme_h.CSTS_CFS):
+        elif not (self._engine.is_running or self._csts & nvme_h.CSTS_CFS):
+            # RDY is still set if the host has not waited for the end of the reset.
             self._start()
 
     def _start(self) -> None:

@@ -96,7 +96,9 @@ class Engine:
 
     def go_on(self) -> None:
         """After a restart of the process: does what was under way again, and posts what was not posted."""
-        for command in self._queues.restore():
+        commands = self._queues.restore()
+        self.is_running &= 0 in self._queues.submissions  # it has none in a reset that was not over
+        for command in commands:
             self._execute(command)
         self._finish()
 
@@ -282,7 +284,7 @@ class Engine:
         """At the end of a handler: what has been completed is posted by the next one."""
         self.report_events()
         self._queues.save()
-        if any(each[0].free for each in self._queues.unposted):
+        if self.is_running and any(each[0].free for each in self._queues.unposted):
             self._kick()
 
     def _kick(self) -> None:

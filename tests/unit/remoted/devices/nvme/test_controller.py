@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -25,14 +26,17 @@ from tests.support.nvmedriver import (
     INTMC,
     INTMS,
     PAGE,
+    RAM_SIZE,
+    RAM_START,
     READY,
     VS,
     Driver,
     driver,
 )  # fmt: skip
+from tests.support.remotebench import Clock
 from tests.support.steploop import run_until
 
-FLUSH = 0x00
+FLUSH, READ = 0x00, 0x02
 
 
 @pytest.fixture
@@ -155,6 +159,24 @@ def test_a_completion_queue_where_there_is_no_ram(nvme: Driver, caplog: pytest.L
     nvme.write(DOORBELLS + 8, 1)
     run_until(nvme.loop, lambda: nvme.read(CSTS) & FATAL)
     assert "a completion can't be posted: no RAM at 0x1000" in caplog.text
+
+
+def test_a_controller_that_has_failed_lets_the_loop_sleep(nvme: Driver) -> None:
+    """Although completions of the same batch of commands wait, and there is room for them."""
+    nvme.enable()
+    completions, submissions = nvme.allocate(2 * PAGE), RAM_START + RAM_SIZE - PAGE
+    shape = 127 << 16 | 1
+    assert nvme.run(nvme.admin, 0x05, prp1=completions, cdw10=shape, cdw11=3).status == 0
+    assert nvme.run(nvme.admin, 0x01, prp1=submissions, cdw10=shape, cdw11=1 << 16 | 1).status == 0
+    nvme.write(DOORBELLS + 8, PAGE // 64 + 8)
+    for _ in range(1000):
+        nvme.loop.step()
+        if nvme.read(CSTS) & FATAL and nvme.loop.until_next_timer() is None:
+            break
+    assert nvme.read(CSTS) & FATAL
+    assert nvme.loop.until_next_timer() is None
+    nvme.restart()
+    assert nvme.run(nvme.create_pair(), FLUSH, nsid=1).status == 0
 
 
 class TestLine:
@@ -333,3 +355,17 @@ def test_a_guest_that_keeps_its_queues_full_does_not_keep_the_loop(nvme: Driver)
         nvme.loop.step(0)
         passes += 1
     assert passes > 4
+
+
+def test_slow_commands_end_a_pass_before_a_batch_is_over() -> None:
+    clock = Clock()
+    with closing(Loop(clock)) as loop, driver(loop, drive="memory:1M") as nvme:
+        nvme.enable()
+        queue, target = nvme.create_pair(), nvme.allocate()
+        for cid in range(8):
+            nvme.put(queue, struct.pack("<BBHIQQQQ6I", READ, 0, cid, 1, 0, 0, target, 0, 0, 0, 7, 0, 0, 0))
+        clock.step = 0.0004
+        nvme.ring(queue)
+        assert nvme.function.counters["reads"] == 2
+        clock.step = 0.0
+        assert [nvme.wait(queue).cid for _ in range(8)] == list(range(8))

@@ -14,7 +14,7 @@ import pytest
 
 from common.loop import Loop
 from tests.support.fuseimage import FALLOCATE, FSYNC, READ, WRITE, FuseImage, fuse_image
-from tests.support.nvmedriver import AQA, CC, CC_DEFAULT, CSTS, PAGE, READY, Driver, QueuePair, driver
+from tests.support.nvmedriver import AQA, CC, CC_DEFAULT, CSTS, FATAL, PAGE, READY, Driver, QueuePair, driver
 from tests.support.steploop import run_until
 
 NVME_FLUSH, NVME_WRITE, NVME_READ, NVME_WRITE_ZEROES, NVME_DSM = 0x00, 0x01, 0x02, 0x08, 0x09
@@ -198,6 +198,25 @@ class TestReset:
         nvme.store(source, b"new" * 170)
         assert nvme.run(queue, NVME_WRITE, nsid=1, prp1=source).status == 0
         assert image.content[:3] == b"new"
+
+    @pytest.mark.parametrize("is_admin_queue_bad", [False, True])
+    def test_a_host_that_enables_it_again_before_it_is_over(
+        self, nvme: Driver, image: FuseImage, queue: QueuePair, is_admin_queue_bad: bool
+    ) -> None:
+        hold(nvme, image, queue, WRITE, NVME_WRITE, prp1=nvme.allocate())
+        nvme.write(CC, CC_DEFAULT)
+        if is_admin_queue_bad:
+            nvme.write(AQA, 0)
+        nvme.write(CC, CC_DEFAULT | 1)
+        nvme.admin.head, nvme.admin.tail, nvme.admin.phase = 0, 0, 1
+        nvme.store(nvme.admin.completions, bytes(16 * nvme.admin.size))
+        image.release()
+        run_until(nvme.loop, lambda: not nvme.function._engine.stale)
+        if is_admin_queue_bad:
+            assert nvme.read(CSTS) & FATAL
+        else:
+            assert nvme.read(CSTS) == READY
+            assert nvme.run(nvme.create_pair(), NVME_FLUSH, nsid=1).status == 0
 
     def test_what_has_not_begun_is_not_done(self, nvme: Driver, image: FuseImage) -> None:
         queue, buffer = nvme.create_pair(size=64), nvme.allocate()

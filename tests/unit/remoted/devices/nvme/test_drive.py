@@ -72,7 +72,7 @@ class TestWhatIsRefused:
         assert self.complaint(f"file:{tmp_path}") == f"drive=file:{tmp_path}: Is a directory"
 
     def test_a_path_with_a_null_byte(self) -> None:
-        assert self.complaint("file:a\0b").endswith("embedded null byte")
+        assert "embedded null" in self.complaint("file:a\0b")
 
     def test_an_image_in_use(self, image: Path) -> None:
         with opened(f"file:{image}"):

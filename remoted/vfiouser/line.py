@@ -124,12 +124,15 @@ class IntxLine(Line):
         """
         old, self._unmask = self._unmask, None
         if old is not None:
-            is_signalled = old.test_and_clear()
+            is_signalled = old.is_set()
+            self.owes_assert[0] = is_signalled
+            old.test_and_clear()
             self._loop.remove(old.fd)
             self.close_fds(self.give_up((old,)))
             if is_signalled:
                 self.resamples += 1
                 self._end_of_interrupt()
+                self.owes_assert[0] = 0
         if unmask is not None:
             try:
                 self._loop.add(unmask.fd, self._on_unmask)

@@ -30,6 +30,7 @@ from remoted.sharedmemory import bar_memory_name
 from remoted.vfiouser import clientstate, ramtable, session
 from remoted.vfiouser import keeper as vfiouser_keeper
 from remoted.vfiouser import keptlink as vfiouser_keptlink
+from remoted.vfiouser import line as vfiouser_line
 from remoted.vfiouser.line import IntxLine
 from remoted.vfiouser.vectors import Vectors
 from tests.support.fds import no_fd_is_left
@@ -358,6 +359,28 @@ def test_a_vector_that_is_attached_is_signalled_by_a_later_process(lives: Lives,
     lives.restart()
     assert peer.set_irqs(UNMASK, MSIX, 3) == 0
     assert [signals(fd) for fd in eventfds[:4]] == [0, 0, 0, 1]
+
+
+def test_an_eoi_counts_wherever_the_process_is_killed_while_its_eventfd_is_replaced(
+    mortal: Lives, eventfds: list[int]
+) -> None:
+    lives, number, was_killed = mortal, 1, True
+    trigger, first, second, *_ = eventfds
+    while was_killed:
+        assert lives.peer.set_irqs(TRIGGER, INTX, fds=[trigger]) == 0
+        assert lives.peer.set_irqs(UNMASK_BY, INTX, fds=[first]) == 0
+        lives.peer.write(0, LINE, (1).to_bytes(4, "little"))
+        assert signals(trigger) == 1
+        lives.queue(Command.DEVICE_SET_IRQS, IRQ_SET.pack(IRQ_SET.size, UNMASK_BY, INTX, 0, 1), [second])
+        os.eventfd_write(first, 1)
+        was_killed = killed_at(number, lives.process.settle, [str(vfiouser_line.__file__)])
+        lives.restart()
+        assert signals(trigger), f"killed at line {number}"
+        assert len(lives.answers()) == 1
+        lives.peer.write(0, LINE, bytes(4))
+        assert lives.peer.set_irqs(DISABLE, INTX, count=0) == 0
+        number += 1
+    assert number > 15
 
 
 def test_a_line_that_the_client_has_masked_stays_so(lives: Lives, eventfds: list[int]) -> None:

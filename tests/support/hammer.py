@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
@@ -19,6 +20,8 @@ LONGEST_LIFE = 0.5
 """seconds, from the start of a process"""
 LONGEST_SERVICE = 0.1
 """seconds, once the functions are served"""
+LONGEST_SILENCE = 1.0
+"""seconds without service after which no kill comes before there was some: the guest waits for three"""
 
 
 class Interrupts:
@@ -77,12 +80,14 @@ def kill_at_random(host: HostBench, units: Sequence[str], kills: int, random: Ra
 
     Every other time they have got as far as to serve the guest, which waits for an interrupt for a few seconds.
     """
-    victims = dict.fromkeys(units, 0)
+    victims, served = dict.fromkeys(units, 0), time.monotonic()
     for number in range(kills):
         victims = {unit: host.wait_for_process(unit, pid) for unit, pid in victims.items()}
-        if number % 2:
+        is_to_serve = bool(number % 2) or time.monotonic() - served > LONGEST_SILENCE
+        if is_to_serve:
             wait_until(lambda: host.linked() == {"edu0", "com1"}, "all functions are served")
-        threading.Event().wait(random.uniform(0, LONGEST_SERVICE if number % 2 else LONGEST_LIFE))
+            served = time.monotonic()
+        threading.Event().wait(random.uniform(0, LONGEST_SERVICE if is_to_serve else LONGEST_LIFE))
         for unit in victims:
             victims[unit] = host.kill(unit)
     for unit in units:

@@ -442,3 +442,25 @@ def test_a_read_with_force_unit_access_flushes_first(
         assert flushes == []
         assert nvme.run(queue, READ, prp1=buffer, nsid=1, cdw12=1 << 30).status == 0
         assert len(flushes) == 1
+
+
+def test_a_write_that_has_to_be_durable_is_not_tried_at_once(
+    loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a filesystem that takes writes without waiting it would be in the page cache only."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(SIZE))
+    tried: list[int] = []
+
+    def try_write(_drive: Drive, offset: int, _buffers: object, _size: int) -> bool:
+        tried.append(offset)
+        return False
+
+    monkeypatch.setattr(Drive, "try_write", try_write)
+    with driver(loop, drive=f"file:{image}") as nvme:
+        nvme.enable()
+        queue, buffer = nvme.create_pair(), nvme.allocate()
+        assert nvme.run(queue, WRITE, prp1=buffer, nsid=1, cdw10=1, cdw12=1 << 30).status == 0
+        assert tried == []
+        assert nvme.run(queue, WRITE, prp1=buffer, nsid=1, cdw10=2).status == 0
+        assert tried == [2 * BLOCK]

@@ -136,7 +136,7 @@ class ControlServer:
             self._is_loading = True
             try:
                 threading.Thread(target=self._load, name="control", daemon=True).start()
-            except RuntimeError as error:  # no thread is to be had now
+            except RuntimeError as error:  # no thread can be started now
                 self._loop.call_later(0, partial(self._not_loaded, error))
 
     def _load(self) -> None:

@@ -74,7 +74,7 @@ class Disposal:
     def is_full(self) -> bool:
         """Whether so many fds wait to be closed that no more should come."""
         with self._lock:
-            self._start()  # there may have been no thread to be had before
+            self._start()  # no thread could be started before, perhaps
             return len(self._pending) >= _MAX_PENDING
 
     def close_fds(self, fds: Iterable[int]) -> bool:
@@ -155,7 +155,7 @@ class Disposal:
     def _start(self) -> None:
         """Makes sure that a thread is closing what is pending; to be called with the lock."""
         if (self._pending or self._batches) and not self._is_running:
-            with contextlib.suppress(RuntimeError):  # no thread is to be had
+            with contextlib.suppress(RuntimeError):  # no thread can be started
                 threading.Thread(target=self._run, name="disposal", daemon=True).start()
                 self._is_running = True
 

@@ -169,7 +169,7 @@ class JournalHandler(logging.Handler):
             self._has_thread = True
             try:
                 threading.Thread(target=self._retry, name="journal", daemon=True).start()
-            except RuntimeError:  # no thread is to be had now; the next loss tries again
+            except RuntimeError:  # no thread can be started now; the next loss tries again
                 self._has_thread = False
 
     def _retry(self) -> None:

@@ -54,7 +54,7 @@ class _Notifier:
             self._has_thread = True
             try:
                 threading.Thread(target=self._run, args=(address,), name="notify", daemon=True).start()
-            except RuntimeError:  # no thread is to be had now; the next state tries again
+            except RuntimeError:  # no thread can be started now; the next state tries again
                 self._has_thread = False
 
     def _run(self, address: str) -> None:

@@ -92,7 +92,7 @@ class BackgroundWriter:
             self._has_thread = True
             try:
                 threading.Thread(target=self._run, name=f"fd {self._fd}", daemon=True).start()
-            except RuntimeError:  # no thread is to be had now; the next put() tries again
+            except RuntimeError:  # no thread can be started now; the next put() tries again
                 self._has_thread = False
 
     def _run(self) -> None:

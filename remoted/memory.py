@@ -3,8 +3,8 @@
 
 An mpqemu client sends the whole table each time (SYNC_SYSMEM), up to eight regions with one fd each. A vfio-user
 client maps and unmaps single regions (DMA_MAP, DMA_UNMAP), thousands at most, nearly all of them parts of the same
-few files: of each file one fd is kept. What is replaced or unmapped is out of use before the next message is
-looked at. One memory serves one client: with its session the files go.
+few files: of each file one fd is kept. What is replaced or unmapped is no longer used when the next message is
+handled. One memory serves one client: with its session the files go.
 
 The files stay the client's, which may truncate them at any time, make them larger than any address space, or leave
 them sparse. So what a client can make this process hold is bounded: RAM is read with pread(2), and a part of it is

@@ -122,7 +122,7 @@ class FileChardev(Chardev):
         return fd
 
     def _start(self) -> bool:
-        """Starts the thread; False if there is none to be had, which the next call tries again."""
+        """Starts the thread; False if none can be started, which the next call tries again."""
         if self._thread is None:
             # A daemon thread, so that the process can end while the thread waits for the file.
             thread = threading.Thread(target=self._run, name="file", daemon=True)

@@ -28,7 +28,7 @@ def run_bounded(
 ) -> _T:
     """Runs ``body`` in a thread of its own. Returns what it returns, and raises what it raises.
 
-    Raises IohubError when it hasn't ended after so many seconds, or no thread is to be had; ``purpose`` is what
+    Raises IohubError when it hasn't ended after so many seconds, or no thread can be started; ``purpose`` is what
     for, as in "trace process 5". What a body that was left behind returns later is given to ``discard``, in its
     thread.
     """

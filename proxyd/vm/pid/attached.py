@@ -192,7 +192,7 @@ class _Function:
             line.close()
 
     def close(self, *, detach: bool) -> bool:
-        """Takes the line out of the VM, and closes the link. Returns whether the process has let it.
+        """Takes the line out of the VM, and closes the link. Returns whether that has worked.
 
         Without ``detach``, the last close of the irqfd takes it out.
         """

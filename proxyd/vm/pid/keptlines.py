@@ -3,8 +3,8 @@
 
 For each device there are a pair of eventfds and the link that they were sent over, for the process a pidfd. Names
 begin with the device's devfn and end with its GSI: ``28.irqfd-10``, ``28.resamplefd-10``, ``28.link-10``; the
-pidfd's is ``process``. The link is stored last and removed first, so one that is there belongs to the pair that is
-there. FdStore.drop_inherited() drops what nobody takes: what is of another process, GSI or device.
+pidfd's is ``process``. The link is stored last and removed first, so a link in the store belongs to the pair in
+the store. FdStore.drop_inherited() drops what nobody takes: what is of another process, GSI or device.
 """
 
 from __future__ import annotations

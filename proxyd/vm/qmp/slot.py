@@ -114,9 +114,8 @@ class Slot:
 
         ``servers`` are the processes that serve a client at the device's socket, by the ids of the functions
         that are plugged; None where nobody is served. What loses its link as soon as it is plugged is replaced
-        less and less often. It is best cancelled
-        after the end of ``turn``: nothing is half done then. Raises PeerGone and ProtocolError when the monitor is
-        out of order; close() comes after it, however it ends.
+        less and less often. It is best cancelled after the end of ``turn``: nothing is half done then. Raises
+        PeerGone and ProtocolError when the monitor is out of order; close() comes after it, however it ends.
         """
         self._is_flat = inventory.is_flat
         async with turn:

@@ -39,7 +39,7 @@ class Workers:
     def submit(self, job: Job, done: Done) -> None:
         """Calls ``job()`` in a thread, and then ``done(result, error)`` in the loop; one of the two is None.
 
-        Raises RuntimeError if there is no thread to be had.
+        Raises RuntimeError if no thread can be started.
         """
         if self._busy >= self._alive < _MAX_THREADS:
             try:

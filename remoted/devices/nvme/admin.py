@@ -49,10 +49,12 @@ class AdminCommands:
         max_queues: int,
         entry_sizes: Callable[[], tuple[int, int]],
         flush: Callable[[Command], int | None],
+        lower_if_empty: Callable[[int], None],
     ) -> None:
         """``max_queues`` is the number of I/O queues of each kind; ``entry_sizes()`` what CC has for them.
 
-        ``flush(command)`` ends a command once the write cache is empty.
+        ``flush(command)`` ends a command once the write cache is empty. ``lower_if_empty(vector)`` lowers an
+        interrupt if no completion queue has unread entries for it.
         """
         self._memory = memory
         self._engine = engine
@@ -64,6 +66,7 @@ class AdminCommands:
         self._max_queues = max_queues
         self._entry_sizes = entry_sizes
         self._flush = flush
+        self._lower_if_empty = lower_if_empty
         self.handlers: dict[int, Handler] = {
             AdminOpcode.DELETE_IO_SQ: self._delete_sq,
             AdminOpcode.CREATE_IO_SQ: self._create_sq,
@@ -146,6 +149,7 @@ class AdminCommands:
         if any(each.completions is queue for each in self._queues.submissions.values()):
             raise CommandError(Status.INVALID_QUEUE_DELETION, _CDW10)
         del self._queues.completions[number]
+        self._lower_if_empty(queue.vector)
         return 0
 
     def _identify(self, command: Command) -> int:

@@ -120,7 +120,7 @@ class Nvme(PciFunction):
         )
         admin = AdminCommands(
             host.memory, self._engine, self._queues, self._features, self._events, logs, identity, queues,
-            self._entry_sizes, self._io.flush,
+            self._entry_sizes, self._io.flush, self._lower_if_empty,
         )  # fmt: skip
         self._engine.admin = admin.handlers
         self._engine.io = self._io.handlers

@@ -205,6 +205,15 @@ class TestLine:
             nvme.acknowledge(queue)
             assert nvme.bench.line is expected
 
+    def test_a_queue_that_is_deleted_with_unread_entries_lowers_it(self, nvme: Driver) -> None:
+        nvme.enable()
+        nvme.submit(nvme.create_pair(vector=1), FLUSH, nsid=1)
+        run_until(nvme.loop, lambda: nvme.bench.line)
+        assert nvme.run(nvme.admin, 0x00, cdw10=1).status == 0
+        assert nvme.bench.line
+        assert nvme.run(nvme.admin, 0x04, cdw10=1).status == 0
+        assert not nvme.bench.line
+
     def test_masks(self, nvme: Driver) -> None:
         nvme.enable()
         nvme.write(INTMS, 1)

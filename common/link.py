@@ -249,7 +249,9 @@ class Client:
 
     def _gone(self, text: str) -> PeerGone:
         if self._path:
-            return PeerGone(f"{self._path}: {self.peer} closed it at once: it may be serving another client")
+            return PeerGone(
+                f"{self._path}: {self.peer} closed it at once: another client or transport?"
+            )
         return PeerGone(text)
 
     def _read(self, buffers: list[memoryview]) -> int:

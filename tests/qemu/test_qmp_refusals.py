@@ -28,7 +28,7 @@ def run_proxyd(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
-def refuse(directory: Path, qemu: Sequence[str], *devices: str) -> str:
+def refuse(directory: Path, qemu: Sequence[str], *devices: str, program: str = QEMU) -> str:
     """Starts a stopped QEMU and a proxyd for it; the one line that proxyd says before it ends with status 2."""
     path = directory / "qmp"
     arguments = ["--name", "test", "--runtime-dir", str(directory), "--vm", f"qmp:{path}"]
@@ -37,7 +37,7 @@ def refuse(directory: Path, qemu: Sequence[str], *devices: str) -> str:
         *("-S", "-nodefaults", "-display", "none", "-m", "64", *qemu),
         *("-qmp", f"unix:{path},server=on,wait=off", "-qmp", f"unix:{path}.test,server=on,wait=off"),
     ]
-    with Qemu(options) as process, MonitorClient(directory / "qmp.test") as monitor:
+    with Qemu(options, program=program) as process, MonitorClient(directory / "qmp.test") as monitor:
         before = monitor.plugged()
         ended = run_proxyd(arguments)
         assert monitor.plugged() == before
@@ -84,6 +84,13 @@ def test_a_qemu_without_vfio_user_is_refused(tmp_path: Path) -> None:
         pytest.skip("the system's QEMU has vfio-user-pci")
     reason = "it has no vfio-user-pci: use QEMU 10.1 or later, or devices with transport=mpqemu"
     assert refuse(tmp_path, GOOD, "id=dev0,addr=05.0", "id=dev1,addr=06.0,transport=vfio-user") == reason
+
+
+def test_private_ram_is_refused_for_vfio_user_as_well(tmp_path: Path, vfio_user_qemu: str) -> None:
+    """QEMU sends its fd, and the device would use other pages than the guest."""
+    private = (*GOOD, "-object", "memory-backend-memfd,id=dimm0,size=64M,share=off")
+    reason = refuse(tmp_path, private, "id=dev0,addr=05.0,transport=vfio-user", program=vfio_user_qemu)
+    assert reason == "its RAM 'dimm0' is private, devices would write to copies: add share=on to it"
 
 
 def test_a_machine_without_acpi_takes_no_devices(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ async def check(monitor: Monitor, transports: Collection[Transport]) -> str:
             await _check_driver(monitor, DRIVERS[transport])
         if Transport.MPQEMU in transports:
             await _check_proxies(monitor, has_kvm)
+        await _check_ram(monitor, needs_fd=Transport.MPQEMU in transports)
         if await has_flat_bus(monitor):
             await _check_hot_plug(monitor)
     return "kvm" if has_kvm else "qemu"
@@ -105,7 +106,6 @@ async def _check_proxies(monitor: Monitor, has_kvm: bool) -> None:
         raise UsageError(
             "its interrupt controllers are not all in the kernel: start it with -machine kernel-irqchip=on"
         )
-    await _check_ram(monitor)
 
 
 async def _check_hot_plug(monitor: Monitor) -> None:
@@ -178,8 +178,10 @@ async def run_state(execute: Callable[[str], Awaitable[Any]]) -> tuple[bool, str
         return bool(status["running"]), str(status["status"])
 
 
-async def _check_ram(monitor: Monitor) -> None:
-    """All RAM must be shared and have a file: proxies hand fds of it to the devices, or lose the devices' DMA.
+async def _check_ram(monitor: Monitor, *, needs_fd: bool) -> None:
+    """RAM that has a file must be shared: QEMU hands fds of it to the devices, also of what it maps privately.
+
+    With ``needs_fd`` all RAM must have a file, or proxies lose the devices' DMA; vfio-user does without it.
 
     Every backend is held to that: DIMMs and NUMA nodes have their own, -m without memory-backend= makes one. Where
     a file is the monitor doesn't tell: remoted refuses one that is neither on tmpfs nor on hugetlbfs.
@@ -187,13 +189,14 @@ async def _check_ram(monitor: Monitor) -> None:
     types = await children(monitor, "/objects")
     for backend in await monitor.execute("query-memdev"):
         name = str(backend["id"])
-        if types.get(name) not in _FD_BACKENDS:
+        has_fd = types.get(name) in _FD_BACKENDS
+        if needs_fd and not has_fd:
             size = int(backend["size"]) >> 20
             raise UsageError(
                 f"its RAM {name!r} is anonymous, devices can't map it: start it with -object "
                 f"memory-backend-memfd,id=ram0,size={size}M,share=on -machine memory-backend=ram0"
             )
-        if not backend["share"]:
+        if has_fd and not backend["share"]:
             raise UsageError(
                 f"its RAM {name!r} is private, devices would write to copies: add share=on to it"
             )

@@ -39,6 +39,8 @@ class _Answer(NamedTuple):
     remoted: PeerCredentials
     links: dict[str, bool]
     """by the devices' ids, whether there is a client; none if it takes the call but doesn't answer"""
+    transports: dict[str, str]
+    """by the same, what the devices' clients speak"""
 
     @property
     def servers(self) -> dict[str, PeerCredentials | None]:
@@ -70,10 +72,17 @@ async def find_servers(
 async def find_waiting(control: str, name: str, path: str, *, is_others: bool) -> PeerCredentials:
     """The process that waits for QEMU to connect to the socket of a vfio-user device.
 
-    The device may be another program's if ``is_others``. Raises PeerGone if nobody does, or somebody untrusted.
+    The device may be another program's if ``is_others``. Raises PeerGone if nobody does, somebody untrusted, or
+    one that speaks another protocol: QEMU would stand still for five seconds at each attempt, and abort at a later
+    one (vfio_user_send_wait() in hw/vfio-user/proxy.c).
     """
     answer = await asyncio.to_thread(_ask_remoted, control)
     if answer is not None and name in answer.links:
+        if answer.transports[name] != Transport.VFIO_USER:
+            raise PeerGone(
+                f"{path}: {answer.remoted} has the device with transport={answer.transports[name]}: give both "
+                "daemons the same"
+            )
         if answer.links[name]:
             raise PeerGone(f"{path}: {answer.remoted} serves another client there")
         peer = answer.remoted
@@ -127,9 +136,10 @@ def _ask_remoted(control: str) -> _Answer | None:
         try:
             functions = call(control, "org.iohub.Remoted.Status")["functions"]
             links = {str(function["id"]): function["link"] == "connected" for function in functions}
+            transports = {str(function["id"]): str(function["transport"]) for function in functions}
         except (IohubError, VarlinkErrorReply, LookupError, TypeError, ValueError):
-            links = {}
-        return _Answer(remoted, links)
+            links, transports = {}, {}
+        return _Answer(remoted, links, transports)
 
     try:
         return run_bounded("ask remoted", _REMOTED_SECONDS, ask)

@@ -302,7 +302,7 @@ def test_a_device_that_serves_another_client_says_so(bench: Bench, caplog: pytes
         bench.start("a")
     (line,) = (record.getMessage() for record in caplog.records if record.name == "a")
     assert re.fullmatch(
-        rf"no link: {path}: \S+\[{os.getpid()}\] closed it at once: it may be serving another client", line
+        rf"no link: {path}: \S+\[{os.getpid()}\] closed it at once: another client or transport\?", line
     )
 
 

@@ -29,6 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def remoted(directory: Path) -> Iterator[Child]:
     devices = [f"--device=edu,id={name},transport=vfio-user" for name in "ab"]
+    devices.append("--device=edu,id=other")
     remoted = Child("remoted", ["--name=vm", f"--runtime-dir={directory}", *devices], directory)
     yield remoted
     remoted.kill()
@@ -46,10 +47,10 @@ def waiting(control: str, name: str, path: Path, *, is_others: bool = False) -> 
 def test_a_device_waits_unless_it_has_a_client(control: str, directory: Path, remoted: Child) -> None:
     path = directory / "a.sock"
     assert waiting(control, "a", path).pid == remoted.process.pid
-    assert asyncio.run(find_unlinked(control)) == {"a", "b"}
+    assert asyncio.run(find_unlinked(control)) == {"a", "b", "other"}
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
-        wait_until(lambda: asyncio.run(find_unlinked(control)) == {"b"}, "it is served")
+        wait_until(lambda: asyncio.run(find_unlinked(control)) == {"b", "other"}, "it is served")
         with pytest.raises(PeerGone, match=r"a\.sock: .*\[\d+\] serves another client there"):
             waiting(control, "a", path)
         devices = [DeviceConfig(name, None, 16, None, None, None, {}, Transport.VFIO_USER) for name in "ab"]
@@ -57,6 +58,12 @@ def test_a_device_waits_unless_it_has_a_client(control: str, directory: Path, re
         assert servers["b"] is None
         assert servers["a"] is not None
         assert servers["a"].pid == remoted.process.pid
+
+
+def test_a_device_of_another_transport_is_not_shown_to_qemu(control: str, directory: Path) -> None:
+    """QEMU would stand still for seconds at each attempt, and abort in the end."""
+    with pytest.raises(PeerGone, match=r"other\.sock: .* has the device with transport=mpqemu: give both daemons"):
+        waiting(control, "other", directory / "other.sock")
 
 
 def test_a_device_that_nobody_has_is_waited_for(control: str, directory: Path, tmp_path: Path) -> None:

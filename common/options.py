@@ -113,18 +113,21 @@ REMOTED = Role(
     "msix=off hides MSI-X from the guest; repeat for more; ,, is a comma in a value",
     """\
 models:
-  NAME            edu, irq-line, nvme, pci-serial, or a model of an installed package: --models lists them
-                  with their options
+  NAME            edu, irq-line, nvme, pci-serial, or a model of an installed
+                  package: --models lists them with their options
   PACKAGE.MODULE:CLASS
-                  a subclass of remoted.device.PciFunction in a module on PYTHONPATH
+                  a subclass of remoted.device.PciFunction in a module on
+                  PYTHONPATH
   ./FILE.py:CLASS
                   the same in a file
 
-exit status: 0 after SIGTERM or SIGINT, or when the last link that was inherited has ended and nothing
-listens; 1 for a failure that may pass, such as a full disk; 2 for invalid options or configuration
+exit status: 0 after SIGTERM or SIGINT, or when the last link that was
+inherited has ended and nothing listens; 1 for a failure that may pass, such
+as a full disk; 2 for invalid options or configuration
 
 example:
-  iohub-remoted --name vm1 --runtime-dir /tmp/vm1 --device pci-serial,id=com1,addr=05.0,chardev=pty""",
+  iohub-remoted --name vm1 --runtime-dir /tmp/vm1 \\
+      --device pci-serial,id=com1,addr=05.0,chardev=pty""",
     frozenset(("id", "model", "addr", "socket", "fd", "transport", "msix")),
     True,
 )
@@ -138,11 +141,13 @@ PROXYD = Role(
     "QEMU has a device there; transport is as for iohub-remoted (default: mpqemu); gsi is required with pid:PID; "
     "repeat for more; ,, is a comma in a value",
     """\
-exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has exited; 1 when the embedded
-guest died, or for a failure that may pass, such as a full disk; 2 for invalid options, configuration or VM
+exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has
+exited; 1 when the embedded guest died, or for a failure that may pass, such
+as a full disk; 2 for invalid options, configuration or VM
 
 example:
-  iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm qmp:/tmp/vm1/qmp.sock --device id=com1,addr=05.0""",
+  iohub-proxyd --name vm1 --runtime-dir /tmp/vm1 --vm qmp:/tmp/vm1/qmp.sock \\
+      --device id=com1,addr=05.0""",
     frozenset(("id", "addr", "socket", "gsi", "transport")),
     False,
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 from common.errors import UsageError
@@ -14,6 +15,9 @@ from remoted.models import Model, hidden_models, known_models, load_class
 from remoted.options import Option, show
 
 __all__ = ["describe_models"]
+
+_WIDTH = 80
+_NAME_WIDTH = 18
 
 
 def describe_models(as_json: bool) -> str:
@@ -28,10 +32,11 @@ def describe_models(as_json: bool) -> str:
         if "error" in model:
             lines.append(printable(f"  {model['error']}"))
         elif model["summary"]:
-            lines.append(printable(f"  {model['summary']}"))
+            summary = printable(model["summary"])
+            lines.append(textwrap.fill(summary, _WIDTH, initial_indent="  ", subsequent_indent="  "))
         lines += [_line(option) for option in model.get("options", ())]
     lines += ["", "every model:"]
-    lines += [f"  {name:<18} {text}" for name, text in DEVICE_OPTIONS.items()]
+    lines += [_row(name, text) for name, text in DEVICE_OPTIONS.items()]
     for other in hidden:
         name = f"{other['name']} of {other['origin']}"
         lines.append(printable(f"{name} is hidden by the built-in model: give it as {other['target']}"))
@@ -72,4 +77,11 @@ def _line(option: dict[str, Any]) -> str:
     if "choices" in option:
         value = "|".join(show(choice) for choice in option["choices"])
     default = "" if option["default"] is None else f" (default: {show(option['default'])})"
-    return printable(f"  {option['name'] + '=' + value:<18} {option['help']}{default}")
+    return _row(printable(f"{option['name']}={value}"), printable(f"{option['help']}{default}"))
+
+
+def _row(name: str, text: str) -> str:
+    """Two columns; a name that is wider than the first has a line of its own."""
+    indent = " " * (_NAME_WIDTH + 3)
+    wrapped = textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return f"  {name}\n{wrapped}" if len(name) > _NAME_WIDTH else f"  {name:<{_NAME_WIDTH}} {wrapped.lstrip()}"

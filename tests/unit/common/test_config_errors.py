@@ -358,9 +358,20 @@ def test_help_has_an_example_that_works(module: str, parse: Parse) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
     )
-    example = shlex.split(shown.stdout.partition("example:\n")[2])
+    example = shlex.split(shown.stdout.partition("example:\n")[2].replace("\\\n", ""))
     assert example[0] == f"iohub-{module}"
     assert len(parse(example[1:]).devices) == 1
+
+
+@pytest.mark.parametrize(
+    "argv", [("remoted", "--help"), ("proxyd", "--help"), ("remoted", "--models")], ids=" ".join
+)
+def test_help_fits_80_columns(argv: tuple[str, str]) -> None:
+    """Except the syntax of --device, which is one word."""
+    shown = subprocess.run(
+        [sys.executable, "-m", *argv], capture_output=True, text=True, check=True, env={"COLUMNS": "80"}
+    )
+    assert [line for line in shown.stdout.splitlines() if len(line) > 80 and "id=ID" not in line] == []
 
 
 @pytest.mark.parametrize("module", ["remoted", "proxyd"])

@@ -249,7 +249,8 @@ def parse_device(role: Role, text: str) -> Keys:
                 hint = " (the model is for iohub-remoted)" if ",id=" in text else f" (id={key}?)"
             raise UsageError(f"{where}: {key!r} is not KEY=VALUE{hint}")
         if not KEY.fullmatch(key) or (key not in role.keys and (key in COMMON_KEYS or not role.has_models)):
-            raise UsageError(f"{where}: unknown key {key!r}: {role.program} takes {role.device}")
+            hint = f"{key} is for iohub-remoted" if key in REMOTED.keys else f"unknown key {key!r}"
+            raise UsageError(f"{where}: {hint}: {role.program} takes {role.device}")
         if key in keys:
             raise UsageError(f"{where}: {key} is given twice")
         keys[key] = Value(value, where)

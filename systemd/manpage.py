@@ -53,7 +53,7 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
         metavar = action.metavar if isinstance(action.metavar, str) else None
         if metavar is None and action.choices is not None:
             metavar = "|".join(map(str, action.choices))
-        argument = f" Ar {_escape(metavar)}" if metavar and action.nargs != 0 else ""
+        argument = f" Ar {_breakable(metavar)}" if metavar and action.nargs != 0 else ""
         if action.option_strings:
             names = " , ".join(f"Fl {_escape(name[1:])}" for name in action.option_strings)
             yield f".It {names}{argument}"
@@ -68,6 +68,11 @@ def _text(text: str) -> Iterator[str]:
     for sentence in text.replace(". ", ".\n").splitlines():
         for line in textwrap.wrap(sentence, _WIDTH, break_long_words=False, break_on_hyphens=False):
             yield _escape(line)
+
+
+def _breakable(word: str) -> str:
+    """Lets a line end behind each comma of a long word."""
+    return _escape(word).replace(",", r",\:")
 
 
 def _escape(text: str) -> str:

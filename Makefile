@@ -37,6 +37,7 @@ test: $(VENV)/test.stamp guest  ## all tests (ARGS="-n 0 -k config")
 lint: $(VENV)/test.stamp  ## ruff and mypy
 	@status=0
 	$(VENV)/bin/ruff check || status=1
+	$(VENV)/bin/ruff format --check || status=1
 	$(VENV)/bin/mypy || status=1
 	exit $$status
 

@@ -265,9 +265,7 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
         vm,
         _build(role, devices),
         allow_users=tuple(_user(user) for user in users),
-        poll_max_us=top["poll-max-us"].number("", _LONGEST_POLL_US)
-        if "poll-max-us" in top
-        else _POLL_MAX_US,
+        poll_max_us=top["poll-max-us"].number("", _LONGEST_POLL_US) if "poll-max-us" in top else _POLL_MAX_US,
         verbose=options.verbose,
         is_from_file=options.config is not None,
     )

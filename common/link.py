@@ -249,9 +249,7 @@ class Client:
 
     def _gone(self, text: str) -> PeerGone:
         if self._path:
-            return PeerGone(
-                f"{self._path}: {self.peer} closed it at once: another client or transport?"
-            )
+            return PeerGone(f"{self._path}: {self.peer} closed it at once: another client or transport?")
         return PeerGone(text)
 
     def _read(self, buffers: list[memoryview]) -> int:

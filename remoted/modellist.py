@@ -84,4 +84,6 @@ def _row(name: str, text: str) -> str:
     """Two columns; a name that is wider than the first has a line of its own."""
     indent = " " * (_NAME_WIDTH + 3)
     wrapped = textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
-    return f"  {name}\n{wrapped}" if len(name) > _NAME_WIDTH else f"  {name:<{_NAME_WIDTH}} {wrapped.lstrip()}"
+    return (
+        f"  {name}\n{wrapped}" if len(name) > _NAME_WIDTH else f"  {name:<{_NAME_WIDTH}} {wrapped.lstrip()}"
+    )

@@ -58,7 +58,9 @@ def start_parts(candidate: Candidate, rounds: int, directory: Path) -> dict[str,
         with Remote(candidate, directory, settle=False) as remote:
             until["the rest"].append(remote.first_answer_cpu * 1000)
     medians = [0.0, *(statistics.median(values) for values in until.values())]
-    return {name: after - before for name, before, after in zip(until, medians[:-1], medians[1:], strict=True)}
+    return {
+        name: after - before for name, before, after in zip(until, medians[:-1], medians[1:], strict=True)
+    }
 
 
 def _output(code: str) -> str:

@@ -63,7 +63,9 @@ def guest(vfio_user_qemu: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def config(guest: VfioUserGuest, start: int, count: int) -> bytes:
-    return bytes.fromhex(guest.run(f"dd if=config bs=1 skip={start} count={count} 2>/dev/null | xxd -p -c 256"))
+    return bytes.fromhex(
+        guest.run(f"dd if=config bs=1 skip={start} count={count} 2>/dev/null | xxd -p -c 256")
+    )
 
 
 def peek(guest: VfioUserGuest, bar: int, offset: int) -> int:

@@ -59,7 +59,12 @@ def test_a_disk_is_plugged_and_unplugged_twenty_times(guest: VfioUserGuest, remo
 
 
 def test_a_disk_comes_and_goes_with_proxyd(guest: VfioUserGuest, remoted: Child, directory: Path) -> None:
-    arguments = ["--name=vm", f"--runtime-dir={directory}", f"--vm=qmp:{directory}/qmp.sock", "--unplug-on-exit"]
+    arguments = [
+        "--name=vm",
+        f"--runtime-dir={directory}",
+        f"--vm=qmp:{directory}/qmp.sock",
+        "--unplug-on-exit",
+    ]
     device = "--device=id=disk0,addr=05.0,transport=vfio-user"
     before = usage(remoted.process.pid)
     for count in range(3):

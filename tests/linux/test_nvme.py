@@ -80,7 +80,9 @@ def test_what_was_written_is_read_by_all_queues(guest: VfioUserGuest) -> None:
 
 def test_a_filesystem_made_in_the_guest_is_whole_on_the_host(guest: VfioUserGuest, image: Path) -> None:
     guest.run(f"mkfs.ext4 -q {DISK} && mount -t ext4 {DISK} /mnt")
-    guest.run("mkdir /mnt/folder && cp /bin/busybox /mnt/folder/copy && seq 100000 > /mnt/numbers && umount /mnt")
+    guest.run(
+        "mkdir /mnt/folder && cp /bin/busybox /mnt/folder/copy && seq 100000 > /mnt/numbers && umount /mnt"
+    )
     check_ext4(image)
     assert read_ext4(image, "/folder/copy") == busybox()
     assert read_ext4(image, "/numbers").splitlines() == [b"%d" % number for number in range(1, 100001)]

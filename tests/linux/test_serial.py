@@ -32,7 +32,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guest(vfio_user_qemu: str, directory: Path) -> Iterator[VfioUserGuest]:
     device = f"pci-serial,id=com1,addr=05.0,carrier=on,chardev=unix:{directory}/line"
-    with serving(directory, device), VfioUserGuest(vfio_user_qemu, directory, {"com1": {"addr": "05.0"}}) as guest:
+    with (
+        serving(directory, device),
+        VfioUserGuest(vfio_user_qemu, directory, {"com1": {"addr": "05.0"}}) as guest,
+    ):
         # An open port keeps its settings and its interrupt.
         guest.run(f"exec 9<>{PORT}")
         yield guest

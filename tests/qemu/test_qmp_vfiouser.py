@@ -89,7 +89,9 @@ def linked_after_a_start(bench: QmpBench) -> set[int]:
     return linked_to(bench)
 
 
-def test_rounds_of_plugging_and_unplugging_leave_no_fd_behind(bench: QmpBench, monitor: MonitorClient) -> None:
+def test_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
+    bench: QmpBench, monitor: MonitorClient
+) -> None:
     pids = bench.remoted.process.pid, bench.guest.pid
     fds = [settled_fds(pid) for pid in pids]
     for _ in range(5):
@@ -108,7 +110,9 @@ def test_replaces_what_has_lost_its_remoted(bench: QmpBench) -> None:
     bench.run_guest(rounds=4)
     for number in range(1, 4):
         bench.remoted.kill()
-        bench.wait_log("tests.support.hastyproxyd", "has ended: the guest reads all ones, and QEMU aborts", number)
+        bench.wait_log(
+            "tests.support.hastyproxyd", "has ended: the guest reads all ones, and QEMU aborts", number
+        )
         reasons = [function["reason"] for function in bench.status("proxyd").values()]
         assert all("QEMU aborts if the guest is reset" in reason for reason in reasons)
         bench.eject(5, 6)
@@ -167,7 +171,9 @@ class Q35:
 
 
 @pytest.fixture
-def pair_of(tmp_path: Path, vfio_user_qemu: str) -> Iterator[Callable[..., tuple[MonitorClient, Child, Child]]]:
+def pair_of(
+    tmp_path: Path, vfio_user_qemu: str
+) -> Iterator[Callable[..., tuple[MonitorClient, Child, Child]]]:
     """A q35 with both daemons: its monitor, remoted and proxyd."""
     with ExitStack() as opened:
 
@@ -175,7 +181,11 @@ def pair_of(tmp_path: Path, vfio_user_qemu: str) -> Iterator[Callable[..., tuple
             machine = Q35(tmp_path, vfio_user_qemu, ports)
             opened.callback(machine.qemu.close)
             monitor = opened.enter_context(machine.monitor())
-            common = ["--name=test", f"--runtime-dir={tmp_path}", *(f"--device={device}" for device in devices)]
+            common = [
+                "--name=test",
+                f"--runtime-dir={tmp_path}",
+                *(f"--device={device}" for device in devices),
+            ]
             remoted = Child("remoted", common, tmp_path)
             opened.callback(remoted.kill)
             options = [option.replace("edu,", "") for option in common]
@@ -215,7 +225,9 @@ def test_without_a_free_port_it_says_which_option_makes_one(
     assert len(plugged.keys() & {"one", "two"}) == 1
     status = call(tmp_path / "proxyd.varlink", "org.iohub.Proxyd.Status")["functions"]
     (reason,) = [function["reason"] for function in status if not function["connected"]]
-    assert reason.startswith("QEMU refuses to plug it: no PCI Express port is free: start QEMU with -device pcie")
+    assert reason.startswith(
+        "QEMU refuses to plug it: no PCI Express port is free: start QEMU with -device pcie"
+    )
 
 
 def test_what_shows_msix_is_never_unplugged(start: Start) -> None:
@@ -223,7 +235,9 @@ def test_what_shows_msix_is_never_unplugged(start: Start) -> None:
     bench, monitor = start(("nvme", "id=disk0", "addr=05.0", "transport=vfio-user", "drive=memory:1M"))
     bench.start_proxyd("--unplug-on-exit")
     assert bench.end_proxyd() == 0
-    assert "disk0: warning: it stays plugged: QEMU would abort at the unplug of a device" in bench.log("proxyd")
+    assert "disk0: warning: it stays plugged: QEMU would abort at the unplug of a device" in bench.log(
+        "proxyd"
+    )
     bench.start_proxyd()
     bench.remoted.kill()
     bench.wait_log("proxyd", "and at the unplug as well, since the device shows MSI-X: shut the guest down")

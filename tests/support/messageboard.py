@@ -39,9 +39,7 @@ class Port:
 class MessageBoard:
     """A function between a transport and a guest."""
 
-    def __init__(
-        self, model: type[PciFunction], *, has_messages: bool = True, msix: bool = True
-    ) -> None:
+    def __init__(self, model: type[PciFunction], *, has_messages: bool = True, msix: bool = True) -> None:
         self.lines: list[bool] = []
         self.port = Port()
         self.function = self._create(model, has_messages, msix)

@@ -250,9 +250,7 @@ class RemoteBench:
         self._poll = select.poll()
         self._poll.register(self.loop._epoll, select.POLLIN)
 
-    def add(
-        self, model: type[F], name: str, devfn: int, transport: Transport = Transport.MPQEMU
-    ) -> F:
+    def add(self, model: type[F], name: str, devfn: int, transport: Transport = Transport.MPQEMU) -> F:
         """A function that listens on NAME.sock."""
         pirq = self.hub.pirqs[self.hub.map_irq(devfn, model.INTERRUPT_PIN)]
         line, vectors = IntxLine(self.loop, self.hub.owners), None

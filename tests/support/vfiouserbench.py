@@ -62,7 +62,9 @@ class VfioUserPeer:
     def send(self, command: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> int:
         """Queues a request. Returns its id."""
         self._id = self._id + 1 & 0xFFFF
-        send_fds(self.sock, HEADER.pack(self._id, command, HEADER.size + len(payload), flags, 0) + payload, fds)
+        send_fds(
+            self.sock, HEADER.pack(self._id, command, HEADER.size + len(payload), flags, 0) + payload, fds
+        )
         return self._id
 
     def receive(self, message: int, command: int) -> Reply:

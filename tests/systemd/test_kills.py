@@ -201,7 +201,9 @@ def test_kills_during_dma(host: HostBench) -> None:
     assert hammer.rounds
 
 
-@pytest.mark.parametrize("units", [(REMOTED,), (PROXYD,), (REMOTED, PROXYD)], ids=["remoted", "proxyd", "both"])
+@pytest.mark.parametrize(
+    "units", [(REMOTED,), (PROXYD,), (REMOTED, PROXYD)], ids=["remoted", "proxyd", "both"]
+)
 def test_kills_while_qemu_starts(host: HostBench, units: tuple[str, ...]) -> None:
     """While the daemons start, functions are plugged and the guest boots: in the end it has them all."""
     random = Random(KILLS)

@@ -53,7 +53,9 @@ def test_kills_while_the_guest_runs(host: HostBench, units: tuple[str, ...], kil
     sums = check_counts(host, spurious=kills)
     assert host.wait_for_process(QEMU_UNIT) == qemu
     assert host.journal("-u", QEMU_UNIT) == said
-    print(f"\n{kills} kills of {' and '.join(units)}, {sums['served']} interrupts, {sums['spurious']} spurious")
+    print(
+        f"\n{kills} kills of {' and '.join(units)}, {sums['served']} interrupts, {sums['spurious']} spurious"
+    )
 
 
 def test_kills_while_the_guest_probes(host: HostBench) -> None:

@@ -112,7 +112,9 @@ def test_who_runs_after_it(host: HostBench, name: str) -> None:
             assert host.system.show(unit, "ActiveState") == "active"
     else:
         for unit in DAEMONS:
-            assert host.system.show(unit, "ActiveState") == "inactive", "the end of the VM is no failure of theirs"
+            assert host.system.show(unit, "ActiveState") == "inactive", (
+                "the end of the VM is no failure of theirs"
+            )
     assert "Traceback" not in host.journal("-u", REMOTED, "-u", PROXYD)
 
 

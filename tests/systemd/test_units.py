@@ -193,7 +193,9 @@ def test_journald_that_stands_still_holds_up_no_interrupt(stopped_host: HostBenc
         lost = lost_lines(host)
     finally:
         os.kill(journald, signal.SIGCONT)
-    print(f"\nraise to handler: max {before[-1] * 1e3:.1f} ms while journald runs ({len(before)} interrupts), ")
+    print(
+        f"\nraise to handler: max {before[-1] * 1e3:.1f} ms while journald runs ({len(before)} interrupts), "
+    )
     print(f"{during[-1] * 1e3:.1f} ms while it stands still ({len(during)}), {lost} lines lost")
     print(f"{delay:.2f} s of waiting for a CPU in that time")
     assert during[-1] < LATEST + delay

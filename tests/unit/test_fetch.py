@@ -20,7 +20,9 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 )
 def test_without_a_network_nothing_is_left(tmp_path: Path) -> None:
     apt = tmp_path / "apt.conf"
-    apt.write_text('Acquire::http::Proxy "http://127.0.0.1:1";\nAcquire::https::Proxy "http://127.0.0.1:1";\n')
+    apt.write_text(
+        'Acquire::http::Proxy "http://127.0.0.1:1";\nAcquire::https::Proxy "http://127.0.0.1:1";\n'
+    )
     folder = tmp_path / "fetched"
     run = subprocess.run(
         [ROOT / "tests" / "fetch" / "unpack", "stable", folder, "busybox-static"],

@@ -84,9 +84,7 @@ class QemuPlugger:
         self._loop.add(self._uevents.fileno(), self._on_uevent)
         self._watch = PathWatch(loop, lambda _path: self._appeared.set())
         self._remoted = config.own_socket_path("remoted.varlink")
-        self._state = VmState(
-            config.name, config.vm, "kvm", None, self._slots.functions, self._remoted
-        )
+        self._state = VmState(config.name, config.vm, "kvm", None, self._slots.functions, self._remoted)
         self._state.reason = "looking for QEMU"
         self._health = Health()
         self._state.amiss.add(self._health.amiss)

@@ -456,7 +456,9 @@ def test_one_reply_at_most_waits_for_a_slow_reader(bench: Bench) -> None:
         received = 0
         while received < calls * len(bench.calls.vm):
             assert bench.calls.status <= received // len(bench.calls.vm) + 2
-            with contextlib.suppress(BlockingIOError):  # a busy machine may need another pass for the next part
+            with contextlib.suppress(
+                BlockingIOError
+            ):  # a busy machine may need another pass for the next part
                 received += len(slow.sock.recv(1 << 12))
             bench.loop.step()
 

@@ -28,7 +28,8 @@ PROGRAM = "tests.roster"
 
 def config_in(directory: Path) -> VmConfig:
     devices = (
-        DeviceConfig(name, "irq-line", parse_devfn(addr), None, None, None, {}) for name, addr in NAMES.items()
+        DeviceConfig(name, "irq-line", parse_devfn(addr), None, None, None, {})
+        for name, addr in NAMES.items()
     )
     return VmConfig("vm1", str(directory), "embedded", tuple(devices))
 

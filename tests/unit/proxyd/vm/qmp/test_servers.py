@@ -62,7 +62,9 @@ def test_a_device_waits_unless_it_has_a_client(control: str, directory: Path, re
 
 def test_a_device_of_another_transport_is_not_shown_to_qemu(control: str, directory: Path) -> None:
     """QEMU would stand still for seconds at each attempt, and abort in the end."""
-    with pytest.raises(PeerGone, match=r"other\.sock: .* has the device with transport=mpqemu: give both daemons"):
+    with pytest.raises(
+        PeerGone, match=r"other\.sock: .* has the device with transport=mpqemu: give both daemons"
+    ):
         waiting(control, "other", directory / "other.sock")
 
 

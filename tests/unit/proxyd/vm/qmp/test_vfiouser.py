@@ -181,7 +181,9 @@ def test_a_lost_link_is_told_with_what_is_at_stake(
 def test_what_is_found_plugged_without_a_server_is_at_risk(bench: Bench) -> None:
     async def meanwhile() -> None:
         await bench.until(lambda: bench.monitor.asked)
-        assert bench.function.reason.startswith(f"found plugged without a link to {bench.path}: the guest reads")
+        assert bench.function.reason.startswith(
+            f"found plugged without a link to {bench.path}: the guest reads"
+        )
         assert not bench.function.is_sound
 
     bench.run(meanwhile, plugged=True, served=False)

@@ -9,6 +9,7 @@ import gc
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Generator
 
 import hypothesis
@@ -34,7 +35,13 @@ hypothesis.settings.load_profile("iohub")
 
 
 def pytest_configure() -> None:
-    """Lifts the soft limit of open files, which is 1024 on most systems."""
+    """Lifts the soft limit of open files, which is 1024 on most systems, and undoes what nohup does.
+
+    What a process ignores, those that it starts ignore as well, and the daemons' signals would have no effect.
+    """
+    for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _FDS <= hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (_FDS, hard))

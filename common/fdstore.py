@@ -82,6 +82,12 @@ class FdStore:
         """The files that an earlier process left by that name, now the caller's; the store keeps its own."""
         return self._inherited.pop(name, [])
 
+    def take_one(self, name: str, close: Callable[[Sequence[int]], object] | None = None) -> int:
+        """The first of those files, or -1; ``close()`` closes the others, where that may take long."""
+        fd, *others = self.take(name) or (-1,)
+        (close or _close)(others)
+        return fd
+
     def drop_inherited(self) -> list[str]:
         """Closes and drops what nobody has taken: it belonged to a device or a link that is no more."""
         dropped = self.inherited

@@ -33,7 +33,7 @@ class KeptFiles:
 
     def take(self, name: str) -> int:
         """The file that an earlier process left by that name, now the caller's; -1 if there is none."""
-        fd, *_ = self._store.take(self._prefix + name) or (-1,)
+        fd = self._store.take_one(self._prefix + name)
         if fd != -1:
             self._names.add(name)
         return fd

@@ -275,8 +275,7 @@ class Keeper:
 
     def _take(self, name: str) -> int:
         """The file that an earlier process left by that name, or -1."""
-        fd, *others = self._store.take(self._prefix + name) or (-1,)
-        self._disposal.close_fds(others)
+        fd = self._store.take_one(self._prefix + name, self._disposal.close_fds)
         if fd != -1 and name not in _LASTING:
             self._names.add(name)
         return fd

@@ -51,10 +51,7 @@ class RamFiles:
         Raises OSError.
         """
         if name not in self._inherited:
-            fd, *others = self._store.take(name) or (-1,)
-            for other in others:
-                os.close(other)
-            self._inherited[name] = fd
+            self._inherited[name] = self._store.take_one(name)
         if self._inherited[name] == -1:
             return -1
         self._users.setdefault(name, set()).add(user)

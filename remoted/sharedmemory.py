@@ -94,10 +94,7 @@ class SharedArea:
 
 def take_bar_memory(store: FdStore, devfn: int, bar: int) -> int:
     """The file with a BAR's shared memory that an earlier process left, now the caller's, or -1."""
-    fd, *others = store.take(bar_memory_name(f"{devfn:02x}.", bar)) or (-1,)
-    for other in others:
-        os.close(other)
-    return fd
+    return store.take_one(bar_memory_name(f"{devfn:02x}.", bar))
 
 
 def bar_memory_name(prefix: str, bar: int) -> str:

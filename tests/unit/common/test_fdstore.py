@@ -234,6 +234,21 @@ def test_take_and_drop_of_what_was_inherited(manager: StoreManager, loop: Loop) 
     store.close()
 
 
+def test_of_several_files_of_a_name_one_is_taken_and_none_is_left(
+    manager: StoreManager, loop: Loop, memfd: int
+) -> None:
+    inherited = [os.dup(memfd) for _ in range(3)]
+    store = FdStore(loop, LOG, manager.address, {"a": list(inherited)})
+    fd = store.take_one("a")
+    assert fd == inherited[0]
+    for other in inherited[1:]:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(other)
+    os.close(fd)
+    assert store.take_one("a") == -1
+    store.close()
+
+
 def test_abstract_address(loop: Loop, memfd: int) -> None:
     with no_fd_is_left(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0iohub-test-{os.getpid()}")

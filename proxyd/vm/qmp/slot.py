@@ -142,15 +142,8 @@ class Slot:
 
     async def leave(self, monitor: Monitor) -> None:
         """Unplugs the slot for good, however long the guest takes. Raises PeerGone and ProtocolError."""
-        seconds = CONSENT_SECONDS
-        while waiting := await self.unplug(monitor, seconds):
-            if self.is_stuck:
-                await self._until(lambda: not self.plugged)
-            elif seconds == CONSENT_SECONDS:
-                for function in waiting:
-                    line = f"the guest hasn't ejected it in {seconds:g} s: it stays until the guest does"
-                    function.warn(line, Event.NOT_EJECTED)
-            seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
+        line = f"the guest hasn't ejected it in {CONSENT_SECONDS:g} s: it stays until the guest does"
+        await self._eject(monitor, lambda function: function.warn(line, Event.NOT_EJECTED))
 
     async def unplug(self, monitor: Monitor, seconds: float) -> list[Function]:
         """Asks the guest to eject the slot. Returns the functions that it still has after so many seconds.
@@ -319,17 +312,21 @@ class Slot:
         return await find_place(monitor, function.name) == place
 
     async def _remove(self, monitor: Monitor) -> None:
-        """Unplugs all of the slot, however long the guest takes."""
+        """Unplugs all of the slot, which is to be plugged again, however long the guest takes."""
+        await self._eject(monitor, lambda function: function.warn_not_ejected(CONSENT_SECONDS))
+        for function in self.functions:
+            function.reconnects += 1
+
+    async def _eject(self, monitor: Monitor, warn: Callable[[Function], None]) -> None:
+        """Asks the guest to eject the slot, less and less often, until it has; warns once of what it still has."""
         seconds = CONSENT_SECONDS
         while waiting := await self.unplug(monitor, seconds):
             if self.is_stuck:
                 await self._until(lambda: not self.plugged)
             elif seconds == CONSENT_SECONDS:
                 for function in waiting:
-                    function.warn_not_ejected(seconds)
+                    warn(function)
             seconds = min(2 * seconds, _LAST_CONSENT_SECONDS)
-        for function in self.functions:
-            function.reconnects += 1
 
     async def _request_unplug(self, monitor: Monitor) -> None:
         asked = self.plugged

@@ -7,10 +7,10 @@ src/core/service.c). So each file is there by one name, that of its inode, as lo
 
 from __future__ import annotations
 
-import fcntl
 import os
 
 from common.fdstore import FdStore
+from remoted.ramregions import FileKey, file_key
 
 __all__ = ["RamFiles"]
 
@@ -24,22 +24,17 @@ class RamFiles:
         self._inherited: dict[str, int] = {}
 
     @staticmethod
-    def identify(fd: int) -> tuple[int, int, bool]:
-        """Device and inode of a file, and whether the fd can write. Raises OSError."""
-        status = os.fstat(fd)
-        return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-
-    @staticmethod
-    def name(device: int, inode: int, is_writable: bool) -> str:
+    def name(key: FileKey) -> str:
         """The name of a file, which has 32 characters at most.
 
         One that can only be read has another than one of the same inode that can be written.
         """
+        device, inode, is_writable = key
         return f"ram-{device:x}-{inode:x}" + ("" if is_writable else "-r")
 
     def use(self, user: str, fd: int) -> str:
         """Stores the file for that device, unless it is there already. Returns its name. Raises OSError."""
-        name = self.name(*self.identify(fd))
+        name = self.name(file_key(fd))
         if not self._users.get(name):
             self._store.put(name, fd)
         self._users.setdefault(name, set()).add(user)

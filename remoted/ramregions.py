@@ -16,8 +16,8 @@ __all__ = ["FileKey", "MapError", "Region", "check_range", "check_region", "file
 _F_SEAL_FUTURE_WRITE = 0x0010  # include/uapi/linux/fcntl.h
 _READ_ONLY_SEALS = fcntl.F_SEAL_WRITE | _F_SEAL_FUTURE_WRITE
 
-FileKey = tuple[int, int, int]
-"""device, inode, access mode"""
+FileKey = tuple[int, int, bool]
+"""device, inode, whether it can be written"""
 
 
 class MapError(ProtocolError):
@@ -49,9 +49,12 @@ class Region(NamedTuple):
 
 
 def file_key(fd: int) -> FileKey:
-    """What fds have in common that can stand for each other: the file, and whether they can write."""
+    """What fds have in common that can stand for each other: the file, and whether they can write.
+
+    Raises OSError.
+    """
     status = os.fstat(fd)
-    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    return status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
 
 def _describe(start: int, size: int, offset: int) -> str:

@@ -22,6 +22,7 @@ from remoted.function import PciFunction
 from remoted.keeper import Keeper, as_shortage
 from remoted.msi import VectorKind
 from remoted.ramfiles import RamFiles
+from remoted.ramregions import file_key
 from remoted.vfiouser.clientstate import ClientState, IrqTable, Request
 from remoted.vfiouser.keptlink import KeptVfioUserLink
 from remoted.vfiouser.ramtable import RamEntry
@@ -170,7 +171,7 @@ class VfioUserKeeper(Keeper):
                 self._unuse(table.drop(start, change))
             return False
         size, offset, fd, can_read, can_write = mapping
-        file = (0, 0, False) if fd == -1 else self._ram_files.identify(fd)
+        file = (0, 0, False) if fd == -1 else file_key(fd)
         wanted = RamEntry(start, size, offset, *file, can_read, can_write)
         if entry == wanted:
             return False
@@ -179,7 +180,7 @@ class VfioUserKeeper(Keeper):
             self._unuse(entry)
         if fd == -1:
             return False
-        name = self._ram_files.name(*file)
+        name = self._ram_files.name(file)
         self._stored_ram[name] += 1
         if self._stored_ram[name] == 1:
             self._ram_files.use(self._prefix, fd)
@@ -187,8 +188,8 @@ class VfioUserKeeper(Keeper):
 
     def _unuse(self, entry: RamEntry) -> None:
         """A region has gone; with the next request its file leaves the store, if no other region uses it."""
-        if entry.device or entry.inode:
-            name = self._ram_files.name(entry.device, entry.inode, entry.is_writable)
+        if entry.file is not None:
+            name = self._ram_files.name(entry.file)
             self._stored_ram[name] -= 1
             if not self._stored_ram[name]:
                 del self._stored_ram[name]
@@ -227,18 +228,18 @@ class VfioUserKeeper(Keeper):
     def _resume_regions(self, table: Sequence[RamEntry]) -> None:
         memory = self._function.host.memory
         for each in table:
-            if each.device or each.inode:
-                self._stored_ram[self._ram_files.name(each.device, each.inode, each.is_writable)] += 1
+            if each.file is not None:
+                self._stored_ram[self._ram_files.name(each.file)] += 1
         try:
-            for start, size, offset, device, inode, is_writable, can_read, can_write in table:
+            for each in table:
                 fd = -1
-                if device or inode:
-                    name = self._ram_files.name(device, inode, is_writable)
-                    fd = self._ram_files.take(self._prefix, name)
+                if each.file is not None:
+                    fd = self._ram_files.take(self._prefix, self._ram_files.name(each.file))
                     if fd == -1:
                         raise ProtocolError("a region's file is not in the fd store")
+                rights = {"can_read": each.can_read, "can_write": each.can_write}
                 try:
-                    surplus = memory.map(start, size, offset, fd, can_read=can_read, can_write=can_write)
+                    surplus = memory.map(each.start, each.size, each.offset, fd, **rights)
                 except (ProtocolError, ShortageError):
                     self._close((fd,))
                     raise

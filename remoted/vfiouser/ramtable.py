@@ -14,6 +14,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from common.vfiouser import MAX_DMA_MAPS
+from remoted.ramregions import FileKey
 
 __all__ = ["TABLE_SIZE", "RamEntry", "RamTable"]
 
@@ -41,6 +42,11 @@ class RamEntry(NamedTuple):
     """whether the file can be written"""
     can_read: bool
     can_write: bool
+
+    @property
+    def file(self) -> FileKey | None:
+        """The region's file; None for one without."""
+        return (self.device, self.inode, self.is_writable) if self.device or self.inode else None
 
 
 class RamTable:

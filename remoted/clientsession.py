@@ -163,9 +163,8 @@ class ClientSession(abc.ABC):
             while command >= 0:
                 self._handlers[command]()
                 self.accesses += 1
-                if (
-                    not link.is_partial
-                ):  # so after each message that took several reads: the last ends with it
+                if not link.is_partial:
+                    # So after each message that took several reads: the last ends with it.
                     if self._partial is not None:
                         self._partial.cancel()
                         self._partial = None

@@ -88,7 +88,7 @@ class _Watched:
         if self._idle_calls >= _MAX_IDLE_CALLS and not self._is_edge_triggered:
             self._is_edge_triggered = True
             self.loop.inner.modify(self.fd, self.events | EPOLLET)
-            self.loop.guard.spins(self.fd, f"{_name(self.callback)}() ignores {what.format(f'{self.fd}')}")
+            self.loop.guard.spins(self.fd, f"{_name(self.callback)}() ignores {what.format(self.fd)}")
 
 
 class GuardedLoop:

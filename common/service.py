@@ -111,10 +111,14 @@ def feed_watchdog(loop: EventLoop, describe: Callable[[], str] | None = None) ->
     feed()
 
 
-def pause_before_restart() -> None:
-    """Waits for a second where a manager would start the daemon again at once after a failure that may pass."""
-    if "NOTIFY_SOCKET" in os.environ:
+def pause_before_restart(status: int) -> int:
+    """Waits for a second where a manager would start the daemon again at once after a failure that may pass.
+
+    That is one with exit status 1 (common.errors.exit_status()). Returns the status.
+    """
+    if status == 1 and "NOTIFY_SOCKET" in os.environ:
         threading.Event().wait(_PAUSE_SECONDS)
+    return status
 
 
 def _send(address: str, state: str, flags: int) -> bool:

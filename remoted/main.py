@@ -181,10 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(PROGRAM, error)
         return error.status
     except (IohubError, OSError) as error:
-        status = report_failure(PROGRAM, error)
-        if status == 1:
-            pause_before_restart()
-        return status
+        return pause_before_restart(report_failure(PROGRAM, error))
     try:
         remoted.run(lambda: parse_remoted(argv))
     finally:

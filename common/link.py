@@ -36,7 +36,7 @@ _HEADER_SIZE = HEADER.size
 _pack_value = mpqemu.RET.pack_into
 _RET_SIZE = HEADER.size + mpqemu.RET.size
 _RET_HEADER = HEADER.pack(Command.RET, mpqemu.RET.size)
-_pack_header = HEADER.pack
+_request_frame = mpqemu.request_frame
 _unpack_value = mpqemu.RET.unpack_from
 
 
@@ -163,7 +163,7 @@ class Client:
         """Sends a message that has no reply. Raises PeerGone and ProtocolError."""
         if self._is_readable(0):
             self.check_quiet()
-        frame = _pack_header(command, len(payload)) + payload
+        frame = _request_frame(command, payload)
         try:
             if fds:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]

@@ -27,14 +27,14 @@ from common.disposal import ANCILLARY_SIZE, Disposal, count_unread, receive_urge
 from common.errors import IohubError, PeerGone, ProtocolError, ShortageError
 from remoted.state import FunctionState
 
-__all__ = ["KeptLink"]
+__all__ = ["SPLICE_F_NONBLOCK", "KeptLink"]
 
 # As ints: an operator of IntFlag is a function in Python.
 _FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _PEEK = _FLAGS | int(socket.MSG_PEEK)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _SO_PEEK_OFF = 42  # include/uapi/asm-generic/socket.h; Python has no name for it
-_SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
+SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
 _REPLY_SIZE = mpqemu.HEADER.size + mpqemu.RET.size
 _pack_value = mpqemu.RET.pack_into
 
@@ -270,7 +270,7 @@ class KeptLink:
 
     def _empty_pipe(self) -> None:
         try:
-            os.splice(self._pipe[0], self._sock.fileno(), _REPLY_SIZE, None, None, _SPLICE_F_NONBLOCK)
+            os.splice(self._pipe[0], self._sock.fileno(), _REPLY_SIZE, None, None, SPLICE_F_NONBLOCK)
         except BlockingIOError:
             raise ProtocolError("the peer doesn't read its replies") from None
         except OSError as error:

@@ -20,14 +20,13 @@ from common import vfiouser
 from common.disposal import ANCILLARY_SIZE, Disposal, count_unread, received_fds
 from common.errors import PeerGone, ProtocolError
 from common.vfiouser import HEADER
-from remoted.keptlink import KeptLink
+from remoted.keptlink import SPLICE_F_NONBLOCK, KeptLink
 from remoted.state import FunctionState
 from remoted.vfiouser.clientstate import ClientState, Request
 
 __all__ = ["KeptVfioUserLink"]
 
 _FLAGS = socket.MSG_CMSG_CLOEXEC
-_SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
 _COMPLEMENT = (1 << 8 * HEADER.size) - 1
 
 
@@ -194,7 +193,7 @@ class KeptVfioUserLink(KeptLink):
         try:
             while self.has_unsent:
                 self._unsent -= os.splice(
-                    self._pipe[0], self._sock.fileno(), self._unsent, flags=_SPLICE_F_NONBLOCK
+                    self._pipe[0], self._sock.fileno(), self._unsent, flags=SPLICE_F_NONBLOCK
                 )
         except BlockingIOError:
             pass

@@ -110,7 +110,7 @@ build/linux-guest/%: tests/linux/guest/%.c
 	gcc -O2 -Wall -Wextra -static -pthread -o $@ $<
 
 # A flat binary for 0x1000, entered at its first byte.
-tests/guests/%.bin: tests/guests/%.S
+tests/guests/%.bin: tests/guests/%.S $(wildcard tests/guests/*.h)
 	@gcc -m32 -nostdlib -static -no-pie -Wl,--build-id=none,-Ttext=0x1000,--oformat=binary -o $@ $<
 
 # Debian's package names stand for what is looked for: whether it works, wherever it came from.

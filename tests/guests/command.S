@@ -19,19 +19,16 @@
 #define MAILBOX         0x500
 #define STACK           0xff00
 #define IDT             0xf000
+#define AT(symbol)      (symbol)
 
-#define CODE            0x08
-#define DATA            0x10
+#include "protected.h"
 
         .code32
         .globl  _start
 _start:
         lgdt    gdt_pointer
         ljmp    $CODE, $1f
-1:      movw    $DATA, %ax
-        movw    %ax, %ds
-        movw    %ax, %es
-        movw    %ax, %ss
+1:      load_data_segments
 
         /* 256 interrupt gates to 16-byte stubs; everything is below 64 KiB. */
         movl    $IDT, %edi
@@ -116,24 +113,6 @@ taken:  popl    %eax
         movl    %eax, MAILBOX + 12
         jmp     next
 
-        .balign 16
-stubs:
-        .set    vector, 0
-        .rept   256
-        pushl   $vector
-        jmp     taken
-        .balign 16
-        .set    vector, vector + 1
-        .endr
-
-        /* The accessed bits are set: a table in ROM could not take the CPU's write. */
-        .balign 8
-gdt:    .quad   0
-        .quad   0x00cf9b000000ffff
-        .quad   0x00cf93000000ffff
-gdt_pointer:
-        .word   3 * 8 - 1
-        .long   gdt
-idt_pointer:
-        .word   256 * 8 - 1
-        .long   IDT
+        stubs_to taken, 256
+        global_descriptors
+        interrupt_descriptors IDT, 256

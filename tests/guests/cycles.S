@@ -8,9 +8,8 @@
 	.code16
 	.globl _start
 
-#define PORT	0xc000
-#define IER	(PORT + 1)
-#define IIR	(PORT + 2)
+#include "pcserial.h"
+
 #define SCR	(PORT + 7)
 #define DEBUG	0xe9
 #define BATCH	256
@@ -19,15 +18,6 @@
 #define VECTOR	(0x2a * 4)		/* of IRQ 10 */
 #define SPURIOUS7	(0x27 * 4)
 #define SPURIOUS15	(0x2f * 4)
-
-.macro config_write offset, value
-	movl	$(0x80000000 | \offset), %eax
-	movw	$0xcf8, %dx
-	outl	%eax, %dx
-	movl	$\value, %eax
-	movw	$0xcfc, %dx
-	outl	%eax, %dx
-.endm
 
 .macro output port, value
 	movb	$\value, %al
@@ -60,12 +50,7 @@ _start:
 	output	0xa1, 0x01
 	output	0x21, 0xfb
 	output	0xa1, 0xfb
-	config_write 0x0860, 0x09050b0a		/* PIRQ A to D: IRQ 10, 11, 5, 9 */
-	movb	$0x0e, %al			/* ELCR: IRQ 9 to 11 are levels */
-	movw	$0x4d1, %dx
-	outb	%al, %dx
-	config_write 0x2810, (PORT | 1)
-	config_write 0x2804, 0x0001
+	set_up_serial
 
 ports:	movl	$BATCH, %ecx
 	rdtsc

@@ -9,12 +9,12 @@
 #define HERE		0xf0000		/* also F000:0 */
 #define AT(symbol)	((symbol) - start + HERE)
 #define ENTRY_ADDR	0x10001c	/* the header is the image's first bytes, its last word the entry */
-#define CODE		0x08
-#define DATA		0x10
 #define APIC_SPIV	0xfee000f0
 #define APIC_SPIV_ENABLED	0x1ff
 #define APIC_LVT0	0xfee00350
 #define APIC_MODE_EXTINT	0x700
+
+#include "protected.h"
 
 	.code16
 	.globl _start
@@ -27,22 +27,12 @@ start:	cli
 	ljmpl	$CODE, $AT(1f)
 
 	.code32
-1:	movw	$DATA, %ax
-	movw	%ax, %ds
-	movw	%ax, %es
-	movw	%ax, %ss
+1:	load_data_segments
 	movl	$APIC_SPIV_ENABLED, APIC_SPIV
 	movl	$APIC_MODE_EXTINT, APIC_LVT0
 	jmp	*ENTRY_ADDR
 
-	/* The accessed bits are set: a table in ROM could not take the CPU's write. */
-	.balign 8
-gdt:	.quad	0
-	.quad	0x00cf9b000000ffff
-	.quad	0x00cf93000000ffff
-gdt_pointer:
-	.word	3 * 8 - 1
-	.long	AT(gdt)
+	global_descriptors
 
 	.code16
 	.org	0xfff0			/* where a CPU begins */

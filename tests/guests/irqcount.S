@@ -5,55 +5,19 @@
  * To port 0xe9 (isa-debugcon) it writes 'R' when it is ready, then one letter for every interrupt that it takes, before
  * its EOI: 'a' + n for IRQ n. Level-triggered and unmasked are 5, 10 and 11. 'h' and 'p', IRQ 7 and 15, are the PICs'
  * spurious vectors. Nothing makes the interrupt go away but whoever caused it: KVM at the EOI, if it was an irqfd.
- *
- * Flat binary with a multiboot header. It says where it is to be loaded by itself: any -Ttext will do.
  */
-#define LOAD            0x100000
-#define AT(symbol)      ((symbol) - start + LOAD)
-#define STACK           0x80000
-#define IDT             0x80000
+#include "multiboot.h"
+
 #define FIRST_VECTOR    0x20
-
-#define MULTIBOOT_MAGIC 0x1badb002
-#define MULTIBOOT_FLAGS 0x00010000      /* the address fields are valid */
-
-#define CODE            0x08
-#define DATA            0x10
 #define DEBUG_PORT      0xe9
 #define LEVEL           ((1 << 5) | (1 << 10) | (1 << 11))
 #define UNMASKED        (LEVEL | 1 << 2)        /* 2 is the slave's */
-
-        .code32
-        .globl  _start
-_start:
-start:
-        .long   MULTIBOOT_MAGIC
-        .long   MULTIBOOT_FLAGS
-        .long   -(MULTIBOOT_MAGIC + MULTIBOOT_FLAGS)
-        .long   LOAD                    /* the header's own address, and where loading begins */
-        .long   LOAD
-        .long   0                       /* to the end of the file */
-        .long   0                       /* no bss */
-        .long   AT(entry)
-
-entry:  lgdt    AT(gdt_pointer)
-        ljmp    $CODE, $AT(1f)
-1:      movw    $DATA, %ax
-        movw    %ax, %ds
-        movw    %ax, %es
-        movw    %ax, %ss
-        movl    $STACK, %esp
 
         /* 16 interrupt gates to 16-byte stubs. */
         movl    $(IDT + 8 * FIRST_VECTOR), %edi
         movl    $AT(stubs), %esi
         movl    $16, %ecx
-1:      movl    %esi, %eax
-        movw    %ax, 0(%edi)
-        movw    $CODE, 2(%edi)
-        movw    $0x8e00, 4(%edi)
-        shrl    $16, %eax
-        movw    %ax, 6(%edi)
+1:      write_gate
         addl    $8, %edi
         addl    $16, %esi
         decl    %ecx
@@ -111,24 +75,6 @@ served: popl    %ebx
 2:      movl    $STACK, %esp
         jmp     idle
 
-        .balign 16
-stubs:
-        .set    irq, 0
-        .rept   16
-        pushl   $irq
-        jmp     served
-        .balign 16
-        .set    irq, irq + 1
-        .endr
-
-        /* The accessed bits are set: a table in ROM could not take the CPU's write. */
-        .balign 8
-gdt:    .quad   0
-        .quad   0x00cf9b000000ffff
-        .quad   0x00cf93000000ffff
-gdt_pointer:
-        .word   3 * 8 - 1
-        .long   AT(gdt)
-idt_pointer:
-        .word   8 * (FIRST_VECTOR + 16) - 1
-        .long   IDT
+        stubs_to served, 16
+        global_descriptors
+        interrupt_descriptors IDT, FIRST_VECTOR + 16

@@ -13,22 +13,13 @@
  *                                      each until the vector FIRST + number has come. Bits 0 to 7 of the value are
  *                                      how many numbers there are, the others how many writes
  * It writes 'R' to port 0xe9 (isa-debugcon) when it is ready. Messages are to go to the local APIC at 0xfee00000.
- *
- * Flat binary with a multiboot header. It says where it is to be loaded by itself: any -Ttext will do.
  */
-#define LOAD            0x100000
-#define AT(symbol)      ((symbol) - start + LOAD)
-#define STACK           0x80000
-#define IDT             0x80000
+#include "multiboot.h"
+
 #define COUNTS          0x81000
 #define FIRST           0x40
 #define EXCEPTIONS      0x20
 
-#define MULTIBOOT_MAGIC 0x1badb002
-#define MULTIBOOT_FLAGS 0x00010000      /* the address fields are valid */
-
-#define CODE            0x08
-#define DATA            0x10
 #define DEBUG_PORT      0xe9
 #define SERIAL          0x3f8
 #define SERIAL_LSR      0x3fd
@@ -39,37 +30,11 @@
 #define APIC_EOI        0xfee000b0
 #define EFLAGS_IF       0x200
 
-        .code32
-        .globl  _start
-_start:
-start:
-        .long   MULTIBOOT_MAGIC
-        .long   MULTIBOOT_FLAGS
-        .long   -(MULTIBOOT_MAGIC + MULTIBOOT_FLAGS)
-        .long   LOAD                    /* the header's own address, and where loading begins */
-        .long   LOAD
-        .long   0                       /* to the end of the file */
-        .long   0                       /* no bss */
-        .long   AT(entry)
-
-entry:  lgdt    AT(gdt_pointer)
-        ljmp    $CODE, $AT(1f)
-1:      movw    $DATA, %ax
-        movw    %ax, %ds
-        movw    %ax, %es
-        movw    %ax, %ss
-        movl    $STACK, %esp
-
         /* 256 interrupt gates to 16-byte stubs, and a count for each. */
         movl    $IDT, %edi
         movl    $AT(stubs), %esi
         xorl    %ecx, %ecx
-1:      movl    %esi, %eax
-        movw    %ax, 0(%edi)
-        movw    $CODE, 2(%edi)
-        movw    $0x8e00, 4(%edi)
-        shrl    $16, %eax
-        movw    %ax, 6(%edi)
+1:      write_gate
         movl    $0, COUNTS(, %ecx, 4)
         addl    $8, %edi
         addl    $16, %esi
@@ -206,24 +171,6 @@ taken:  pushl   %eax
         sti
         lret    $4
 
-        .balign 16
-stubs:
-        .set    vector, 0
-        .rept   256
-        pushl   $vector
-        jmp     taken
-        .balign 16
-        .set    vector, vector + 1
-        .endr
-
-        /* The accessed bits are set: a table in ROM could not take the CPU's write. */
-        .balign 8
-gdt:    .quad   0
-        .quad   0x00cf9b000000ffff
-        .quad   0x00cf93000000ffff
-gdt_pointer:
-        .word   3 * 8 - 1
-        .long   AT(gdt)
-idt_pointer:
-        .word   256 * 8 - 1
-        .long   IDT
+        stubs_to taken, 256
+        global_descriptors
+        interrupt_descriptors IDT, 256

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +14,6 @@ from tests.support.qmpbench import QmpBench
 pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
 
 PLUGGED = {"edu0": "child<x-pci-proxy-dev>", "com1": "child<x-pci-proxy-dev>"}
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[QmpBench]:
-    bench = QmpBench(tmp_path)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def monitor(bench: QmpBench) -> MonitorClient:
-    """remoted and QEMU run; proxyd doesn't, yet."""
-    bench.start_remoted()
-    return bench.start_guest()
 
 
 def test_plugs_devices_whose_interrupts_arrive(bench: QmpBench, monitor: MonitorClient) -> None:
@@ -45,7 +29,7 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
 ) -> None:
     bench.start_proxyd()
     bench.run_guest()
-    fds = settled_fds(bench.remoted.process.pid), settled_fds(bench.guest.pid)
+    fds = bench.settled_fds()
     assert bench.end_proxyd() == 0
     assert not bench.asked_to_eject(5)
     bench.check_interrupts()
@@ -60,15 +44,13 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
     bench.check_interrupts()
     assert monitor.plugged() == PLUGGED
     bench.wait_log("proxyd", "found plugged at 05.0, served by", 2)
-    assert (settled_fds(bench.remoted.process.pid), settled_fds(bench.guest.pid)) == fds
+    assert bench.settled_fds() == fds
 
 
 def test_unplugs_at_its_end_when_told_to(bench: QmpBench, monitor: MonitorClient) -> None:
     bench.start_proxyd("--unplug-on-exit")
     bench.run_guest()
-    bench.proxyd.process.send_signal(signal.SIGTERM)
-    bench.eject(5, 6)
-    assert bench.proxyd.process.wait(60.0) == 0
+    bench.unplug()
     assert monitor.plugged() == {}
     assert bench.addresses().isdisjoint({"05.0", "06.0"})
 
@@ -76,15 +58,12 @@ def test_unplugs_at_its_end_when_told_to(bench: QmpBench, monitor: MonitorClient
 def test_twenty_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
     bench: QmpBench, monitor: MonitorClient
 ) -> None:
-    pids = bench.remoted.process.pid, bench.guest.pid
-    fds = [settled_fds(pid) for pid in pids]
+    fds = bench.settled_fds()
     for _ in range(20):
         bench.start_proxyd("--unplug-on-exit")
         bench.run_guest(rounds=4)
-        bench.proxyd.process.send_signal(signal.SIGTERM)
-        bench.eject(5, 6)
-        assert bench.proxyd.process.wait(60.0) == 0
-    assert [settled_fds(pid) for pid in pids] == fds
+        bench.unplug()
+    assert bench.settled_fds() == fds
 
 
 def test_replaces_twenty_times_what_has_lost_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +15,9 @@ pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[QmpBench]:
-    bench = QmpBench(tmp_path)
+def bench(bench: QmpBench) -> QmpBench:
     bench.start_remoted()
-    yield bench
-    bench.close()
+    return bench
 
 
 def qemu_of(bench: QmpBench) -> tuple[str | None, str | None]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,9 @@ pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[QmpBench]:
-    bench = QmpBench(tmp_path)
+def bench(bench: QmpBench) -> QmpBench:
     bench.start_remoted()
-    yield bench
-    bench.close()
+    return bench
 
 
 def amiss(bench: QmpBench) -> Any:

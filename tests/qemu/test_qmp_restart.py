@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -14,19 +13,6 @@ from tests.support.qmpbench import QmpBench
 from tests.support.wait import wait_until
 
 pytestmark = pytest.mark.usefixtures("requires_kvm", "requires_qemu")
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[QmpBench]:
-    bench = QmpBench(tmp_path)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def monitor(bench: QmpBench) -> MonitorClient:
-    bench.start_remoted()
-    return bench.start_guest()
 
 
 def end_while_the_guest_is_silent(bench: QmpBench) -> None:

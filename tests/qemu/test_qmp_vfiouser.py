@@ -12,7 +12,6 @@ import pytest
 
 from common.control import call
 from common.ctl.children import Child
-from tests.support.fds import settled_fds
 from tests.support.monitorclient import MonitorClient
 from tests.support.qemu import Qemu
 from tests.support.qmpbench import RAM, QmpBench
@@ -71,7 +70,7 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
 ) -> None:
     bench.start_proxyd()
     bench.run_guest()
-    fds = settled_fds(bench.remoted.process.pid), settled_fds(bench.guest.pid)
+    fds = bench.settled_fds()
     assert bench.end_proxyd() == 0
     bench.check_interrupts()
     for _ in range(2):
@@ -81,7 +80,7 @@ def test_leaves_them_plugged_at_its_end_and_adopts_them_at_its_start(
         bench.proxyd.kill()
     assert monitor.plugged() == PLUGGED
     assert linked_after_a_start(bench) == {bench.remoted.process.pid}
-    assert (settled_fds(bench.remoted.process.pid), settled_fds(bench.guest.pid)) == fds
+    assert bench.settled_fds() == fds
 
 
 def linked_after_a_start(bench: QmpBench) -> set[int]:
@@ -92,16 +91,13 @@ def linked_after_a_start(bench: QmpBench) -> set[int]:
 def test_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
     bench: QmpBench, monitor: MonitorClient
 ) -> None:
-    pids = bench.remoted.process.pid, bench.guest.pid
-    fds = [settled_fds(pid) for pid in pids]
+    fds = bench.settled_fds()
     for _ in range(5):
         bench.start_proxyd("--unplug-on-exit")
         bench.run_guest(rounds=4)
-        bench.proxyd.process.send_signal(signal.SIGTERM)
-        bench.eject(5, 6)
-        assert bench.proxyd.process.wait(60.0) == 0
+        bench.unplug()
         assert monitor.plugged() == {}
-    assert [settled_fds(pid) for pid in pids] == fds
+    assert bench.settled_fds() == fds
 
 
 def test_replaces_what_has_lost_its_remoted(bench: QmpBench) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from common.control import call
 from common.ctl.children import Child
 from common.ctl.guestconsole import Reply
+from tests.support.fds import settled_fds
 from tests.support.monitorclient import MonitorClient
 from tests.support.qemu import QEMU
 from tests.support.qemuguest import QemuGuest
@@ -151,6 +152,16 @@ class QmpBench:
         """SIGTERM; the exit status, however long it takes."""
         self.proxyd.process.send_signal(signal.SIGTERM)
         return self.proxyd.process.wait(60.0)
+
+    def unplug(self) -> None:
+        """Ends a proxyd that was started with ``--unplug-on-exit``; the guest lets both slots go."""
+        self.proxyd.process.send_signal(signal.SIGTERM)
+        self.eject(5, 6)
+        assert self.proxyd.process.wait(60.0) == 0
+
+    def settled_fds(self) -> tuple[int, int]:
+        """How many fds remoted and QEMU have open once they open and close none."""
+        return settled_fds(self.remoted.process.pid), settled_fds(self.guest.pid)
 
     def log(self, name: str) -> str:
         """What ``proxyd``, ``remoted``, or a module that was started as one, has logged so far."""

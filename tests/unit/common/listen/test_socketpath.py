@@ -9,8 +9,6 @@ import os
 import socket
 import stat
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,32 +20,9 @@ from common.listen import UnixListener
 from common.peer import is_dying
 from common.socketpath import lock_path
 from common.trust import Trust
-from tests.support.fds import count_fds
 from tests.support.listenbench import STRANGER, ListenBench, as_user, connect, own_name
 from tests.support.steploop import run_ready
 from tests.support.wait import wait_until
-
-
-@pytest.fixture
-def bench() -> Iterator[ListenBench]:
-    before = count_fds()
-    bench = ListenBench()
-    yield bench
-    bench.close()
-    assert count_fds() == before
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "edu0.sock")
-
-
-@pytest.fixture
-def open_path() -> Iterator[str]:
-    """In a directory that all users can reach."""
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        yield os.path.join(directory, "edu0.sock")
 
 
 def test_socket_is_private_whatever_the_umask(bench: ListenBench, path: str) -> None:

@@ -7,9 +7,7 @@ import errno
 import logging
 import os
 import socket
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -17,33 +15,11 @@ from common.disposal import Disposal
 from common.errors import UsageError
 from common.journal import RateLimited
 from common.listen import UnixListener
-from tests.support.fds import count_fds, no_more_fds
+from tests.support.fds import no_more_fds
 from tests.support.listenbench import STRANGER, ListenBench, as_user, connect, own_name
 from tests.support.steploop import run_ready
 from tests.support.unsendable import unsendable_socket
 from tests.support.wait import wait_until
-
-
-@pytest.fixture
-def bench() -> Iterator[ListenBench]:
-    before = count_fds()
-    bench = ListenBench()
-    yield bench
-    bench.close()
-    assert count_fds() == before
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "edu0.sock")
-
-
-@pytest.fixture
-def open_path() -> Iterator[str]:
-    """In a directory that all users can reach."""
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        yield os.path.join(directory, "edu0.sock")
 
 
 def test_clients_are_taken_one_after_another(bench: ListenBench, path: str) -> None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -45,6 +44,7 @@ from common.options import (
     parse_device,
 )
 from common.output import emit
+from common.text import DIGITS, LETTERS, consists_of
 from common.trust import MAX_SOCKET_PATH, TRUST, find_user
 
 __all__ = [
@@ -72,8 +72,9 @@ _GUESSED_KEYS = ("addr", "socket", "transport")
 _LONGEST_NAME = "remoted.varlink"
 """of the sockets that the daemons make besides the devices'"""
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
-_VM = re.compile(r"embedded|soft|qmp:.+|pid:[1-9][0-9]{0,9}", re.ASCII | re.DOTALL)
+_NAME = LETTERS | DIGITS | {"_", ".", "-"}
+_MAX_NAME = 64
+_MAX_PID_DIGITS = 10
 
 
 class Transport(StrEnum):
@@ -218,7 +219,7 @@ def proxyd_parser() -> Parser:
 
 def check_name(name: str) -> str:
     """The VM's name, which becomes a directory and a log field. Raises UsageError."""
-    if not _NAME.fullmatch(name):
+    if name.startswith(("-", ".")) or not consists_of(name, _NAME, _MAX_NAME):
         raise UsageError(
             f"{name!r} is not a VM name: 1 to 64 letters, digits, '-', '_' and '.', the first not '-' or '.'"
         )
@@ -284,7 +285,7 @@ def _top_level(top: Keys, file: str | None) -> tuple[str, str, str]:
     except UsageError as error:
         raise UsageError(f"{top['name'].where}: {error}") from error
     vm = top.get("vm", Value("embedded", ""))
-    if not _VM.fullmatch(vm.text):
+    if not _is_vm(vm.text):
         raise UsageError(f"{vm.where}: {vm.text!r} is neither embedded, soft, qmp:SOCKET nor pid:PID")
     _check_length(vm.text.removeprefix("qmp:"), vm.where)
     if "runtime-dir" in top:
@@ -293,6 +294,15 @@ def _top_level(top: Keys, file: str | None) -> tuple[str, str, str]:
         runtime_dir, where = default_runtime_dir(name, os.geteuid(), os.environ), "--runtime-dir"
     _check_length(os.path.join(runtime_dir, _LONGEST_NAME), where)
     return name, runtime_dir, vm.text
+
+
+def _is_vm(text: str) -> bool:
+    kind, _, rest = text.partition(":")
+    if kind == "qmp":
+        return rest != ""
+    if kind == "pid":
+        return not rest.startswith("0") and consists_of(rest, DIGITS, _MAX_PID_DIGITS)
+    return text in ("embedded", "soft")
 
 
 def _user(name: Value) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from common.errors import UsageError
 from common.journal import printable
-from common.options import BOOLEAN_KEYS, INTEGER_KEYS, KEY, STRING_KEYS, Keys, Value, check_id, check_text
+from common.options import BOOLEAN_KEYS, INTEGER_KEYS, STRING_KEYS, Keys, Value, check_id, check_text, is_key
 
 __all__ = ["TOP_KEYS", "ConfigFile", "read_file"]
 
@@ -73,7 +73,7 @@ def _table_keys(entry: Mapping[str, object], where: str) -> Keys:
     """The keys of one [[device]] table, checked for their types."""
     keys: Keys = {}
     for key, value in entry.items():
-        if not KEY.fullmatch(key):
+        if not is_key(key):
             raise UsageError(f"{where}: unknown key {key!r}")
         if key in INTEGER_KEYS:
             text = _text(value, key, where, int)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from common.errors import UsageError
 from common.journal import printable
 from common.output import emit
+from common.text import DIGITS, LETTERS, consists_of
 from common.version import package_version
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "add_version",
     "check_id",
     "check_text",
+    "is_key",
     "make_parser",
     "nearest",
     "parse_device",
@@ -52,11 +53,12 @@ DEVICE_OPTIONS = {
 COMMON_KEYS = BOOLEAN_KEYS | INTEGER_KEYS | STRING_KEYS
 """of a device; every other key belongs to its model"""
 
-KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
+_WORD = LETTERS | DIGITS | {"-", "_"}
+_MAX_KEY = 64
+_MAX_ID = 32
+_MAX_DIGITS = 10
 _LEAST_LIKENESS = 0.7
 """as difflib counts it: ``adr`` and ``address`` are meant to be ``addr``"""
-_NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
-_ID = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
 
 
 class Value(NamedTuple):
@@ -67,7 +69,7 @@ class Value(NamedTuple):
 
     def number(self, key: str, maximum: int) -> int:
         """An integer from 0 to the maximum. Raises UsageError, which begins with where and ``key``."""
-        if not _NUMBER.fullmatch(self.text) or int(self.text) > maximum:
+        if not consists_of(self.text, DIGITS, _MAX_DIGITS) or int(self.text) > maximum:
             raise UsageError(f"{self.where}: {key}{self.text!r} is not an integer from 0 to {maximum}")
         return int(self.text)
 
@@ -245,10 +247,10 @@ def parse_device(role: Role, text: str) -> Keys:
             key, value = "model", key
         elif not equals:
             hint = ""
-            if number == 0 and _ID.fullmatch(key):
+            if number == 0 and _is_id(key):
                 hint = " (the model is for iohub-remoted)" if ",id=" in text else f" (id={key}?)"
             raise UsageError(f"{where}: {key!r} is not KEY=VALUE{hint}")
-        if not KEY.fullmatch(key) or (key not in role.keys and (key in COMMON_KEYS or not role.has_models)):
+        if not is_key(key) or (key not in role.keys and (key in COMMON_KEYS or not role.has_models)):
             hint = f"{key} is for iohub-remoted" if key in REMOTED.keys else f"unknown key {key!r}"
             raise UsageError(f"{where}: {hint}: {role.program} takes {role.device}")
         if key in keys:
@@ -269,8 +271,17 @@ def check_id(keys: Keys, where: str) -> None:
     """Raises UsageError unless there is an id that can be the name of a file and of an fd."""
     if "id" not in keys:
         raise UsageError(f"{where}: id is missing")
-    if not _ID.fullmatch(keys["id"].text):
+    if not _is_id(keys["id"].text):
         raise UsageError(f"{where}: id: {keys['id'].text!r} is not 1 to 32 letters, digits, '-' and '_'")
+
+
+def is_key(text: str) -> bool:
+    """Whether it can name a device's option: 1 to 64 letters, digits, ``-`` and ``_``, the first a letter."""
+    return text[:1] in LETTERS and consists_of(text, _WORD, _MAX_KEY)
+
+
+def _is_id(text: str) -> bool:
+    return consists_of(text, _WORD, _MAX_ID)
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:

@@ -6,11 +6,11 @@ Names and values are those of linux/pci_regs.h and the PCI Local Bus Specificati
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from typing import NamedTuple
 
 from common.errors import UsageError
+from common.text import HEX_DIGITS, consists_of
 
 __all__ = ["Bar", "BarKind", "bar_flags", "format_devfn", "parse_devfn"]
 
@@ -63,6 +63,8 @@ PCI_CAP_ID_MSIX = 0x11
 PCI_EXT_CAP_ID_DSN = 0x03
 PCI_EXT_CAP_ID_VNDR = 0x0B
 
+_FUNCTIONS = frozenset("01234567")
+
 
 class BarKind(Enum):
     """What a base address register decodes."""
@@ -100,20 +102,18 @@ def bar_flags(bar: Bar) -> int:
     return flags | (PCI_BASE_ADDRESS_MEM_PREFETCH if bar.prefetchable else 0)
 
 
-_ADDRESS = re.compile(r"([0-9a-fA-F]{1,2})(?:\.([0-7]))?")
-
-
 def parse_devfn(text: str) -> int:
     """The devfn, 0 to 255, of an address like QEMU's ``addr=``: ``05.0``, ``5`` or ``1f.7`` (hexadecimal).
 
     Raises UsageError.
     """
-    match = _ADDRESS.fullmatch(text)
-    if match is None or int(match[1], 16) > 0x1F:
+    slot, dot, function = text.partition(".")
+    is_slot = consists_of(slot, HEX_DIGITS, 2) and int(slot, 16) <= 0x1F
+    if not is_slot or (dot and not consists_of(function, _FUNCTIONS, 1)):
         raise UsageError(
             f"bad address {text!r}: expected SLOT or SLOT.FN such as 05.0, slot 00 to 1f, function 0 to 7"
         )
-    return int(match[1], 16) << 3 | int(match[2] or "0")
+    return int(slot, 16) << 3 | int(function or "0")
 
 
 def format_devfn(devfn: int) -> str:

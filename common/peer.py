@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import struct
 from typing import NamedTuple
+
+from common.text import DIGITS, consists_of
 
 __all__ = ["PeerCredentials", "is_dying", "parse_pid", "peer_credentials"]
 
 _PF_EXITING = 0x4  # include/linux/sched.h
 _SIGKILL_BIT = 1 << 8
 """of a signal mask in /proc/PID/status"""
-_PID = re.compile(r"\[([0-9]+)\]\Z|\Apid ([0-9]+)\Z")
+_MAX_PID_DIGITS = 10
 
 
 class PeerCredentials(NamedTuple):
@@ -51,8 +52,13 @@ def parse_pid(peer: str) -> int | None:
 
     The process chooses its name, but the pid comes after it.
     """
-    found = _PID.search(peer)
-    return int(found[1] or found[2]) if found else None
+    start = 0
+    if peer.endswith("]"):
+        start = peer.rfind("[") + 1
+    elif peer.startswith("pid "):
+        start = len("pid ")
+    number = peer[start:].removesuffix("]")
+    return int(number) if start and consists_of(number, DIGITS, _MAX_PID_DIGITS) else None
 
 
 def is_dying(pid: int) -> bool:

@@ -13,7 +13,6 @@ import errno
 import grp
 import os
 import pwd
-import re
 import socket
 import stat
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from common.errors import UntrustedError, UsageError
 from common.journal import printable
 from common.peer import peer_credentials
+from common.text import DIGITS, consists_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ _MAX_LINKS = 40
 MAX_SOCKET_PATH = 107
 """bytes of sun_path (unix(7)) less its terminating null"""
 _MAX_UID = (1 << 32) - 2
-_NUMBER = re.compile(r"[0-9]{1,10}", re.ASCII)
+_MAX_UID_DIGITS = 10
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -151,7 +151,7 @@ TRUST = Trust()
 
 def find_user(name: str) -> int:
     """The uid of a user, given by name or number. Raises UsageError for one that doesn't exist."""
-    if _NUMBER.fullmatch(name) and int(name) <= _MAX_UID:
+    if consists_of(name, DIGITS, _MAX_UID_DIGITS) and int(name) <= _MAX_UID:
         return int(name)
     try:
         return pwd.getpwnam(name).pw_uid

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import pci
 from common.errors import UsageError
-from common.options import COMMON_KEYS, KEY
+from common.options import COMMON_KEYS, is_key
 from common.pci import Bar, BarKind
 from remoted.capabilities import Capability, PciExpress
 from remoted.msi import Msi, Msix
@@ -273,7 +272,7 @@ def check_options(options: Any) -> None:
     for option in options:
         if not isinstance(option, Option):
             raise UsageError(f"OPTIONS: {_shown(option)} is not an Option(NAME, ...)")
-        if not isinstance(option.name, str) or not re.fullmatch(KEY, option.name):
+        if not isinstance(option.name, str) or not is_key(option.name):
             raise UsageError(f"OPTIONS: {_shown(option.name)} is not a name: letters, digits, '-' and '_'")
         where = f"option {option.name}"
         if option.name in COMMON_KEYS:

@@ -27,7 +27,7 @@ _PROBE_EVERY = 256
 """after so many calls of an fd's handler it is checked whether there was anything to handle"""
 _MAX_IDLE_CALLS = 64
 """so many calls in a row that change nothing make the fd edge-triggered"""
-_COUNT = re.compile(r"^(?:eventfd-count|ticks): *([0-9a-f]+)$", re.MULTILINE)
+_COUNT = r"(?m)^(?:eventfd-count|ticks): *([0-9a-f]+)$"
 _MIN_PERIOD = 0.001
 _MAX_SECONDS = 1e6
 """epoll_wait(2) takes at most 2**31 ms"""
@@ -270,7 +270,7 @@ def _count(fd: int) -> int:
     """What an eventfd has counted, or a timerfd; 0 for any other fd (fs/eventfd.c, fs/timerfd.c)."""
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
-            found = _COUNT.search(lines.read())
+            found = re.search(_COUNT, lines.read())
     except OSError:
         return 0
     return int(found[1], 16 if found[0].startswith("e") else 10) if found else 0

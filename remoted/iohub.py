@@ -16,16 +16,15 @@ EOI for a line that was not asserted.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from common.errors import ShortageError
 from common.loop import Loop
 from common.notifier import EventNotifier
-from common.pci import PCI_DEVFN_MAX
 
-__all__ = ["NB_PIRQS", "IoHub", "Line", "Pirq"]
-
-NB_PIRQS = PCI_DEVFN_MAX
+__all__ = ["IoHub", "Line", "Pirq"]
 
 
 class Line:
@@ -177,7 +176,8 @@ class IoHub:
     def __init__(self, loop: Loop) -> None:
         self.owners: dict[str, Line] = {}
         """the line that uses an eventfd, by the eventfd's identity, for lines of other transports"""
-        self.pirqs = tuple(Pirq(loop, self.owners) for _ in range(NB_PIRQS))
+        self.pirqs = defaultdict[int, Pirq](partial(Pirq, loop, self.owners))
+        """by number, 0 to 255; each is made when it is first asked for"""
 
     @staticmethod
     def map_irq(devfn: int, _pin: int) -> int:
@@ -186,5 +186,5 @@ class IoHub:
 
     def finalize(self) -> None:
         """Closes every eventfd."""
-        for pirq in self.pirqs:
+        for pirq in self.pirqs.values():
             pirq.drop_irqfd()

@@ -14,8 +14,8 @@ __all__ = ["Option", "OptionType", "parse_options", "show"]
 
 OptionType = type[str] | type[int] | type[float] | type[bool]
 
-_INTEGER = re.compile(r"-?(?:0x[0-9a-fA-F]{1,32}|0|[1-9][0-9]{0,40})", re.ASCII)
-_FLOAT = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
+_INTEGER = r"-?(?:0x[0-9a-fA-F]{1,32}|0|[1-9][0-9]{0,40})"
+_FLOAT = r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?"
 
 
 class Option(NamedTuple):
@@ -44,11 +44,11 @@ class Option(NamedTuple):
                 raise UsageError(f"{self.name}={text}: must be on or off")
             value = text == "on"
         elif self.type is int:
-            if not _INTEGER.fullmatch(text):
+            if not re.fullmatch(_INTEGER, text):
                 raise UsageError(f"{self.name}={text}: must be a whole number, decimal or 0x hexadecimal")
             value = int(text, 16 if "x" in text else 10)
         elif self.type is float:
-            if not _FLOAT.fullmatch(text):
+            if not re.fullmatch(_FLOAT, text):
                 raise UsageError(f"{self.name}={text}: must be a number")
             value = float(text)
         if self.choices and value not in self.choices:

@@ -19,6 +19,8 @@ __all__ = ["PATIENCE_SECONDS", "Watchdog", "Work"]
 PATIENCE_SECONDS = 2.0
 """device code that runs for longer is reported; proxyd gives up a link after the same time"""
 _SAMPLE_SECONDS = 1.0
+_HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""the signals for which the daemon has handlers"""
 
 
 class Work(Protocol):
@@ -55,9 +57,10 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Starts the thread. It takes no signals, which have to interrupt the watched thread's system calls."""
+        """Starts the thread. It takes none of the daemon's signals: they have to interrupt the watched thread's
+        system calls."""
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         try:
             self._thread.start()
         finally:

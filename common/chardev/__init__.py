@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.chardev.base import Chardev, Frontend
-from common.chardev.file import FileChardev
-from common.chardev.pty import PtyChardev
-from common.chardev.unix import UnixChardev
 from common.errors import UsageError
 from common.journal import Log
 from common.keptfiles import KeptFiles
 from common.loop import EventLoop
 
-__all__ = ["Chardev", "Frontend", "UnixChardev", "open_chardev"]
+__all__ = ["Chardev", "Frontend", "open_chardev"]
 
 
 def open_chardev(
@@ -44,10 +41,16 @@ def open_chardev(
         if spec == "null":
             return Chardev()
         if spec == "pty":
+            from common.chardev.pty import PtyChardev  # each kind is loaded where it is used
+
             return PtyChardev(loop, log, frontend, on_connected, files)
         if kind == "file" and path:
+            from common.chardev.file import FileChardev
+
             return FileChardev(path, loop, log, frontend, files)
         if kind == "unix" and path:
+            from common.chardev.unix import UnixChardev
+
             return UnixChardev(path, loop, log, frontend, on_connected, files)
         raise UsageError("must be null, pty, file:PATH or unix:PATH")
     except UsageError as error:

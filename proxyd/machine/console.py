@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from common.chardev import UnixChardev
+from common.chardev.unix import UnixChardev
 from common.journal import Log
 from common.loop import Loop, Timer
 from common.uart import Uart16550

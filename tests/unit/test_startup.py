@@ -23,6 +23,7 @@ UNWANTED = (
     *("asyncio", "asyncvarlink", "json", "shutil", "ssl", "subprocess", "tempfile"),
     *("dataclasses", "difflib", "hashlib", "importlib.metadata", "inspect", "pathlib", "tomllib"),
     *("datetime", "common.vfiouser", "remoted.keeper", "remoted.modellist"),
+    *("common.chardev.file", "common.chardev.pty", "common.chardev.unix"),
 )
 DEVICE = f"""
 import gc
@@ -48,6 +49,34 @@ def test_the_modules_of_daemon_and_models_need_neither_libraries_nor_what_is_slo
     command = [sys.executable, "-S", "-c", code]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert set(loaded) & set(UNWANTED) <= {"hashlib"}  # of nvme
+
+
+PATTERNS = """
+import re
+import sys
+
+def note(pattern, flags=0):
+    places.append(sys._getframe(1).f_globals["__name__"])
+    return compile(pattern, flags)
+
+places, compile, re.compile = [], re.compile, note
+import {modules}
+print(*places)
+"""
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "remoted.main, remoted.devices.pci_serial, remoted.devices.nvme.controller",
+        "proxyd.main, proxyd.vm.qmp.plugger, proxyd.vm.pid.attached",
+    ],
+)
+def test_no_module_of_a_daemon_compiles_a_regular_expression_that_may_never_be_used(modules: str) -> None:
+    command = [sys.executable, "-c", PATTERNS.format(modules=modules)]
+    places = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert "tokenize" in places, "it notices those of the library"
+    assert not [place for place in places if place.partition(".")[0] in ("common", "proxyd", "remoted")]
 
 
 @pytest.mark.parametrize("way", ["embedded.embedded", "pid.attached", "soft.soft"])

@@ -29,7 +29,7 @@ _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 _CHUNK = 1 << 20
-_SIZE = re.compile(r"([1-9][0-9]{0,15})([KMGT]?)", re.ASCII)
+_SIZE = r"([1-9][0-9]{0,15})([KMGT]?)"
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _MAX_SIZE = 1 << 62
 _KEPT_NAME = "memory"
@@ -160,7 +160,7 @@ def open_drive(text: str, files: KeptFiles | None) -> Drive:
 
 
 def _open_memory(text: str, files: KeptFiles | None) -> Drive:
-    match = _SIZE.fullmatch(text)
+    match = re.fullmatch(_SIZE, text)
     if not match:
         raise UsageError(
             f"drive=memory:{text}: must be a number of bytes, or one with K, M, G or T, such as 64M"

@@ -38,6 +38,11 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+BAD_ADDRESSES = ("5.", ".5", "5.0.0", "5.00", "005", "100", "0x5", "+5", "5_", "\u0665", "5.\u0660", "g")
+BAD_PIDS = ("", "0", "01", "1x", "1_0", "\u0661", "12345678901")
+BAD_WAYS = ("", "qmp", "qmp:", "pid", "soft:", "embedded ", ":soft", *(f"pid:{pid}" for pid in BAD_PIDS))
+
+
 def write(directory: Path, text: str) -> Path:
     path = directory / "vm.toml"
     path.write_text(text)
@@ -97,6 +102,9 @@ def test_allow_users_of_the_file_and_of_the_command_line_which_wins(tmp_path: Pa
         (["edu,id="], ["id: ''"]),
         (["edu,id=a/b"], ["id: 'a/b'"]),
         (["edu,id=ä"], ["id: 'ä'"]),
+        (["edu,id=a,\u0661b=c"], ["unknown key '\u0661b'"]),
+        (["edu,id=a,1b=c"], ["unknown key '1b'"]),
+        (["edu,id=a," + "b" * 65 + "=c"], ["unknown key 'bbb"]),
         (["edu,id=" + "a" * 33], ["id: 'aaa"]),
         (["edu,id=a\n"], ["'edu,id=a\\n' has a control character"]),
         (["id=a"], ["the model is missing"]),
@@ -113,6 +121,7 @@ def test_allow_users_of_the_file_and_of_the_command_line_which_wins(tmp_path: Pa
         (["edu,id=a,addr=20.0"], ["addr", "'20.0'", "such as 05.0"]),
         (["edu,id=a,addr=5.8"], ["addr", "'5.8'", "SLOT or SLOT.FN"]),
         (["edu,id=a,addr="], ["addr", "''"]),
+        *((["edu,id=a,addr=" + addr], [f"bad address {addr!r}"]) for addr in BAD_ADDRESSES),
         (["edu,id=a,addr=5", "edu,id=b,addr=05.0"], ["--device 'edu,id=b", "addr", "05.0", "'a'"]),
         (["edu,id=a,fd=x"], ["fd", "'x'"]),
         (["edu,id=a,fd="], ["fd", "''"]),
@@ -172,12 +181,11 @@ def test_an_id_is_suggested_only_where_it_can_be_meant() -> None:
         (["--name", "a/b"], ["--name", "'a/b'"]),
         (["--name", ".."], ["--name", "'..'"]),
         (["--name", "-a"], ["--name"]),
+        (["--name", "\u0661"], ["--name", "'\u0661'"]),
         (["--name", "a" * 65], ["--name"]),
         (["--name", "vm1", "--runtime-dir", ""], ["--runtime-dir", "''"]),
         (["--name", "vm1", "--vm", "xen"], ["--vm", "'xen'", "embedded, soft"]),
-        (["--name", "vm1", "--vm", "qmp:"], ["--vm"]),
-        (["--name", "vm1", "--vm", "pid:0"], ["--vm"]),
-        (["--name", "vm1", "--vm", "pid:1x"], ["--vm"]),
+        *((["--name", "vm1", "--vm", vm], ["--vm", repr(vm)]) for vm in BAD_WAYS),
         (["--name", "vm1", "--dev", "id=a"], ["--dev"]),
         (["--name", "vm1", "a\nb"], ["a\\nb"]),
         (

@@ -11,7 +11,8 @@ import pytest
 
 from common.loop import Loop
 from common.notifier import EventNotifier, adopt_pair
-from remoted.iohub import NB_PIRQS, IoHub, Pirq
+from common.pci import PCI_DEVFN_MAX
+from remoted.iohub import IoHub, Pirq
 from tests.support.fds import count_fds
 from tests.support.unsendable import returns_soon
 
@@ -199,16 +200,16 @@ def test_replaced_eventfds_are_closed(bench: Bench, pair: Fds) -> None:
 
 def test_finalize_closes_every_eventfd(bench: Bench) -> None:
     before = count_fds()
-    for pirq in range(NB_PIRQS):
+    for pirq in range(PCI_DEVFN_MAX):
         for fd in bench.assign(pirq):
             os.close(fd)
-    assert count_fds() == before + 2 * NB_PIRQS
+    assert count_fds() == before + 2 * PCI_DEVFN_MAX
     bench.hub.finalize()
     assert count_fds() == before
 
 
 def test_pirqs_know_nothing_of_each_other(bench: Bench) -> None:
-    pairs = [bench.assign(pirq) for pirq in range(NB_PIRQS)]
+    pairs = [bench.assign(pirq) for pirq in range(PCI_DEVFN_MAX)]
     assert len(pairs) == 256
     bench.hub.pirqs[7].set_irq(True)
     assert [pirq for pirq, (irqfd, _) in enumerate(pairs) if written(irqfd)] == [7]

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -170,3 +172,18 @@ def test_many_calls_are_not_one(bench: Bench) -> None:
     while time.monotonic() < end:
         bench.function.bus_read(True, MEM_BASE, 4)
     assert bench.function.stall == ""
+
+
+def test_the_thread_leaves_the_daemons_signals_to_the_watched_one() -> None:
+    watchdog = Watchdog()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    watchdog.start()
+    try:
+        [thread] = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+        status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+        blocked = int(status.partition("SigBlk:\t")[2].split()[0], 16)
+        for signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            assert blocked >> (signum - 1) & 1, signum.name
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    finally:
+        watchdog.close()

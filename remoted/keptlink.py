@@ -25,16 +25,16 @@ from typing import ClassVar
 from common import mpqemu
 from common.disposal import ANCILLARY_SIZE, Disposal, count_unread, receive_urgent_inline, received_fds
 from common.errors import IohubError, PeerGone, ProtocolError, ShortageError
+from common.splice_h import SPLICE_F_NONBLOCK
 from remoted.state import FunctionState
 
-__all__ = ["SPLICE_F_NONBLOCK", "KeptLink"]
+__all__ = ["KeptLink"]
 
 # As ints: an operator of IntFlag is a function in Python.
 _FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _PEEK = _FLAGS | int(socket.MSG_PEEK)
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _SO_PEEK_OFF = 42  # include/uapi/asm-generic/socket.h; Python has no name for it
-SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
 _REPLY_SIZE = mpqemu.HEADER.size + mpqemu.RET.size
 _pack_value = mpqemu.RET.pack_into
 

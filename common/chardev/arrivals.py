@@ -21,13 +21,13 @@ import os
 from common.disposal import count_unread
 from common.fields import register, set_to_reset_values
 from common.keptfiles import KeptFiles
+from common.splice_h import SPLICE_F_NONBLOCK
 
 __all__ = ["Arrivals"]
 
 _NAMES = ("input-read", "input-write")
 _PORTION_BITS = 8
 _MAX_PORTION = (1 << _PORTION_BITS) - 1
-_SPLICE_F_NONBLOCK = 0x02  # include/linux/splice.h; Python has no name for it
 
 _tee = ctypes.CDLL(None, use_errno=True).tee
 _tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
@@ -73,12 +73,10 @@ class Arrivals:
             return os.read(fd, size)
         read_end, write_end = self._pipe
         if not self.waiting:
-            self.waiting = os.splice(fd, write_end, min(size, _MAX_PORTION), flags=_SPLICE_F_NONBLOCK)
+            self.waiting = os.splice(fd, write_end, min(size, _MAX_PORTION), flags=SPLICE_F_NONBLOCK)
             if not self.waiting:
                 return b""
-        count: int = _tee(
-            read_end, self._copies[1], min(size, self.waiting, _MAX_PORTION), _SPLICE_F_NONBLOCK
-        )
+        count: int = _tee(read_end, self._copies[1], min(size, self.waiting, _MAX_PORTION), SPLICE_F_NONBLOCK)
         if count < 0:
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))

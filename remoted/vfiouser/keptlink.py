@@ -19,8 +19,9 @@ from typing import ClassVar
 from common import vfiouser
 from common.disposal import ANCILLARY_SIZE, Disposal, count_unread, received_fds
 from common.errors import PeerGone, ProtocolError
+from common.splice_h import SPLICE_F_NONBLOCK
 from common.vfiouser import HEADER
-from remoted.keptlink import SPLICE_F_NONBLOCK, KeptLink
+from remoted.keptlink import KeptLink
 from remoted.state import FunctionState
 from remoted.vfiouser.clientstate import ClientState, Request
 

@@ -8,12 +8,12 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from common import disposal
 from common.disposal import Disposal
 from common.errors import PeerGone, ProtocolError
 from common.link import Client
@@ -106,17 +106,27 @@ def test_who_hangs_up_before_the_first_answer_is_named(tmp_path: Path, is_read: 
         client.close()
 
 
-def test_who_hangs_up_after_an_answer_has_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "payload", "answer"),
+    [
+        (Command.PCI_CFGREAD, CONFIG_READ[16:], reply_frame(1)),
+        (Command.DEVICE_RESET, b"", struct.pack("<i4xQ", Command.RET, 0)),
+    ],
+    ids=["value", "empty"],
+)
+def test_who_hangs_up_after_an_answer_has_served(
+    tmp_path: Path, command: Command, payload: bytes, answer: bytes
+) -> None:
     path = str(tmp_path / "sock")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         client = Client.connect(path, LONG)
         with listener.accept()[0] as peer:
-            send_fds(peer, reply_frame(1))
+            send_fds(peer, answer)
             # Before the request, so that no thread is needed: check_quiet() would find it.
             client.check_quiet = lambda: None  # type: ignore[method-assign]
-            assert client.request(Command.PCI_CFGREAD, CONFIG_READ[16:]) == 1
+            assert client.request(command, payload) == (len(answer) > 16)
             del client.check_quiet
             peer.recv(100)
         with pytest.raises(PeerGone, match=r"^the peer closed the link$"):
@@ -181,12 +191,6 @@ def test_any_answer_but_one_clean_ret(asker: Asker, answer: bytes) -> None:
     asker.answer(answer)
     with pytest.raises(ProtocolError):
         asker.client.request(Command.PCI_CFGREAD, CONFIG_READ[16:])
-
-
-@pytest.fixture
-def older_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has no SO_PASSRIGHTS, so that fds come in."""
-    monkeypatch.setattr(disposal, "_SO_PASSRIGHTS", 0x7FFF)
 
 
 @pytest.mark.usefixtures("older_kernel")
@@ -279,6 +283,20 @@ def test_silent_peer_costs_the_deadline() -> None:
 def test_deadline_that_has_passed_already_waits_for_nothing() -> None:
     with open_asker(deadline=0) as asker, pytest.raises(PeerGone, match="within 0 s"):
         asker.client.request(Command.DEVICE_RESET)
+
+
+def test_the_deadline_counts_from_before_the_request_is_sent() -> None:
+    """Another process may run in between; the answer is here by the time this one goes on."""
+    with open_asker(deadline=0.01) as asker:
+        send_fds(asker.peer, reply_frame(1))
+        expires = time.monotonic() + 0.02
+
+        def take_long() -> None:
+            wait_until(lambda: time.monotonic() > expires, "the deadline has passed")
+
+        asker.client.check_quiet = take_long  # type: ignore[method-assign]  # send() calls it
+        with pytest.raises(PeerGone, match=r"within 0\.01 s"):
+            asker.client.request(Command.DEVICE_RESET)
 
 
 def test_dripping_peer_costs_the_deadline() -> None:

@@ -3,16 +3,17 @@
 
 To wake a sleeping process costs more than most requests do. So the loop calls epoll_wait(2) without a timeout
 again and again, for a window that follows what came of it, as the halt polling of KVM does
-(Documentation/virt/kvm/halt-polling.rst in Linux). The rule:
+(Documentation/virt/kvm/halt-polling.rst in Linux). The window is closed, half the limit, or the limit. The rule:
 
-- An event that polling finds doubles the window, up to the limit. So does one that ends a sleep within twice the
-  limit of the wait's beginning: a longer window would have found it, once no wake-up delays the peer.
-- An event that takes longer halves the window. One that takes longer than a millisecond closes it: an idle
+- An event that polling finds opens the window wholly. One that ends a sleep within twice the limit of the wait's
+  beginning opens it by a half: a longer window would have found it, once no wake-up delays the peer.
+- An event that takes longer closes it by a half. One that takes longer than a millisecond closes it: an idle
   process doesn't poll.
 - A poll of the whole limit that found nothing, although the event came soon after it, closes the window for a
   pause. So does a gap between two looks, in which another task had the CPU: on a busy CPU polling uses up the time
   that the scheduler would give this process at once when an event wakes it. Each pause is twice as long as the one
-  before it, from 2 to 100 ms. When polling has found 64 events after a pause, the next one is of 2 ms again.
+  before it, from 0.25 to 100 ms. When polling has found 16 events after a pause, the next one is of 0.25 ms again.
+  So a vCPU that is interrupted now and then causes a pause of a few accesses, and a CPU that stays busy long ones.
 - An event that is there at the first look says nothing.
 
 All fds are looked at, as by a sleep. A timer ends the poll when it is due.
@@ -25,14 +26,12 @@ from collections.abc import Callable
 
 __all__ = ["Events", "Polling"]
 
-_OPENING = 4
-"""the first window is this fraction of the limit"""
 _SILENCE_SECONDS = 1e-3
-_GAP_SECONDS = 50e-6
-"""between two looks, which usually are a microsecond apart; interrupts take less"""
-_FIRST_PAUSE_SECONDS = 2e-3
+_GAP_SECONDS = 100e-6
+"""between two looks, which usually are a microsecond apart; interrupts and kernel workers take less"""
+_FIRST_PAUSE_SECONDS = 0.25e-3
 _LAST_PAUSE_SECONDS = 0.1
-_FORGIVING = 64
+_FORGIVING = 16
 """so many finds between two pauses are worth more than what closed the window has cost"""
 
 Events = list[tuple[int, int]]
@@ -101,28 +100,31 @@ class Polling:
             self.seconds += now - begin
             if events:
                 self.found += 1
-                if self.window < self._limit:
-                    self.window = min(2 * self.window, self._limit)
+                if self.window:
+                    self.window = self._limit
                 return events
             self.missed += 1
             if timeout is not None:
                 timeout = max(0.0, timeout - (now - begin))
+            if not self.window:
+                return poll(timeout)
         events = poll(timeout)
-        self._slept(begin, bool(events), window)
+        self._slept(begin, bool(events))
         return events
 
-    def _slept(self, begin: float, has_events: bool, polled: float) -> None:
-        """Adapts the window after a sleep that followed ``polled`` seconds of polling."""
+    def _slept(self, begin: float, has_events: bool) -> None:
+        """Adapts the window after a sleep."""
         now = self._clock()
         waited = now - begin
+        half = self._limit / 2
         if waited > _SILENCE_SECONDS:
             self.window = 0.0
         elif not has_events or waited > 2 * self._limit:
-            self.window = self.window / 2 if self.window > self._limit / _OPENING else 0.0
-        elif polled >= self._limit:
+            self.window = half if self.window > half else 0.0
+        elif self.window > half:
             self._close(now)
-        elif now >= self._closed_until:
-            self.window = min(2 * self.window or self._limit / _OPENING, self._limit)
+        else:
+            self.window = self._limit if self.window else half
 
     def _close(self, now: float) -> None:
         if self.found - self._found_before >= _FORGIVING:

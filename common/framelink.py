@@ -64,39 +64,29 @@ class FrameLink(abc.ABC):
         self._sizes = self.SIZES
         self._extra = self.EXTRA
         self.payload = self._view[self.HEADER_SIZE :]
+        # Of a request that came whole and alone, both are 0.
         self._have = 0  # bytes in the buffer
         self._frame = 0  # length of the request last handed out, still in the buffer
         self.fds: list[int] = []
+        self.is_partial = False
+        """whether a request has begun but not ended: the peer owes its rest"""
         self.closed = False
 
     def fileno(self) -> int:
         return self._sock.fileno()
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a request has begun but not ended: the peer owes its rest."""
-        return self._have > self._frame
 
     def receive(self) -> int:
         """The command of the next whole request, or -1 when it isn't here yet. Never blocks.
 
         Raises ProtocolError and ShortageError (after which the stream is out of step) and PeerGone.
         """
-        if self._frame:
-            if self._have == self._frame:
-                self._have = 0
-            else:
-                self._consume()
-            self._frame = 0
-            if self.fds and not self._have:
-                self.discard(self.take_fds())
-        if not self._have:
-            buffers = self._whole
-        else:
-            command, missing = self._parse()
+        buffers = self._whole
+        if self._have:
+            command, missing = self._advance()
             if not missing:
                 return command
-            buffers = [self._view[self._have : self._have + missing]]
+            if self._have:
+                buffers = [self._view[self._have : self._have + missing]]
         try:
             count, ancillary, flags, _ = self._recvmsg_into(buffers, ANCILLARY_SIZE, _FLAGS)
         except BlockingIOError:
@@ -107,7 +97,6 @@ class FrameLink(abc.ABC):
             # Nearly always: the bytes are one whole request.
             command, size = self._unpack(self._buffer)
             if count == self._extra + size and size == self._sizes.get(command):
-                self._have = self._frame = count
                 return command
         if ancillary:
             self._take_ancillary(received_fds(ancillary), wanted=self._have < self._header_size)
@@ -149,21 +138,28 @@ class FrameLink(abc.ABC):
     def _parse(self) -> tuple[int, int]:
         """The command of the request in the buffer (-1 without a header) and how many bytes to ask for."""
         have = self._have
+        self.is_partial = have > 0
         if have < self._header_size:
             return -1, self._header_size - have
         command, length, takes_fds = self._check_header()
         if have < length:
             return command, length - have
+        self.is_partial = have > length
         if self.fds and not takes_fds and have == length:
             # No bytes of the next request are here, so the fds belong to this one.
             self.discard(self.take_fds())
         self._frame = length
         return command, 0
 
-    def _consume(self) -> None:
-        rest = self._have - self._frame
-        self._buffer[:rest] = self._buffer[self._frame : self._have]
-        self._have = rest
+    def _advance(self) -> tuple[int, int]:
+        """Drops the request last handed out; as _parse() for what lies behind it."""
+        if self._frame:
+            rest = self._have - self._frame
+            self._buffer[:rest] = self._buffer[self._frame : self._have]
+            self._have, self._frame = rest, 0
+            if self.fds and not rest:
+                self.discard(self.take_fds())
+        return self._parse()
 
     def _take_ancillary(self, received: Sequence[int], *, wanted: bool) -> None:
         if not wanted:  # they came with a payload's bytes

@@ -268,9 +268,10 @@ class Uart16550:
         self._shift_out()
 
     def _write_ier(self, value: int) -> None:
-        changed = (self._ier ^ value) & 0x0F
-        self._ier = value & 0x0F
-        if changed & UART_IER_THRI:
+        value &= 0x0F
+        is_switched = (self._ier ^ value) & UART_IER_THRI
+        self._ier = value
+        if is_switched:
             # Enabling the interrupt raises it anew although a read of IIR had cleared it: drivers need that.
             self._thre_pending = bool(value & UART_IER_THRI and self._lsr & UART_LSR_THRE)
         self._update_irq()
@@ -300,10 +301,7 @@ class Uart16550:
             self._tx_fifo.clear()
         self._fifo_enabled = enable
         if enable:
-            self._iir |= UART_IIR_FIFO_ENABLED
             self._trigger = _TRIGGER_LEVELS[value >> 6]
-        else:
-            self._iir &= ~UART_IIR_FIFO_ENABLED
         self._update_irq()
         self._input_ready()
 
@@ -363,7 +361,9 @@ class Uart16550:
     def _update_irq(self) -> None:
         """Works out the pending interrupt of the highest priority, and INTR."""
         ier = self._ier
-        if ier & UART_IER_RLSI and self._lsr & UART_LSR_OE:
+        if not ier:
+            source = UART_IIR_NO_INT
+        elif ier & UART_IER_RLSI and self._lsr & UART_LSR_OE:
             source = UART_IIR_RLSI
         elif ier & UART_IER_RDI and self._timeout_pending:
             source = UART_IIR_RX_TIMEOUT
@@ -375,7 +375,7 @@ class Uart16550:
             source = UART_IIR_MSI
         else:
             source = UART_IIR_NO_INT
-        self._iir = self._iir & UART_IIR_FIFO_ENABLED | source
+        self._iir = source | UART_IIR_FIFO_ENABLED if self._fifo_enabled else source
         level = source != UART_IIR_NO_INT
         if level is not self.irq:
             self.irq = level

@@ -35,10 +35,8 @@ class ClientLink(Protocol):
     """What a session uses of its link, whatever the protocol: see common.framelink.FrameLink."""
 
     closed: bool
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a request has begun but not ended."""
+    is_partial: bool
+    """whether a request has begun but not ended"""
 
     def fileno(self) -> int:
         """The socket's fd."""

@@ -65,8 +65,11 @@ class PciSerial(PciFunction):
         uart = self._uart
         self._in_access = True
         try:
-            for i in range(size):
-                uart.write(offset + i, value >> 8 * i)
+            if size == 1:
+                uart.write(offset, value)
+            else:
+                for i in range(size):
+                    uart.write(offset + i, value >> 8 * i)
         finally:
             self._in_access = False
             self.set_intx(uart.irq)

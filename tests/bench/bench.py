@@ -28,6 +28,7 @@ from tests.bench.candidates import (
     ADAPTIVE,
     BINARIES,
     CANDIDATES,
+    FLOORS,
     INTERPRETER,
     KEPT,
     LOOPS,
@@ -131,7 +132,7 @@ class Run:
 
     def footprint(self) -> None:
         """Start, memory, and idle processes."""
-        candidates = [each for each in CANDIDATES if each.name in (PEER, OFF, ADAPTIVE)]
+        candidates = chosen(PEER, "floor", "floor.py", OFF, ADAPTIVE)
         (adaptive,) = chosen(ADAPTIVE)
         with self.part("footprint"):
             starts = first_answers(candidates, self.plan.rounds, self.directory)
@@ -171,7 +172,7 @@ class Run:
         if not has_kvm_and_qemu("guest"):
             return
         with self.part("guest"):
-            found = run_guests(chosen(PEER, OFF, ADAPTIVE), self.plan.rounds, 40, self.directory)
+            found = run_guests(chosen(PEER, *FLOORS, OFF, ADAPTIVE), self.plan.rounds, 40, self.directory)
         self.table("guest in QEMU, mean cycles", found)
         self.verdicts += guest_verdicts(found)
 

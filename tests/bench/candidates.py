@@ -30,6 +30,7 @@ __all__ = [
     "BINARIES",
     "CANDIDATES",
     "FLOOR",
+    "FLOORS",
     "INTERPRETER",
     "IO_BASE",
     "KEPT",
@@ -50,6 +51,8 @@ QEMU = "qemu-system-x86_64"
 IO_BASE = 0xC000
 PEER = "x-remote"
 FLOOR = "floor polling"
+FLOORS = ("floor", FLOOR, "floor.py", "floor.py polling")
+"""in C and in Python, each without and with polling"""
 ADAPTIVE = "remoted adaptive"
 OFF = "remoted off"
 KEPT = "remoted kept"
@@ -60,6 +63,7 @@ BINARIES = ROOT / "build" / "bench"
 POLL_MICROSECONDS = 50
 """for how long the floor looks for the next event"""
 
+_FLOOR_PY = Path(__file__).with_name("floor.py")
 _QEMU_RESET_SECONDS = 0.3
 """QEMU's remote answers before its initial machine reset is over, which forgets BARs"""
 _DEADLINE = 20.0
@@ -220,6 +224,10 @@ def _floor(poll: int) -> Callable[[int, Path], list[str]]:
     return lambda fd, _directory: [str(BINARIES / "floor"), str(fd), str(poll)]
 
 
+def _python_floor(poll: int) -> Callable[[int, Path], list[str]]:
+    return lambda fd, _directory: [INTERPRETER, "-I", "-S", str(_FLOOR_PY), str(fd), str(poll)]
+
+
 def _x_remote(fd: int, _directory: Path) -> list[str]:
     return [
         *(QEMU, "-machine", "x-remote", "-display", "none", "-monitor", "none", "-serial", "none"),
@@ -232,6 +240,8 @@ CANDIDATES = (
     *([Candidate(PEER, _x_remote, _QEMU_RESET_SECONDS)] if shutil.which(QEMU) else []),
     Candidate("floor", _floor(0)),
     Candidate(FLOOR, _floor(POLL_MICROSECONDS)),
+    Candidate("floor.py", _python_floor(0)),
+    Candidate("floor.py polling", _python_floor(POLL_MICROSECONDS)),
     Candidate(OFF, _remoted("--poll-max-us=0")),
     Candidate("remoted fixed", _remoted(module="tests.bench.fixedloop")),
     Candidate(ADAPTIVE, _remoted()),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 // The floor: the least that a remote process can do. It answers the messages of a pci-serial with bare system
-// calls, checks nothing, and knows no register but IER and SCR.
+// calls, checks nothing, and knows no register but IER and SCR, and of config space one I/O BAR and the pin: enough
+// for QEMU to place it, and for a guest to count its interrupts.
 //
 //     floor LINK POLL_US
 //
@@ -18,6 +19,7 @@
 
 enum { SYNC_SYSMEM, RET, PCI_CFGWRITE, PCI_CFGREAD, BAR_WRITE, BAR_READ, SET_IRQFD, DEVICE_RESET };
 enum { UART_IER = 1, UART_IER_THRI = 2 };
+enum { COMMAND = 0x04, BAR_0 = 0x10, INTERRUPT_PIN = 0x3d, BAR_SIZE = 8 };
 
 struct frame {
 	int32_t command;
@@ -36,7 +38,7 @@ struct frame {
 };
 
 static int link_fd, epoll_fd, irqfd = -1, resamplefd = -1;
-static uint8_t config[256], uart[8];
+static uint8_t config[256 + 8] = { 0x36, 0x1b, 0x02, [BAR_0] = 1, [INTERRUPT_PIN] = 1 }, uart[8];
 static bool is_high;
 
 static uint64_t now(void)
@@ -86,16 +88,25 @@ static void write_register(unsigned reg, uint8_t value)
 	is_high = high;
 }
 
+static void write_config(unsigned addr, uint32_t value)
+{
+	if (addr == BAR_0)
+		value = (value & -BAR_SIZE) | 1;
+	else if (addr != COMMAND)
+		return;
+	memcpy(&config[addr], &value, 4);
+}
+
 static uint64_t handle(struct frame *frame)
 {
 	uint64_t value = 0;
 
 	switch (frame->command) {
 	case PCI_CFGREAD:
-		memcpy(&value, &config[frame->config.addr & 0xfc], 4);
+		memcpy(&value, &config[frame->config.addr & 0xff], frame->config.length & 7);
 		return value;
 	case PCI_CFGWRITE:
-		memcpy(&config[frame->config.addr & 0xfc], &frame->config.value, 4);
+		write_config(frame->config.addr, frame->config.value);
 		return 0;
 	case BAR_READ:
 		return uart[frame->bar.addr & 7];

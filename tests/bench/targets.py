@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from tests.bench.candidates import ADAPTIVE, FLOOR, OFF, PEER
+from tests.bench.candidates import ADAPTIVE, FLOOR, FLOORS, OFF, PEER
 from tests.bench.exchanges import EXCHANGES, OWN_CORE
 
 __all__ = [
@@ -82,16 +82,17 @@ def exchange_verdicts(setup: str, summaries: Summaries) -> Iterator[Verdict]:
         peer = by_candidate[PEER]
         for number, candidate in enumerate((ADAPTIVE, OFF)):
             own = by_candidate[candidate]
-            where = _where({PEER: peer, candidate: own, FLOOR: by_candidate[FLOOR]})
+            floors = {floor: by_candidate[floor] for floor in FLOORS[1 - number :: 2]}
+            where = _where({PEER: peer, candidate: own, **floors})
             bound = _P50[exchange][number] if setup == OWN_CORE else _FREE[number]
             yield ratio_verdict(f"{name}, p50, {candidate}", own["p50"], peer["p50"], bound, where)
             if setup == OWN_CORE:
-                tails = _where({PEER: peer, candidate: own}, "p99")
+                tails = _where({PEER: peer, candidate: own, **floors}, "p99")
                 yield ratio_verdict(f"{name}, p99, {candidate}", own["p99"], peer["p99"], _P99[number], tails)
         if setup == OWN_CORE:
-            own, floor = by_candidate[ADAPTIVE], by_candidate[FLOOR]
-            where = _where({FLOOR: floor, ADAPTIVE: own})
-            yield ratio_verdict(f"{name}, p50, {ADAPTIVE} to floor", own["p50"], floor["p50"], _FLOOR, where)
+            own, least = by_candidate[ADAPTIVE], by_candidate[FLOOR]
+            where = _where({FLOOR: least, ADAPTIVE: own})
+            yield ratio_verdict(f"{name}, p50, {ADAPTIVE} to floor", own["p50"], least["p50"], _FLOOR, where)
 
 
 def _where(summaries: Mapping[str, Mapping[str, float]], figure: str = "p50") -> str:
@@ -139,9 +140,10 @@ def many_verdicts(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Ite
     where = "{:.1f} us to {:.1f}".format(*times)
     yield ratio_verdict(f"BAR read, 1 busy of {most} processes, to alone", *times, _BESIDE_OTHERS, where)
     if PEER in found:
-        one, peer = own[most], found[PEER][most]
+        one, peer = own[most], found[PEER][least]
         where = _memory_where(one, peer)
-        yield ratio_verdict(f"private memory, 1 of {most}", one["private"], peer["private"], _PRIVATE, where)
+        what = f"private memory, 1 of {most}, to {PEER}'s alone"
+        yield ratio_verdict(what, one["private"], peer["private"], _PRIVATE, where)
 
 
 def functions_verdicts(found: Mapping[int, Mapping[str, float]]) -> Iterator[Verdict]:

@@ -12,7 +12,16 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from common.config import Transport
-from tests.bench.candidates import ADAPTIVE, BINARIES, CANDIDATES, FLOOR, LOOPS, OFF, PEER, TRANSPORTS
+from tests.bench.candidates import (
+    ADAPTIVE,
+    BINARIES,
+    CANDIDATES,
+    FLOORS,
+    LOOPS,
+    OFF,
+    PEER,
+    TRANSPORTS,
+)
 from tests.bench.exchanges import EXCHANGES, OWN_CORE, WRITE_BURST, Plan, Series, run_exchanges
 from tests.bench.picture import draw
 from tests.bench.targets import exchange_verdicts
@@ -33,7 +42,7 @@ def test_every_candidate_does_every_exchange(tmp_path: Path) -> None:
     for _ in range(2):  # one set-up after the other
         figures = run_exchanges([*CANDIDATES, *LOOPS], Plan(1, COUNT, 1), (-1, -1), tmp_path)
     names = {candidate.name for candidate in (*CANDIDATES, *LOOPS)}
-    assert {OFF, ADAPTIVE, FLOOR, "remoted fixed"} <= names
+    assert {OFF, ADAPTIVE, *FLOORS, "remoted fixed"} <= names
     assert set(figures) == set(EXCHANGES)
     for by_name in figures.values():
         assert set(by_name) == names
@@ -64,7 +73,12 @@ def test_a_series_is_summed_up_in_microseconds() -> None:
 
 
 def test_a_target_is_a_ratio_to_the_peer_in_the_same_set_up() -> None:
-    figures = {PEER: (40.0, 90.0), OFF: (41.0, 90.0), ADAPTIVE: (18.0, 90.0), FLOOR: (9.0, 20.0)}
+    figures = {
+        PEER: (40.0, 90.0),
+        **dict(zip(FLOORS, [(39.0, 80.0), (9.0, 20.0), (40.5, 85.0), (12.0, 25.0)], strict=True)),
+        OFF: (41.0, 90.0),
+        ADAPTIVE: (18.0, 90.0),
+    }
     summaries = {
         "bar-read": {
             name: {"p50": p50, "p99": p99, "cpu": p50 / 2, "min": p50 / 4}
@@ -85,6 +99,9 @@ def test_a_target_is_a_ratio_to_the_peer_in_the_same_set_up() -> None:
     line, where = missed.describe().splitlines()
     assert line.startswith("MISS  ")
     assert f"{OFF} 41.0 us, the remote's CPU time 20.5, best 10.2" in where
+    assert "floor 39.0 us" in where
+    assert "floor.py 40.5 us" in where
+    assert "polling" not in where
     free = {verdict.what: verdict.is_hit for verdict in exchange_verdicts("free", summaries)}
     assert free == {f"free: BAR read, p50, {ADAPTIVE}": True, f"free: BAR read, p50, {OFF}": True}
 

@@ -34,7 +34,7 @@ demo: $(VENV)/demo.stamp guest  ## interrupts from remoted into a KVM guest and 
 test: $(VENV)/test.stamp guest  ## all tests (ARGS="-n 0 -k config")
 	@exec $(VENV)/bin/pytest -q -n 2 --dist worksteal $(ARGS)
 
-lint: $(VENV)/test.stamp  ## ruff and mypy
+lint: $(VENV)/test.stamp  ## ruff (rules and format) and mypy
 	@status=0
 	$(VENV)/bin/ruff check || status=1
 	$(VENV)/bin/ruff format --check || status=1

@@ -158,6 +158,6 @@ def test_a_run_without_functions_is_refused(vm: str, tmp_path: Path) -> None:
     try:
         daemons.start_proxyd()
         reply = daemons.connect_console().command("run 1000000")
-        assert reply.reason == "no functions, setup comes first"
+        assert reply.reason == "no function with a driver: setup finds them"
     finally:
         daemons.close()

@@ -207,10 +207,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="make mutants", description="Tells which faults the tests don't notice."
     )
+    parser.add_argument("-k", metavar="TEXT", default="", help="only faults whose file or text contains this")
     parser.add_argument(
-        "-k", metavar="TEXT", default="", help="only faults in whose file or text this stands"
+        "-j", metavar="N", type=int, default=2, help="how many at once (default: %(default)s)"
     )
-    parser.add_argument("-j", metavar="N", type=int, default=2, help="so many at once (default: %(default)s)")
     options = parser.parse_args()
     chosen = [fault for fault in load() if options.k in f"{fault.file} {fault.text} {fault.fault}"]
     stale = {fault: reason for fault in chosen if (reason := fault.staleness())}

@@ -160,7 +160,7 @@ def test_reboot_with_a_line_high(machine: QemuGuest, console: GuestConsole, addr
     ok(console, f"hold {addr}")
     ok(console, "reboot")
     console.wait_ready(PATIENCE)
-    assert console.command("run 1").reason == "no functions, setup comes first"
+    assert console.command("run 1").reason == "no function with a driver: setup finds them"
     ok(console, "setup")
     ok(console, "run 100 held 10")
     check_counts(console, rounds=100, held=10)

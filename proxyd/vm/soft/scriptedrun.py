@@ -40,7 +40,7 @@ class Run:
         rounds, every = _parse(words)
         functions = self._bus.functions
         if not functions:
-            raise CommandError("no functions, setup comes first")
+            raise CommandError("no function with a driver: setup finds them")
         if any(function.parked for function in functions):
             raise CommandError("a line is held, release comes first")
         started = time.monotonic()

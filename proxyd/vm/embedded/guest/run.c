@@ -180,7 +180,7 @@ const char *command_run(u32 argc, char **argv)
 	if (argc == 4 && (!parse_number(argv[3], &every) || !every))
 		return bad_number;
 	if (!function_count)
-		return "no functions, setup comes first";
+		return "no function with a driver: setup finds them";
 	for (i = 0; i < function_count; i++) {
 		if (functions[i].parked)
 			return "a line is held, release comes first";

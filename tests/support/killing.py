@@ -6,23 +6,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-__all__ = ["killed_at"]
+__all__ = ["at_line", "killed_at"]
 
 
 class _Killed(BaseException):
     """The process is gone."""
 
 
-def killed_at(line: int, work: Callable[[], object], sources: Collection[str]) -> bool:
-    """Does the work, up to so many lines of those source files; whether there were so many.
-
-    In a thread of its own: an exception that a trace function raises within an except clause leaves the exception
-    before it behind in the thread's state.
-    """
+def at_line(line: int, sources: Collection[str], action: Callable[[], object]) -> None:
+    """Lets this thread do something at so many lines of those source files that it comes to, from now on."""
     left = line
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
@@ -32,17 +27,31 @@ def killed_at(line: int, work: Callable[[], object], sources: Collection[str]) -
         if event == "line":
             left -= 1
             if left == 0:
-                raise _Killed
+                action()
         return trace
 
-    def run() -> None:
-        sys.settrace(trace)
+    sys.settrace(trace)
+
+
+def killed_at(line: int, work: Callable[[], object], sources: Collection[str]) -> bool:
+    """Does the work, up to so many lines of those source files; whether there were so many.
+
+    In a thread of its own: an exception that a trace function raises within an except clause leaves the exception
+    before it behind in the thread's state.
+    """
+
+    def kill() -> None:
+        raise _Killed
+
+    def run() -> bool:
+        at_line(line, sources, kill)
         try:
-            with suppress(_Killed):
-                work()
+            work()
+        except _Killed:
+            return True
         finally:
             sys.settrace(None)
+        return False
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(run).result()
-    return left <= 0
+        return pool.submit(run).result()

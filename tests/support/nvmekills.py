@@ -14,16 +14,15 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 from remoted import state
 from remoted.devices.nvme import controller, engine, io, prp, queues
+from tests.support.killing import at_line
 from tests.support.nvmedriver import QueuePair
 from tests.support.nvmelives import Machine
 from tests.support.steploop import run_until
 
-SOURCES = {each.__file__ for each in (controller, engine, io, prp, queues, state)}
+SOURCES = {str(each.__file__) for each in (controller, engine, io, prp, queues, state)}
 WRITE, READ = 0x01, 0x02
 BLOCK = 512
 COUNT = 3
@@ -44,23 +43,6 @@ def in_child(work: Callable[[], object]) -> bool:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, -signal.SIGKILL), f"a child ended with {status}"
     return status != 0
-
-
-def kill_at(line: int) -> None:
-    """Kills this process at so many lines of SOURCES."""
-    left = line
-
-    def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename not in SOURCES:
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    sys.settrace(trace)
 
 
 class Test:
@@ -107,7 +89,7 @@ class Test:
     def first_life(self, line: int) -> None:
         self.machine.revive()
         self.machine.acknowledge(self.queue)
-        kill_at(line)
+        at_line(line, SOURCES, lambda: os.kill(os.getpid(), signal.SIGKILL))
         self.machine.ring(self.queue)
         self.run_until_idle()
 

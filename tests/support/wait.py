@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
-__all__ = ["wait_until"]
+__all__ = ["until", "wait_until"]
 
 _FIRST_SECONDS = 0.001
 _LAST_SECONDS = 0.1
@@ -21,3 +22,13 @@ def wait_until(predicate: Callable[[], object], what: str, timeout: float = 20.0
             raise AssertionError(f"not within {timeout:g} s: {what}")
         time.sleep(pause)
         pause = min(2 * pause, _LAST_SECONDS)
+
+
+async def until(predicate: Callable[[], object], what: str, timeout: float = 20.0) -> None:
+    """The same for a predicate that other tasks of this loop make true."""
+    try:
+        async with asyncio.timeout(timeout):
+            while not predicate():
+                await asyncio.sleep(_FIRST_SECONDS)
+    except TimeoutError:
+        raise AssertionError(f"not within {timeout:g} s: {what}") from None

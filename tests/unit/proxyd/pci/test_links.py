@@ -124,6 +124,13 @@ def retry_after(bench: Bench, *, fails: bool = True) -> float:
     return round(due, 3)
 
 
+def start_without_a_remote(bench: Bench) -> None:
+    """Returns when attempts are a second apart: as rare as they become."""
+    bench.start("a")
+    while retry_after(bench) < 1.0:
+        pass
+
+
 def test_attempts_become_rarer_until_there_is_one_a_second(bench: Bench) -> None:
     bench.start("a")
     assert [retry_after(bench) for _ in range(9)] == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0, 1.0]
@@ -171,9 +178,7 @@ def test_no_thread_to_connect_in_is_one_line_and_a_retry(
 
 
 def test_a_socket_that_appears_is_connected_to_at_once(bench: Bench) -> None:
-    bench.start("a")
-    while retry_after(bench) < 1.0:
-        pass
+    start_without_a_remote(bench)
     bench.clock.now += 0.5
     bench.serve("a").start()
     run_until(bench.loop, lambda: bench.is_linked("a"))
@@ -182,9 +187,7 @@ def test_a_socket_that_appears_is_connected_to_at_once(bench: Bench) -> None:
 def test_a_socket_that_appears_while_one_is_tried_is_tried_as_well(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.start("a")
-    while retry_after(bench) < 1.0:
-        pass
+    start_without_a_remote(bench)
     proxy = bench.proxies["a"]
     connect = proxy.connect
 
@@ -204,9 +207,7 @@ def test_a_socket_that_appears_while_one_is_tried_is_tried_as_well(
 def test_a_socket_that_appears_again_and_again_is_not_tried_as_often(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.start("a")
-    while retry_after(bench) < 1.0:
-        pass
+    start_without_a_remote(bench)
     proxy = bench.proxies["a"]
     connect = proxy.connect
     attempts: list[float] = []

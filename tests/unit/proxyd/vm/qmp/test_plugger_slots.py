@@ -27,6 +27,7 @@ from proxyd.vm.qmp.plugger import QemuPlugger
 from tests.support.modelqemu import ModelQemu
 from tests.support.remote import RemoteThread
 from tests.support.remotebench import LineDevice
+from tests.support.wait import until
 
 HANGS = 20.0
 """seconds after which what hasn't happened never will"""
@@ -64,28 +65,17 @@ class Bench:
         client.request(Command.PCI_CFGREAD, CONFIG.pack(0, 0, 4))
         return client
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
-        """Lets everything go on until the condition is true."""
-        try:
-            async with asyncio.timeout(HANGS):
-                while not condition():
-                    await asyncio.sleep(0.001)
-        except TimeoutError:
-            raise AssertionError(f"not within {HANGS:g} s: {what}") from None
-
     async def until_sound(self) -> None:
         """Waits until all functions are plugged and linked."""
         functions = self.plugger._slots.functions
-        await self.until(
-            lambda: all(function.is_sound for function in functions), "all is plugged and linked"
-        )
+        await until(lambda: all(function.is_sound for function in functions), "all is plugged and linked")
 
     async def lose_link(self) -> None:
         """The first function's remote hangs up."""
         handover = self.function.handover
         assert handover is not None
         handover.client.shutdown()
-        await self.until(lambda: self.function.handover is not handover, "the link's end is seen")
+        await until(lambda: self.function.handover is not handover, "the link's end is seen")
 
     def close(self) -> None:
         self.remote.close()
@@ -130,12 +120,12 @@ def test_what_qemu_refuses_leaves_neither_a_link_nor_an_fd(bench: Bench) -> None
     bench.qemu.errors["device_add"] = "GenericError", "no"
 
     async def talk(bench: Bench) -> None:
-        await bench.until(lambda: "refuses to plug it" in bench.function.reason, "it is refused")
+        await until(lambda: "refuses to plug it" in bench.function.reason, "it is refused")
         assert bench.qemu.commands[-1] == ("closefd", "iohub-dev0")
         assert bench.qemu.fds == set()
         assert bench.function.handover is None
         server = bench.remote.servers["dev0"]
-        await bench.until(lambda: server.session is None, "remoted may have another client")
+        await until(lambda: server.session is None, "remoted may have another client")
 
     bench.run(talk)
 
@@ -144,7 +134,7 @@ def test_what_is_not_where_it_was_to_be_is_refused(bench: Bench) -> None:
     bench.qemu.misplaces = True
 
     async def talk(bench: Bench) -> None:
-        await bench.until(lambda: "refuses to plug it" in bench.function.reason, "it is refused")
+        await until(lambda: "refuses to plug it" in bench.function.reason, "it is refused")
         assert "has no function at 05.0" in bench.function.reason
         assert not bench.function.is_plugged
 
@@ -172,7 +162,7 @@ def test_other_errors_of_device_del_unplug_nothing(bench: Bench, monkeypatch: py
         await bench.until_sound()
         bench.qemu.errors["device_del"] = "GenericError", "Device dev0 is already in the process of unplug"
         await bench.lose_link()
-        await bench.until(lambda: bench.qemu.count("device_del") > 1, "it is asked again")
+        await until(lambda: bench.qemu.count("device_del") > 1, "it is asked again")
         assert bench.function.is_plugged
         assert bench.qemu.count("device_add") == 1
 
@@ -186,7 +176,7 @@ def test_somebody_elses_unplug_is_told_from_our_own_after_a_replacement(bench: B
         await bench.until_sound()
         assert bench.function.reconnects == 1
         bench.qemu.eject("dev0")
-        await bench.until(lambda: bench.function.is_out, "it is taken for somebody else's")
+        await until(lambda: bench.function.is_out, "it is taken for somebody else's")
         assert bench.function.reason.startswith("unplugged, not by this daemon")
         assert bench.qemu.count("device_add") == 2
 
@@ -200,7 +190,7 @@ def test_what_is_missing_beside_function_0_comes_with_a_new_function_0(pair: Ben
     client = pair.hold("dev0")
 
     async def talk(bench: Bench) -> None:
-        await bench.until(lambda: bench.qemu.count("device_del"), "it is to be unplugged")
+        await until(lambda: bench.qemu.count("device_del"), "it is to be unplugged")
         client.close()
         bench.qemu.eject("dev0")
         await bench.until_sound()
@@ -230,7 +220,7 @@ def test_a_request_is_noted_in_qemu_until_it_has_come_true(pair: Bench) -> None:
     async def talk(bench: Bench) -> None:
         await bench.until_sound()
         await bench.lose_link()
-        await bench.until(lambda: bench.qemu.count("device_del") == 2, "both are to be unplugged")
+        await until(lambda: bench.qemu.count("device_del") == 2, "both are to be unplugged")
         assert bench.qemu.objects == {"iohub-unplug-dev0": "secret", "iohub-unplug-dev1": "secret"}
         bench.qemu.eject("dev0", "dev1")
         await bench.until_sound()
@@ -244,7 +234,7 @@ def test_a_request_of_the_daemon_before_leads_to_a_new_plug(pair: Bench) -> None
         await bench.until_sound()
         bench.qemu.consents = False
         await bench.lose_link()
-        await bench.until(lambda: bench.qemu.count("device_del") == 2, "both are to be unplugged")
+        await until(lambda: bench.qemu.count("device_del") == 2, "both are to be unplugged")
 
     async def finds(bench: Bench) -> None:
         await bench.until_sound()
@@ -255,7 +245,7 @@ def test_a_request_of_the_daemon_before_leads_to_a_new_plug(pair: Bench) -> None
         for client in clients:
             client.close()
         bench.qemu.eject("dev1", "dev0")
-        await bench.until(lambda: bench.qemu.count("device_add") == 4, "both are plugged again")
+        await until(lambda: bench.qemu.count("device_add") == 4, "both are plugged again")
         await bench.until_sound()
         assert bench.qemu.objects == {}
         assert bench.function.amiss.texts() == []
@@ -272,9 +262,7 @@ def test_what_is_ejected_before_it_is_adopted_is_plugged(bench: Bench) -> None:
     client = bench.hold("dev0")
 
     async def talk(bench: Bench) -> None:
-        await bench.until(
-            lambda: bench.function.reason != "not known: no QEMU is attached", "it is looked at"
-        )
+        await until(lambda: bench.function.reason != "not known: no QEMU is attached", "it is looked at")
         assert not bench.function.is_plugged
         client.close()
         await bench.until_sound()
@@ -305,10 +293,10 @@ def test_what_somebody_else_unplugs_stays_out_though_the_monitor_is_lost(
         await bench.until_sound()
         bench.qemu.hang_up()
         bench.qemu.devfns.clear()
-        await bench.until(lambda: bench.function.is_out, "it is noticed")
+        await until(lambda: bench.function.is_out, "it is noticed")
         bench.qemu.hang_up()
-        await bench.until(lambda: bench.qemu.clients == 3, "the monitor is there again")
-        await bench.until(lambda: bench.function.reason.startswith("unplugged, not by"), "it is told")
+        await until(lambda: bench.qemu.clients == 3, "the monitor is there again")
+        await until(lambda: bench.function.reason.startswith("unplugged, not by"), "it is told")
         assert bench.qemu.count("device_add") == 1
 
     bench.run(talk)
@@ -324,7 +312,7 @@ def test_a_new_qemu_gets_what_was_unplugged_in_the_one_before(
     async def talk(bench: Bench) -> None:
         await bench.until_sound()
         bench.qemu.eject("dev0")
-        await bench.until(lambda: bench.function.is_out, "it is noticed")
+        await until(lambda: bench.function.is_out, "it is noticed")
         bench.qemu.hang_up()
         await bench.until_sound()
 
@@ -337,7 +325,7 @@ def test_events_without_end_are_not_all_logged(bench: Bench, caplog: pytest.LogC
         for name in ("RESET", "SHUTDOWN", "STOP", "RESUME") * 250:
             bench.qemu.send({"event": name, "data": {"reason": "guest-reset"}, "timestamp": {}})
         bench.qemu.send({"event": "STOP", "timestamp": {}})
-        await bench.until(lambda: not bench.plugger._health.is_running, "all are handled")
+        await until(lambda: not bench.plugger._health.is_running, "all are handled")
 
     with caplog.at_level(logging.INFO):
         bench.run(talk)
@@ -352,7 +340,7 @@ def test_a_line_tells_of_its_kind_of_event(bench: Bench, caplog: pytest.LogCaptu
         await bench.lose_link()
         await bench.until_sound()
         bench.qemu.eject("dev0")
-        await bench.until(lambda: bench.function.is_out, "it is noticed")
+        await until(lambda: bench.function.is_out, "it is noticed")
 
     with caplog.at_level(logging.INFO, "tests.plugger"):
         bench.run(talk)
@@ -390,7 +378,7 @@ def test_the_reason_of_a_reset_may_be_anything(bench: Bench, caplog: pytest.LogC
         for reason in reasons:
             bench.qemu.send({"event": "RESET", "data": {"reason": reason}, "timestamp": {}})
         bench.qemu.send({"event": "STOP", "timestamp": {}})
-        await bench.until(lambda: not bench.plugger._health.is_running, "all are handled")
+        await until(lambda: not bench.plugger._health.is_running, "all are handled")
 
     with caplog.at_level(logging.INFO):
         bench.run(talk)
@@ -409,12 +397,12 @@ def test_a_guest_that_does_not_run_is_amiss(bench: Bench, monkeypatch: pytest.Mo
         await bench.until_sound()
         assert amiss(bench) == []
         bench.qemu.state.update(running=False, status="paused")
-        await bench.until(lambda: amiss(bench) == ["the guest is paused"], "it is asked")
+        await until(lambda: amiss(bench) == ["the guest is paused"], "it is asked")
         bench.qemu.state.update(status="guest-panicked")
         panicked = ["the guest doesn't run: QEMU says guest-panicked"]
-        await bench.until(lambda: amiss(bench) == panicked, "it is asked")
+        await until(lambda: amiss(bench) == panicked, "it is asked")
         bench.qemu.state.update(running=True, status="running")
-        await bench.until(lambda: amiss(bench) == [], "it is asked")
+        await until(lambda: amiss(bench) == [], "it is asked")
 
     bench.run(talk)
 
@@ -426,7 +414,7 @@ def test_a_monitor_that_does_not_answer_is_amiss(bench: Bench, monkeypatch: pyte
     async def talk(bench: Bench) -> None:
         await bench.until_sound()
         bench.qemu.unanswered = "query-status"
-        await bench.until(lambda: amiss(bench), "its silence is told")
+        await until(lambda: amiss(bench), "its silence is told")
         (text,) = amiss(bench)
         assert "hasn't answered its monitor for 0 s" in text
 
@@ -441,7 +429,7 @@ def test_a_monitor_that_is_only_slow_stays_attached(bench: Bench, monkeypatch: p
         await bench.until_sound()
         monkeypatch.setattr(monitor, "_COMMAND_SECONDS", 0.01)
         bench.qemu.unanswered = "query-status"
-        await bench.until(lambda: bench.plugger._health._monitor.silent_for > 0.1, "it is silent")  # type: ignore[union-attr]
+        await until(lambda: bench.plugger._health._monitor.silent_for > 0.1, "it is silent")  # type: ignore[union-attr]
         assert bench.plugger._state.attached
         assert bench.function.handover is not None
 
@@ -464,7 +452,7 @@ def test_many_functions_whose_servers_hang_are_adopted_at_once(
         listeners[-1].listen()
 
     async def talk(bench: Bench) -> None:
-        await bench.until(
+        await until(
             lambda: len(select.select(listeners, [], [], 0)[0]) == len(listeners), "each of them is asked"
         )
         for listener in listeners:

@@ -23,6 +23,7 @@ from proxyd.vm.qmp import plugger as plugger_module
 from proxyd.vm.qmp.monitor import Monitor, MonitorAbsent
 from proxyd.vm.qmp.plugger import QemuPlugger
 from tests.support.modelqemu import ModelQemu
+from tests.support.wait import until
 
 HANGS = 20.0
 PASSES = 200
@@ -56,14 +57,6 @@ class Waiting:
     def run(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
         asyncio.run(self._main(meanwhile))
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
-        try:
-            async with asyncio.timeout(HANGS):
-                while not condition():
-                    await asyncio.sleep(0.001)
-        except TimeoutError:
-            raise AssertionError(f"not within {HANGS:g} s: {what}; {self.reason}") from None
-
     def _ignore(self, _events: int) -> None:
         self.plugger._uevents.read()
 
@@ -88,7 +81,7 @@ def waiting(tmp_path: Path) -> Iterator[Waiting]:
 async def serve(waiting: Waiting, qemu: ModelQemu) -> None:
     """Lets a QEMU appear; returns when it is attached."""
     await qemu.start(waiting.path)
-    await waiting.until(lambda: waiting.plugger._state.attached, "it is attached")
+    await until(lambda: waiting.plugger._state.attached, "it is attached")
     await qemu.close()
 
 
@@ -107,7 +100,7 @@ def test_a_socket_that_appears_is_enough(waiting: Waiting, monkeypatch: pytest.M
     monkeypatch.setattr(Backoff, "next", never)
 
     async def meanwhile() -> None:
-        await waiting.until(lambda: "nobody listens at" in waiting.reason, "there is no QEMU yet")
+        await until(lambda: "nobody listens at" in waiting.reason, "there is no QEMU yet")
         await serve(waiting, ModelQemu())
 
     waiting.run(meanwhile)
@@ -117,7 +110,7 @@ def test_a_socket_that_nothing_tells_of_is_found(waiting: Waiting) -> None:
     waiting.plugger._watch.close()
 
     async def meanwhile() -> None:
-        await waiting.until(lambda: "nobody listens at" in waiting.reason, "there is no QEMU yet")
+        await until(lambda: "nobody listens at" in waiting.reason, "there is no QEMU yet")
         await serve(waiting, ModelQemu())
 
     waiting.run(meanwhile)
@@ -138,7 +131,7 @@ def test_news_that_comes_during_an_attempt_is_not_lost(
     monkeypatch.setattr(Monitor, "connect", connect)
 
     async def meanwhile() -> None:
-        await waiting.until(lambda: len(attempts) == 2, "it is tried again")
+        await until(lambda: len(attempts) == 2, "it is tried again")
 
     waiting.run(meanwhile)
 
@@ -155,14 +148,14 @@ def test_a_lost_monitor_is_not_tried_again_at_once(
     async def meanwhile() -> None:
         await qemu.start(waiting.path)
         if qemu.unanswered:
-            await waiting.until(lambda: qemu.count("query-kvm"), "it is looked at")
+            await until(lambda: qemu.count("query-kvm"), "it is looked at")
         else:
-            await waiting.until(lambda: waiting.plugger._state.attached, "it is attached")
+            await until(lambda: waiting.plugger._state.attached, "it is attached")
         if loss == "by nonsense":
             qemu.send({"error": {}})
         else:
             qemu.hang_up()
-        await waiting.until(lambda: waiting.reason.startswith(("lost", "detached")), "its loss is told")
+        await until(lambda: waiting.reason.startswith(("lost", "detached")), "its loss is told")
         await passes()
         assert qemu.clients == 1
         await qemu.close()
@@ -182,7 +175,7 @@ def test_a_monitor_that_hangs_up_at_once_is_not_tried_again_at_once(
 
     async def meanwhile() -> None:
         server = await asyncio.start_unix_server(hang_up, waiting.path)
-        await waiting.until(lambda: "trying again" in waiting.reason, "it is told")
+        await until(lambda: "trying again" in waiting.reason, "it is told")
         await passes()
         assert len(clients) == 1
         server.close()
@@ -199,12 +192,12 @@ def test_a_stopped_qemu_is_told(waiting: Waiting, monkeypatch: pytest.MonkeyPatc
         assert process.stdout.readline() == b"listens\n"
 
         async def meanwhile() -> None:
-            await waiting.until(lambda: "doesn't answer: it is busy" in waiting.reason, "it doesn't greet")
+            await until(lambda: "doesn't answer: it is busy" in waiting.reason, "it doesn't greet")
             os.kill(process.pid, signal.SIGSTOP)
-            await waiting.until(lambda: "it is stopped by a signal" in waiting.reason, "it is stopped")
+            await until(lambda: "it is stopped by a signal" in waiting.reason, "it is stopped")
             assert f"[{process.pid}] at {waiting.path} doesn't answer" in waiting.reason
             os.kill(process.pid, signal.SIGCONT)
-            await waiting.until(lambda: "doesn't answer: it is busy" in waiting.reason, "it is continued")
+            await until(lambda: "doesn't answer: it is busy" in waiting.reason, "it is continued")
 
         try:
             waiting.run(meanwhile)
@@ -220,6 +213,6 @@ def test_a_socket_that_takes_no_connection_is_told(waiting: Waiting) -> None:
 
         async def meanwhile() -> None:
             told = f"{waiting.path} takes no connection: others wait for it already: trying again"
-            await waiting.until(lambda: waiting.reason == told, "it is told")
+            await until(lambda: waiting.reason == told, "it is told")
 
         waiting.run(meanwhile)

@@ -23,6 +23,7 @@ from proxyd.vm.qmp.monitor import CommandError
 from proxyd.vm.qmp.ports import NoPort, Place
 from proxyd.vm.qmp.qemu import VFIO_USER_DRIVER, Inventory
 from proxyd.vm.qmp.slot import Slot, Turn
+from tests.support.wait import until
 
 DEVFN = 0x28
 SELF = PeerCredentials(os.getpid(), os.geteuid(), os.getegid())
@@ -96,11 +97,6 @@ class Bench:
 
         asyncio.run(main())
 
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(HANGS):
-            while not condition():
-                await asyncio.sleep(0.001)
-
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
@@ -118,7 +114,7 @@ def test_qemu_is_told_the_socket_whatever_directory_it_is_in(
     bench.function.path = "dev0.sock"
 
     async def meanwhile() -> None:
-        await bench.until(lambda: bench.function.is_sound)
+        await until(lambda: bench.function.is_sound, "it is plugged and linked")
 
     bench.run(meanwhile)
     assert bench.monitor.devices["dev0"] == {
@@ -137,7 +133,7 @@ def test_a_device_that_is_not_reached_is_tried_again(bench: Bench, caplog: pytes
     bench.absences = 2
 
     async def meanwhile() -> None:
-        await bench.until(lambda: bench.function.is_sound)
+        await until(lambda: bench.function.is_sound, "it is plugged and linked")
 
     with caplog.at_level(logging.INFO):
         bench.run(meanwhile)
@@ -149,7 +145,7 @@ def test_another_refusal_is_final(bench: Bench) -> None:
     bench.monitor.refusals = ["Bus 'pci.0' not found"]
 
     async def meanwhile() -> None:
-        await bench.until(bench.slot.settled.is_set)
+        await until(bench.slot.settled.is_set, "the slot has settled")
         assert bench.function.reason == "QEMU refuses to plug it: Bus 'pci.0' not found"
         assert bench.function.server is None
 
@@ -165,9 +161,9 @@ def test_a_lost_link_is_told_with_what_is_at_stake(
     bench.monitor.shows_msix = shows_msix
 
     async def meanwhile() -> None:
-        await bench.until(lambda: bench.function.is_sound)
+        await until(lambda: bench.function.is_sound, "it is plugged and linked")
         bench.function.lose_link()
-        await bench.until(bench.slot.settled.is_set)
+        await until(bench.slot.settled.is_set, "the slot has settled")
         for _ in range(50):
             await asyncio.sleep(0)
 
@@ -180,7 +176,7 @@ def test_a_lost_link_is_told_with_what_is_at_stake(
 
 def test_what_is_found_plugged_without_a_server_is_at_risk(bench: Bench) -> None:
     async def meanwhile() -> None:
-        await bench.until(lambda: bench.monitor.asked)
+        await until(lambda: bench.monitor.asked, "QEMU is asked to unplug it")
         assert bench.function.reason.startswith(
             f"found plugged without a link to {bench.path}: the guest reads"
         )

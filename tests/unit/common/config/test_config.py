@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +16,6 @@ from tests.support.vmconfigs import FILE, Parse, proxyd, remoted
 
 def addresses(config: VmConfig) -> dict[str, str]:
     return {device.id: format_devfn(device.devfn) for device in config.devices}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home() -> Iterator[None]:
-    """So that users other than root have a default runtime directory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
-        yield
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    path = tmp_path / "vm1.toml"
-    path.write_text(FILE)
-    return str(path)
 
 
 def test_remoted_takes_a_device_in_qemus_style() -> None:

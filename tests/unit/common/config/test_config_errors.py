@@ -8,7 +8,6 @@ import shlex
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,22 +20,6 @@ from common.errors import UntrustedError, UsageError
 from remoted.devices.edu import Edu
 from remoted.devices.pci_serial import PciSerial
 from tests.support.vmconfigs import FILE, Parse, proxyd, remoted
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home() -> Iterator[None]:
-    """So that users other than root have a default runtime directory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
-        yield
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    path = tmp_path / "vm1.toml"
-    path.write_text(FILE)
-    return str(path)
-
 
 BAD_ADDRESSES = ("5.", ".5", "5.0.0", "5.00", "005", "100", "0x5", "+5", "5_", "\u0665", "5.\u0660", "g")
 BAD_PIDS = ("", "0", "01", "1x", "1_0", "\u0661", "12345678901")

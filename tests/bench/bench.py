@@ -39,11 +39,12 @@ from tests.bench.candidates import (
     Candidate,
 )
 from tests.bench.disks import is_measurable, measure_disks
-from tests.bench.exchanges import EXCHANGES, WRITE_BURST, Plan, Series, run_exchanges, setups
+from tests.bench.exchanges import EXCHANGES, OWN_CORE, WRITE_BURST, Plan, Series, run_exchanges, setups
 from tests.bench.footprint import beside_others, first_answers, idle, memory_alone, start_parts
 from tests.bench.functions import measure_functions
 from tests.bench.guest import run_guests
 from tests.bench.machine import OtherLoad, describe
+from tests.bench.phases import TRACED, can_trace, measure_phases
 from tests.bench.picture import Panels, draw
 from tests.bench.proxies import measure_client, raise_to_handler
 from tests.bench.stop import stops
@@ -116,6 +117,18 @@ class Run:
                 }
         title = "Latency: iohub-remoted, QEMU x-remote, and the floor"
         (self.arguments.output / "bench.svg").write_text(draw(title, panels))
+
+    def phases(self) -> None:
+        """Where the time of an exchange goes."""
+        cpus = setups().get(OWN_CORE)
+        if cpus is None or not can_trace():
+            print("\nphases: left out, needs root, tracefs, x86-64 and two CPUs")
+            return
+        candidates = chosen(PEER, *FLOORS, OFF, ADAPTIVE)
+        for exchange in TRACED:
+            with self.part(f"phases, {exchange}"):
+                found = measure_phases(candidates, exchange, self.plan, cpus, self.directory)
+            self.table(f"mean us, {EXCHANGES[exchange]}", found)
 
     def busy(self) -> None:
         """Polling where it can't help."""
@@ -239,6 +252,7 @@ class Run:
 
 PARTS: dict[str, Callable[[Run], None]] = {
     "exchanges": Run.exchanges,
+    "phases": Run.phases,
     "busy": Run.busy,
     "footprint": Run.footprint,
     "many": Run.many,

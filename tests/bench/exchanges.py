@@ -8,13 +8,22 @@ import statistics
 import subprocess
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bench.candidates import BINARIES, IO_BASE, Candidate, Remote
 
-__all__ = ["EXCHANGES", "OWN_CORE", "WRITE_BURST", "Plan", "Series", "run_exchanges", "setups"]
+__all__ = [
+    "EXCHANGES",
+    "OWN_CORE",
+    "WRITE_BURST",
+    "Plan",
+    "Series",
+    "run_exchanges",
+    "running_in_turns",
+    "setups",
+]
 
 OWN_CORE = "own core each"
 EXCHANGES = {
@@ -111,21 +120,22 @@ def run_exchanges(
 ) -> dict[str, dict[str, Series]]:
     """By exchange and candidate. All processes live at the same time; only one of them is busy."""
     figures = {exchange: {each.name: Series() for each in candidates} for exchange in exchanges}
-    with ExitStack() as stack:
-        remotes = []
-        for number, candidate in enumerate(candidates):
-            own = directory / str(number)
-            own.mkdir(exist_ok=True)
-            remote = stack.enter_context(Remote(candidate, own))
-            if cpus[1] >= 0:
-                remote.pin({cpus[1]})
-            remotes.append(remote)
+    with _running(candidates, cpus[1], directory) as remotes:
         for exchange, remote in _turns(remotes, plan.rounds, exchanges):
             before = remote.cpu_seconds()
             times = exchange_times(remote, exchange, plan.warmup, plan.count, cpus[0])
             cpu = (remote.cpu_seconds() - before) * 1e9 / (plan.warmup + plan.count)
             figures[exchange][remote.candidate.name].add(times, cpu)
     return figures
+
+
+def running_in_turns(
+    candidates: Sequence[Candidate], rounds: int, cpus: tuple[int, int], directory: Path
+) -> Iterator[Remote]:
+    """Each candidate's process in each round; all of them live until the end."""
+    with _running(candidates, cpus[1], directory) as remotes:
+        for _, remote in _turns(remotes, rounds, ("",)):
+            yield remote
 
 
 def exchange_times(remote: Remote, exchange: str, warmup: int, count: int, cpu: int) -> array[int]:
@@ -138,6 +148,21 @@ def exchange_times(remote: Remote, exchange: str, warmup: int, count: int, cpu: 
     times = array("I")
     times.frombytes(output)
     return times
+
+
+@contextmanager
+def _running(candidates: Sequence[Candidate], cpu: int, directory: Path) -> Iterator[list[Remote]]:
+    """A process of each candidate, on one CPU, or on any for -1."""
+    with ExitStack() as stack:
+        remotes = []
+        for number, candidate in enumerate(candidates):
+            own = directory / str(number)
+            own.mkdir(exist_ok=True)
+            remote = stack.enter_context(Remote(candidate, own))
+            if cpu >= 0:
+                remote.pin({cpu})
+            remotes.append(remote)
+        yield remotes
 
 
 def _turns(remotes: Sequence[Remote], rounds: int, exchanges: Sequence[str]) -> Iterator[tuple[str, Remote]]:

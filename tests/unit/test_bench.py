@@ -23,6 +23,7 @@ from tests.bench.candidates import (
     TRANSPORTS,
 )
 from tests.bench.exchanges import EXCHANGES, OWN_CORE, WRITE_BURST, Plan, Series, run_exchanges
+from tests.bench.phases import PHASES, TRACED, Call, can_trace, measure_phases, phases_of
 from tests.bench.picture import draw
 from tests.bench.targets import exchange_verdicts
 from tests.support.checkout import ROOT
@@ -60,6 +61,42 @@ def test_each_transport_does_every_exchange(tmp_path: Path) -> None:
     for by_name in figures.values():
         assert set(by_name) == {str(transport) for transport in Transport}
         assert all(sum(series.histogram.values()) == 2 * COUNT for series in by_name.values())
+
+
+def test_an_exchange_is_divided_by_the_system_calls_of_both_ends() -> None:
+    """As x-remote does it: it notifies itself by an eventfd, and signals the irqfd before it replies."""
+    sendto, recvfrom, read, write, sendmsg, ppoll = 44, 45, 0, 1, 46, 271
+    irqfd, other, link = 17, 5, 9
+    calls = [
+        Call(False, 1.0, False, ppoll, 1),  # begins before the trace does
+        Call(True, 2.0, False, recvfrom, 24),
+        Call(True, 10.0, True, sendto, link),
+        Call(True, 11.0, False, sendto, 40),
+        Call(True, 12.0, True, read, 6),
+        Call(False, 15.0, False, ppoll, 0),  # a look that finds nothing
+        Call(False, 20.0, False, ppoll, 1),
+        Call(False, 21.0, True, write, other),
+        Call(False, 25.0, True, write, irqfd),
+        Call(False, 26.0, False, write, 8),
+        Call(False, 27.0, True, sendmsg, link),
+        Call(True, 40.0, False, read, 8),
+        Call(True, 41.0, False, recvfrom, 24),
+        Call(True, 50.0, True, sendto, link),  # ends after the trace does
+        Call(False, 60.0, False, ppoll, 1),
+    ]
+    assert list(phases_of(calls, True, irqfd)) == [(10.0, 5.0, 15.0)]
+    assert list(phases_of(calls, False, irqfd)) == [(10.0, 7.0, 14.0)]
+
+
+@pytest.mark.skipif(not can_trace(), reason="needs root, tracefs and x86-64")
+@pytest.mark.parametrize("exchange", TRACED)
+def test_the_phases_of_real_exchanges(tmp_path: Path, exchange: str) -> None:
+    candidates = [each for each in CANDIDATES if each.name in (PEER, OFF, *FLOORS)]
+    found = measure_phases(candidates, exchange, Plan(1, COUNT, 1), (0, 0), tmp_path)
+    assert list(found) == [candidate.name for candidate in candidates]
+    for means in found.values():
+        assert all(means[phase] > 0 for phase in PHASES)
+        assert sum(means[phase] for phase in PHASES) == pytest.approx(means["in all"])
 
 
 def test_a_series_is_summed_up_in_microseconds() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compiles and runs target.c, a process that notices when somebody meddles with its main thread."""
+"""Compiles and runs target/, a process that notices when somebody meddles with its main thread."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not i
 
 @functools.cache
 def build(source: str, *options: str) -> Path:
-    """The program compiled from a file beside this one, made once a session."""
+    """The program compiled from a file beside this one, or from all files of a folder, made once a session."""
+    path = SOURCES / source
+    files = sorted(path.glob("*.c")) if path.is_dir() else [path]
     directory = tempfile.TemporaryDirectory(prefix="iohub-test-")
     _directories.append(directory)
     program = Path(directory.name) / Path(source).stem
     subprocess.run(
-        ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *options, str(SOURCES / source), "-o", str(program)],
+        ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", *options, *map(str, files), "-o", str(program)],
         check=True,
     )
     return program
@@ -37,11 +39,11 @@ _directories: list[tempfile.TemporaryDirectory[str]] = []  # removed with the in
 
 
 class TargetProcess:
-    """target.c with one of its checks, past its start."""
+    """A target with one of its checks, past its start."""
 
     def __init__(self, *args: str) -> None:
         self._process = subprocess.Popen(
-            [str(build("target.c", "-pthread")), *args],
+            [str(build("target", "-pthread")), *args],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

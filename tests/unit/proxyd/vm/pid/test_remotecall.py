@@ -42,7 +42,7 @@ CHECKS = (
 
 @pytest.fixture(params=[*CHECKS, "kvm_run"])
 def check(request: pytest.FixtureRequest) -> str:
-    """A check of target.c; the one with a vCPU only where there is KVM."""
+    """A check of tests/support/target; the one with a vCPU only where there is KVM."""
     name = str(request.param)
     if name == "kvm_run":
         request.getfixturevalue("requires_kvm")
@@ -237,7 +237,7 @@ def test_a_target_that_is_killed_meanwhile(threads: int) -> None:
 @contextlib.contextmanager
 def program_with_threads(threads: int) -> Iterator[int]:
     """The process id of a program that waits for input."""
-    program = ["cat"] if threads == 1 else [str(build("target.c", "-pthread")), "read"]
+    program = ["cat"] if threads == 1 else [str(build("target", "-pthread")), "read"]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None

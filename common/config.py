@@ -20,29 +20,28 @@ gives, any other adds a device.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
 from common.addresses import assign_addresses
-from common.arguments import Given
 from common.configfile import ConfigFile, read_file
 from common.errors import UntrustedError, UsageError
 from common.journal import printable
 from common.options import (
     COMMON_KEYS,
-    DEFAULT_POLL_US,
-    LONGEST_POLL_US,
     PROXYD,
     REMOTED,
     Keys,
+    Parser,
     Role,
     Value,
     check_text,
+    make_parser,
     nearest,
     parse_device,
-    read_command_line,
 )
 from common.output import emit
 from common.text import DIGITS, LETTERS, consists_of
@@ -56,9 +55,14 @@ __all__ = [
     "default_runtime_dir",
     "parse_proxyd",
     "parse_remoted",
+    "proxyd_parser",
+    "remoted_parser",
 ]
 
 _MAX_FD = (1 << 31) - 1
+_POLL_MAX_US = 50
+"""by measurement (tests/bench/README.md)"""
+_LONGEST_POLL_US = 1000
 _MAX_GSI = 4095
 """the last of KVM_MAX_IRQ_ROUTES (linux/kvm_host.h)"""
 
@@ -117,7 +121,7 @@ class VmConfig(NamedTuple):
     """uids that are trusted besides root and the daemon's own user (common.trust)"""
     unplug_on_exit: bool = False
     """for proxyd with ``qmp:``: whether the devices leave QEMU together with it"""
-    poll_max_us: int = DEFAULT_POLL_US
+    poll_max_us: int = _POLL_MAX_US
     """for remoted: for how many microseconds the loop polls at most before it sleeps (common.polling); 0: never"""
     verbose: bool = False
     """whether messages for debugging are logged as well"""
@@ -156,13 +160,14 @@ def parse_remoted(
 
     ``describe_models(as_json)`` is what --models prints, after which it raises SystemExit.
     """
-    given = read_command_line(REMOTED, argv)
-    if describe_models is not None and "--models" in given:
-        emit(f"{describe_models('--json' in given)}\n")
-        raise SystemExit(0)
-    if "--json" in given:
-        raise UsageError("--json: only with --models")
-    return _load(REMOTED, given)
+    options = remoted_parser(has_models=describe_models is not None).parse_args(argv)
+    if describe_models is not None:
+        if options.models:
+            emit(f"{describe_models(options.json)}\n")
+            raise SystemExit(0)
+        if options.json:
+            raise UsageError("--json: only with --models")
+    return _load(REMOTED, options)
 
 
 def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
@@ -170,11 +175,46 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
 
     Raises UsageError.
     """
-    given = read_command_line(PROXYD, argv)
-    config = _load(PROXYD, given)._replace(unplug_on_exit="--unplug-on-exit" in given)
+    options = proxyd_parser().parse_args(argv)
+    config = _load(PROXYD, options)._replace(unplug_on_exit=options.unplug_on_exit)
     if config.unplug_on_exit and not config.vm.startswith("qmp:"):
         raise UsageError(f"--unplug-on-exit: only for --vm qmp:SOCKET, this is {config.vm}")
     return config
+
+
+def remoted_parser(*, has_models: bool = True) -> Parser:
+    """The options of iohub-remoted, with --models if ``has_models``."""
+    parser = make_parser(REMOTED)
+    parser.add_argument(
+        "--poll-max-us",
+        metavar="N",
+        help="poll for the next message for at most N microseconds before sleeping, adapted to the traffic; "
+        f"0 to {_LONGEST_POLL_US}, 0 turns polling off (default: {_POLL_MAX_US})",
+    )
+    if has_models:
+        parser.add_argument(
+            "--models", action="store_true", help="list the models with their options and exit"
+        )
+        parser.add_argument("--json", action="store_true", help="with --models: as one JSON object")
+    return parser
+
+
+def proxyd_parser() -> Parser:
+    """The options of iohub-proxyd."""
+    parser = make_parser(PROXYD)
+    parser.add_argument(
+        "--vm",
+        metavar="KIND",
+        help="how to reach the VM: embedded (a small guest that iohub-proxyd runs on /dev/kvm; the default), soft "
+        "(the same without KVM), qmp:SOCKET (a stock QEMU) or pid:PID (any KVM process: interrupts only; "
+        "iohub-proxyd ends when the process does, with status 0)",
+    )
+    parser.add_argument(
+        "--unplug-on-exit",
+        action="store_true",
+        help="with qmp:SOCKET only: unplug the devices from QEMU on exit; by default they stay plugged",
+    )
+    return parser
 
 
 def check_name(name: str) -> str:
@@ -210,28 +250,25 @@ def _make_directory(path: str) -> None:
             raise
 
 
-def _load(role: Role, given: Given) -> VmConfig:
-    path = given["--config"][-1] if "--config" in given else None
-    file = ConfigFile({}, [], {}) if path is None else read_file(path)
+def _load(role: Role, options: argparse.Namespace) -> VmConfig:
+    file = ConfigFile({}, [], {}) if options.config is None else read_file(options.config)
     top, devices = file.top, file.devices
     for key in ("name", "runtime-dir", "vm", "poll-max-us"):
-        option = f"--{key}"
-        if option in given:
-            top[key] = Value(check_text(given[option][-1], option), option)
-    users = [Value(name, "--allow-user") for name in given.get("--allow-user", ())] or file.allow_users
-    name, runtime_dir, vm = _top_level(top, path)
-    _override(devices, (parse_device(role, text) for text in given.get("--device", ())))
+        text = getattr(options, key.replace("-", "_"), None)
+        if text is not None:
+            top[key] = Value(check_text(text, f"--{key}"), f"--{key}")
+    users = [Value(name, "--allow-user") for name in options.allow_user] or file.allow_users
+    name, runtime_dir, vm = _top_level(top, options.config)
+    _override(devices, (parse_device(role, text) for text in options.device))
     config = VmConfig(
         name,
         runtime_dir,
         vm,
         _build(role, devices),
         allow_users=tuple(_user(user) for user in users),
-        poll_max_us=top["poll-max-us"].number("", LONGEST_POLL_US)
-        if "poll-max-us" in top
-        else DEFAULT_POLL_US,
-        verbose="--verbose" in given,
-        is_from_file=path is not None,
+        poll_max_us=top["poll-max-us"].number("", _LONGEST_POLL_US) if "poll-max-us" in top else _POLL_MAX_US,
+        verbose=options.verbose,
+        is_from_file=options.config is not None,
     )
     _check_sockets(role, config, devices)
     if not role.has_models:

@@ -7,30 +7,35 @@ the model first. ``,,`` stands for a comma in a value.
 
 from __future__ import annotations
 
-import sys
+import argparse
+import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from common.arguments import Argument, Given, parse_arguments
 from common.errors import UsageError
+from common.journal import printable
+from common.output import emit
 from common.text import DIGITS, LETTERS, consists_of
-from common.version import print_version
+from common.version import package_version
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = [
-    "DEFAULT_POLL_US",
     "DEVICE_OPTIONS",
-    "LONGEST_POLL_US",
     "PROXYD",
     "REMOTED",
     "Keys",
+    "Parser",
     "Role",
     "Value",
+    "add_version",
     "check_id",
     "check_text",
     "is_key",
+    "make_parser",
     "nearest",
     "parse_device",
-    "read_command_line",
 ]
 
 BOOLEAN_KEYS = frozenset(("msix",))
@@ -52,9 +57,6 @@ _WORD = LETTERS | DIGITS | {"-", "_"}
 _MAX_KEY = 64
 _MAX_ID = 32
 _MAX_DIGITS = 10
-DEFAULT_POLL_US = 50
-"""by measurement (tests/bench/README.md)"""
-LONGEST_POLL_US = 1000
 _LEAST_LIKENESS = 0.7
 """as difflib counts it: ``adr`` and ``address`` are meant to be ``addr``"""
 
@@ -87,27 +89,6 @@ class Value(NamedTuple):
 Keys = dict[str, Value]
 
 
-_SHARED = (
-    Argument("--version", "", "show the version and exit"),
-    Argument("--name", "VM", "the VM's name; required here or in the file"),
-    Argument("--config", "FILE", "the VM's TOML file, which both daemons read; options override it"),
-    Argument(
-        "--runtime-dir",
-        "DIR",
-        "where the sockets are (default: /run/iohub/VM, or "
-        "$XDG_RUNTIME_DIR/iohub/VM for users other than root)",
-    ),
-    Argument(
-        "--allow-user",
-        "USER",
-        "another user, by name or number, whose processes and directories are trusted besides root's and "
-        "the daemon's own; repeat for more; replaces the file's allow-users",
-        is_repeatable=True,
-    ),
-    Argument("--verbose", "", "also log debug messages", short="-v"),
-)
-
-
 class Role(NamedTuple):
     """What one daemon takes on its command line."""
 
@@ -116,8 +97,6 @@ class Role(NamedTuple):
     device: str
     """the syntax of ``--device``"""
     device_help: str
-    own: tuple[Argument, ...]
-    """the options that the other daemon doesn't have"""
     epilog: str
     """ends with an example"""
     keys: frozenset[str]
@@ -125,31 +104,15 @@ class Role(NamedTuple):
     has_models: bool
     """the first word is a model, and other keys are the model's own"""
 
-    @property
-    def arguments(self) -> tuple[Argument, ...]:
-        """All options, in the order of the help."""
-        device = Argument("--device", self.device, self.device_help, is_repeatable=True)
-        return (*_SHARED, device, *self.own)
-
 
 REMOTED = Role(
     "iohub-remoted",
     "Runs a VM's PCI devices, each behind a socket of its own.",
     "MODEL,id=ID[,addr=SLOT.FN][,transport=mpqemu|vfio-user][,msix=on|off][,socket=PATH|fd=N][,OPTION=VALUE...]",
-    "a device, which listens at PATH (default: ID.sock in the runtime directory) or serves the connected "
-    "socket that was inherited as fd N; addr defaults to the first slot from 02.0 upward that no other "
-    "device given here or in the file has; transport is what its clients speak (default: mpqemu); "
+    "a device, which listens at PATH (default: ID.sock in the runtime directory) or serves "
+    "the connected socket that was inherited as fd N; addr defaults to the first slot from 02.0 upward that no "
+    "other device given here or in the file has; transport is what its clients speak (default: mpqemu); "
     "msix=off hides MSI-X from the guest; repeat for more; ,, is a comma in a value",
-    (
-        Argument(
-            "--poll-max-us",
-            "N",
-            "poll for the next message for at most N microseconds before sleeping, adapted to the traffic; "
-            f"0 to {LONGEST_POLL_US}, 0 turns polling off (default: {DEFAULT_POLL_US})",
-        ),
-        Argument("--models", "", "list the models with their options and exit"),
-        Argument("--json", "", "with --models: as one JSON object"),
-    ),
     """\
 models:
   NAME            edu, irq-line, nvme, pci-serial, or a model of an installed
@@ -176,23 +139,9 @@ PROXYD = Role(
     "Connects iohub-remoted's devices and their interrupt lines to a VM.",
     "id=ID[,addr=SLOT.FN][,transport=mpqemu|vfio-user][,socket=PATH][,gsi=N]",
     "a device of iohub-remoted, which listens at PATH (default: ID.sock in the runtime directory); addr "
-    "defaults to the first slot from 02.0 upward that no other device given here or in the file has, "
-    "even if QEMU has a device there; transport is as for iohub-remoted (default: mpqemu); gsi is "
-    "required with pid:PID; repeat for more; ,, is a comma in a value",
-    (
-        Argument(
-            "--vm",
-            "KIND",
-            "how to reach the VM: embedded (a small guest that iohub-proxyd runs on /dev/kvm; the default), soft "
-            "(the same without KVM), qmp:SOCKET (a stock QEMU) or pid:PID (any KVM process: interrupts only; "
-            "iohub-proxyd ends when the process does, with status 0)",
-        ),
-        Argument(
-            "--unplug-on-exit",
-            "",
-            "with qmp:SOCKET only: unplug the devices from QEMU on exit; by default they stay plugged",
-        ),
-    ),
+    "defaults to the first slot from 02.0 upward that no other device given here or in the file has, even if "
+    "QEMU has a device there; transport is as for iohub-remoted (default: mpqemu); gsi is required with pid:PID; "
+    "repeat for more; ,, is a comma in a value",
     """\
 exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has
 exited; 1 when the embedded guest died, or for a failure that may pass, such
@@ -206,22 +155,84 @@ example:
 )
 
 
-def read_command_line(role: Role, argv: Sequence[str] | None) -> Given:
-    """What was given, on the process's own command line if ``argv`` is None. Raises UsageError.
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UsageErrors, for main() to print as one line."""
 
-    --help and --version print to stdout, which may raise OutputError, and raise SystemExit then.
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(printable(message))
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """Prints the help to stdout. Raises OutputError."""
+        emit(self.format_help())
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal. argparse would ask shutil at each start: three compression libraries."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns
+        except (ValueError, OSError):
+            columns = 80
+        super().__init__(prog, width=columns - 2)
+
+
+class _Version(argparse.Action):
+    """Prints the version and exits."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        version = package_version()
+        if version is None:
+            raise UsageError("--version: unknown, as the package qemu-iohub is not installed")
+        emit(f"{parser.prog} {version}\n")
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Adds --version, which prints the program's name and the version of the package."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+
+
+def make_parser(role: Role) -> Parser:
+    """The options that both daemons have: --version, --name, --config, --runtime-dir, --allow-user,
+    --verbose, --device.
     """
-    words = sys.argv[1:] if argv is None else argv
-    if "-h" in words or "--help" in words:
-        from common.parser import make_parser
-
-        make_parser(role).print_help()
-        raise SystemExit(0)
-    given = parse_arguments(role.arguments, words)
-    if "--version" in given:
-        print_version(role.program)
-        raise SystemExit(0)
-    return given
+    parser = Parser(
+        prog=role.program,
+        description=role.summary,
+        epilog=role.epilog,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_version(parser)
+    parser.add_argument("--name", metavar="VM", help="the VM's name; required here or in the file")
+    parser.add_argument(
+        "--config", metavar="FILE", help="the VM's TOML file, which both daemons read; options override it"
+    )
+    parser.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        help="where the sockets are (default: /run/iohub/VM, or "
+        "$XDG_RUNTIME_DIR/iohub/VM for users other than root)",
+    )
+    parser.add_argument(
+        "--allow-user",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="another user, by name or number, whose processes and directories are trusted besides root's and "
+        "the daemon's own; repeat for more; replaces the file's allow-users",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="also log debug messages")
+    parser.add_argument("--device", metavar=role.device, action="append", default=[], help=role.device_help)
+    return parser
 
 
 def parse_device(role: Role, text: str) -> Keys:

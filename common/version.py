@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from common.errors import UsageError
-from common.output import emit
-
-__all__ = ["package_version", "print_version"]
+__all__ = ["package_version"]
 
 
 def package_version() -> str | None:
@@ -17,11 +14,3 @@ def package_version() -> str | None:
         return version("qemu-iohub")
     except PackageNotFoundError:
         return None
-
-
-def print_version(program: str) -> None:
-    """Prints it to stdout behind the program's name. Raises UsageError if it isn't known, and OutputError."""
-    version = package_version()
-    if version is None:
-        raise UsageError("--version: unknown, as the package qemu-iohub is not installed")
-    emit(f"{program} {version}\n")

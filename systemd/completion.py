@@ -12,9 +12,8 @@ from collections.abc import Iterator
 
 import shtab
 
+from common.config import proxyd_parser, remoted_parser
 from common.ctl.main import make_ctl_parser
-from common.options import PROXYD, REMOTED
-from common.parser import make_parser
 
 _PREAMBLE = {
     "bash": """\
@@ -52,7 +51,7 @@ def main() -> None:
 def _parser(program: str) -> argparse.ArgumentParser:
     if program == "iohubctl":
         return make_ctl_parser(["demo"])
-    return make_parser(REMOTED if program == "iohub-remoted" else PROXYD)
+    return remoted_parser() if program == "iohub-remoted" else proxyd_parser()
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

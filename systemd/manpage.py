@@ -13,9 +13,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.config import proxyd_parser, remoted_parser
 from common.ctl.main import make_ctl_parser
-from common.options import PROXYD, REMOTED
-from common.parser import make_parser
 
 _WIDTH = 78
 
@@ -26,7 +25,7 @@ def main() -> None:
     program = name.rpartition(".")[0]
     for line in (Path(__file__).parent / "man" / name).read_text().splitlines():
         if line == r".\" @OPTIONS@":
-            parser = make_parser(REMOTED if program == "iohub-remoted" else PROXYD)
+            parser = remoted_parser() if program == "iohub-remoted" else proxyd_parser()
             print("\n".join(_options(parser)))
         elif line == r".\" @COMMANDS@":
             print("\n".join(_commands(make_ctl_parser(["demo"]))))

@@ -13,8 +13,8 @@ from pathlib import Path
 from common.config import check_name
 from common.ctl.vms import find_runtime_dir, runtime_roots
 from common.errors import IohubError, UsageError
+from common.options import Parser, add_version
 from common.output import OutputError, complain
-from common.parser import Parser, add_version
 from common.trust import Trust, find_user
 
 __all__ = ["main", "make_ctl_parser"]

@@ -24,7 +24,6 @@ UNWANTED = (
     *("dataclasses", "difflib", "hashlib", "importlib.metadata", "inspect", "pathlib", "tomllib"),
     *("datetime", "common.vfiouser", "remoted.keeper", "remoted.modellist"),
     *("common.chardev.file", "common.chardev.pty", "common.chardev.unix"),
-    *("argparse", "common.parser", "gettext", "locale"),
 )
 DEVICE = f"""
 import gc

@@ -58,12 +58,7 @@ def test_unplugs_at_its_end_when_told_to(bench: QmpBench, monitor: MonitorClient
 def test_twenty_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
     bench: QmpBench, monitor: MonitorClient
 ) -> None:
-    fds = bench.settled_fds()
-    for _ in range(20):
-        bench.start_proxyd("--unplug-on-exit")
-        bench.run_guest(rounds=4)
-        bench.unplug()
-    assert bench.settled_fds() == fds
+    bench.plug_and_unplug(monitor, 20)
 
 
 def test_replaces_twenty_times_what_has_lost_its_remoted(bench: QmpBench, monitor: MonitorClient) -> None:

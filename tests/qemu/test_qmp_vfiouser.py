@@ -91,13 +91,7 @@ def linked_after_a_start(bench: QmpBench) -> set[int]:
 def test_rounds_of_plugging_and_unplugging_leave_no_fd_behind(
     bench: QmpBench, monitor: MonitorClient
 ) -> None:
-    fds = bench.settled_fds()
-    for _ in range(5):
-        bench.start_proxyd("--unplug-on-exit")
-        bench.run_guest(rounds=4)
-        bench.unplug()
-        assert monitor.plugged() == {}
-    assert bench.settled_fds() == fds
+    bench.plug_and_unplug(monitor, 5)
 
 
 def test_replaces_what_has_lost_its_remoted(bench: QmpBench) -> None:

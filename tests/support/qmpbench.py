@@ -159,6 +159,16 @@ class QmpBench:
         self.eject(5, 6)
         assert self.proxyd.process.wait(60.0) == 0
 
+    def plug_and_unplug(self, monitor: MonitorClient, times: int) -> None:
+        """Each time the guest uses what a new proxyd has plugged. No fd may stay open."""
+        before = self.settled_fds()
+        for _ in range(times):
+            self.start_proxyd("--unplug-on-exit")
+            self.run_guest(rounds=4)
+            self.unplug()
+            assert monitor.plugged() == {}
+        assert self.settled_fds() == before
+
     def settled_fds(self) -> tuple[int, int]:
         """How many fds remoted and QEMU have open once they open and close none."""
         return settled_fds(self.remoted.process.pid), settled_fds(self.guest.pid)

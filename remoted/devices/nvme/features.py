@@ -105,9 +105,8 @@ class Features:
         _check_namespace(command, needs_one=feature is Feature.ERROR_RECOVERY)
         if feature in _SIMPLE:
             attribute, writable = _SIMPLE[feature]
-            if (
-                feature is Feature.ERROR_RECOVERY and value & 1 << 16
-            ):  # DULBE, which the namespace doesn't have
+            # Bit 16 is DULBE, which the namespace doesn't have.
+            if feature is Feature.ERROR_RECOVERY and value & 1 << 16:
                 raise CommandError(Status.INVALID_FIELD, _CDW11 + 2)
             setattr(self, attribute, value & writable)
         elif feature is Feature.NUMBER_OF_QUEUES:

@@ -54,9 +54,8 @@ class VfioUserLink(FrameLink):
                 rights = array.array("i", fds)
                 self._sock.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
             else:
-                self._send(
-                    message
-                )  # some kilobytes are sent as a whole, or not at all (unix_stream_sendmsg())
+                # Some kilobytes are sent as a whole, or not at all (unix_stream_sendmsg()).
+                self._send(message)
         except BlockingIOError:
             return False
         except OSError as error:

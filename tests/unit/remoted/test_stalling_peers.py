@@ -137,9 +137,8 @@ def test_clients_of_vfio_user_hold_up_nobody_either(tmp_path: Path, daemon: Chil
         with connect(tmp_path, "c.sock") as peer:
             peer.sendall(VFIOUSER_VERSION)
             assert vfiouser_error(peer) == 0
-            daemon.process.send_signal(
-                signal.SIGSTOP
-            )  # or it might close its copy before the one here is closed
+            # Else it might close its copy before the one here is closed.
+            daemon.process.send_signal(signal.SIGSTOP)
             send_fds(peer, request_, [sock.fileno()])
             sock.close()
             daemon.process.send_signal(signal.SIGCONT)

@@ -1,57 +1,35 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Admin commands of the nvme model, by the NVM Express Base Specification 1.4."""
+"""Identify and the commands that make and end queues, by the NVM Express Base Specification 1.4."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from common.loop import Loop
-from tests.support.fuseimage import fuse_image
-from tests.support.nvmedriver import DOORBELLS, PAGE, Completion, Driver, driver
-
-DELETE_SQ, CREATE_SQ, GET_LOG, DELETE_CQ, CREATE_CQ, IDENTIFY = 0x00, 0x01, 0x02, 0x04, 0x05, 0x06
-ABORT, SET_FEATURES, GET_FEATURES, ASYNC_EVENT = 0x08, 0x09, 0x0A, 0x0C
-INVALID_OPCODE, INVALID_FIELD, INVALID_NAMESPACE, SEQUENCE_ERROR = 0x001, 0x002, 0x00B, 0x00C
-ABORT_REQUESTED, PRP_OFFSET_INVALID, DATA_TRANSFER_ERROR = 0x007, 0x013, 0x004
-CQ_INVALID, INVALID_QUEUE_ID, INVALID_QUEUE_SIZE, TOO_MANY_EVENTS = 0x100, 0x101, 0x102, 0x105
-INVALID_VECTOR, INVALID_LOG_PAGE, INVALID_QUEUE_DELETION = 0x108, 0x109, 0x10C
-NOT_SAVEABLE, NOT_NAMESPACE_SPECIFIC = 0x10D, 0x10F
-MORE, DO_NOT_RETRY = 0x2000, 0x4000
-ALL = 0xFFFFFFFF
-
-
-@pytest.fixture
-def nvme(loop: Loop) -> Iterator[Driver]:
-    with driver(loop, drive="memory:1M", serial="S123") as made:
-        made.enable()
-        yield made
-
-
-def identify(nvme: Driver, cns: int, nsid: int = 0) -> bytes:
-    buffer = nvme.allocate()
-    assert nvme.run(nvme.admin, IDENTIFY, nsid=nsid, prp1=buffer, cdw10=cns).status == 0
-    return nvme.load(buffer, PAGE)
-
-
-def log_page(nvme: Driver, page: int, size: int = 512, offset: int = 0, *, retain: bool = False) -> bytes:
-    buffer = nvme.allocate(size)
-    cdw10 = (size // 4 - 1) << 16 | retain << 15 | page
-    assert nvme.run(nvme.admin, GET_LOG, nsid=ALL, prp1=buffer, cdw10=cdw10, cdw12=offset).status == 0
-    return nvme.load(buffer, size)
-
-
-def get_feature(nvme: Driver, feature: int, *, select: int = 0, cdw11: int = 0, nsid: int = 0) -> int:
-    completion = nvme.run(nvme.admin, GET_FEATURES, cdw10=select << 8 | feature, cdw11=cdw11, nsid=nsid)
-    assert completion.status == 0
-    return completion.dword0
-
-
-def set_feature(nvme: Driver, feature: int, value: int, *, nsid: int = 0) -> Completion:
-    return nvme.run(nvme.admin, SET_FEATURES, cdw10=feature, cdw11=value, nsid=nsid)
+from tests.support.nvmeadmin import (
+    ALL,
+    CQ_INVALID,
+    CREATE_CQ,
+    CREATE_SQ,
+    DATA_TRANSFER_ERROR,
+    DELETE_CQ,
+    DELETE_SQ,
+    DO_NOT_RETRY,
+    IDENTIFY,
+    INVALID_FIELD,
+    INVALID_NAMESPACE,
+    INVALID_QUEUE_DELETION,
+    INVALID_QUEUE_ID,
+    INVALID_QUEUE_SIZE,
+    INVALID_VECTOR,
+    MORE,
+    PRP_OFFSET_INVALID,
+    identify,
+    set_feature,
+)
+from tests.support.nvmedriver import DOORBELLS, PAGE, Driver, driver
 
 
 class TestIdentify:
@@ -220,245 +198,6 @@ class TestQueues:
             assert set_feature(nvme, 7, 0xFFFE << 16 | 0xFFFE).dword0 == 63 << 16 | 63
             pairs = [nvme.create_pair(number, vector=number) for number in range(1, 65)]
             assert all(nvme.run(pair, 0, nsid=1).status == 0 for pair in pairs)
-
-
-class TestFeatures:
-    DEFAULTS = ((1, 7), (2, 0), (4, 343), (5, 0), (6, 1), (7, 3 << 16 | 3), (8, 0), (9, 0), (10, 0), (11, 0))
-
-    @pytest.mark.parametrize(("feature", "value"), DEFAULTS)
-    def test_defaults(self, nvme: Driver, feature: int, value: int) -> None:
-        assert [get_feature(nvme, feature, select=select, nsid=ALL) for select in (0, 1, 2)] == [value] * 3
-
-    @pytest.mark.parametrize(
-        ("feature", "value"),
-        [(1, 0x01020304), (4, 300), (5, 0x1234), (6, 0), (8, 0x1234), (9, 1 << 16 | 2), (10, 1), (11, 0xFF)],
-    )
-    def test_set_get_reset(self, nvme: Driver, feature: int, value: int) -> None:
-        nsid = ALL if feature == 5 else 0
-        cdw11 = value & 0xFFFF if feature == 9 else 0
-        default = get_feature(nvme, feature, nsid=nsid, cdw11=cdw11)
-        assert default != value
-        assert set_feature(nvme, feature, value, nsid=nsid).status == 0
-        assert get_feature(nvme, feature, nsid=nsid, cdw11=cdw11) == value
-        assert get_feature(nvme, feature, nsid=nsid, cdw11=cdw11, select=1) == default
-        nvme.disable()
-        nvme.enable()
-        assert get_feature(nvme, feature, nsid=nsid, cdw11=cdw11) == default
-
-    def test_supported_capabilities(self, nvme: Driver) -> None:
-        assert get_feature(nvme, 6, select=3) == 0b100
-        assert get_feature(nvme, 5, select=3, nsid=1) == 0b110
-
-    @pytest.mark.parametrize(
-        ("cdw10", "cdw11", "nsid", "status"),
-        [
-            (0x00, 0, 0, INVALID_FIELD),
-            (0x03, 0, 0, INVALID_FIELD),
-            (0x0C, 0, 0, INVALID_FIELD),
-            (0xFF, 0, 0, INVALID_FIELD),
-            (1 << 31 | 1, 0, 0, NOT_SAVEABLE),
-            (0x01, 0, 1, NOT_NAMESPACE_SPECIFIC),
-            (0x01, 0, 2, INVALID_NAMESPACE),
-            (0x02, 1, 0, INVALID_FIELD),
-            (0x04, 0x2 << 20, 0, INVALID_FIELD),
-            (0x04, 0x1 << 16, 0, INVALID_FIELD),
-            (0x05, 0, 0, INVALID_NAMESPACE),
-            (0x05, 1 << 16, 1, INVALID_FIELD),
-            (0x07, 0xFFFF, 0, INVALID_FIELD),
-            (0x07, 0xFFFF << 16, 0, INVALID_FIELD),
-            (0x09, 5, 0, INVALID_FIELD),
-        ],
-    )
-    def test_set_is_refused(self, nvme: Driver, cdw10: int, cdw11: int, nsid: int, status: int) -> None:
-        completion = nvme.run(nvme.admin, SET_FEATURES, cdw10=cdw10, cdw11=cdw11, nsid=nsid)
-        assert (completion.status, completion.flags) == (status, MORE | DO_NOT_RETRY)
-
-    @pytest.mark.parametrize(
-        ("cdw10", "cdw11", "nsid", "status"),
-        [
-            (0x0C, 0, 0, INVALID_FIELD),
-            (4 << 8 | 1, 0, 0, INVALID_FIELD),
-            (0x05, 0, 0, INVALID_NAMESPACE),
-            (0x09, 5, 0, INVALID_FIELD),
-            (0x04, 0xF << 16, 0, INVALID_FIELD),
-        ],
-    )
-    def test_get_is_refused(self, nvme: Driver, cdw10: int, cdw11: int, nsid: int, status: int) -> None:
-        completion = nvme.run(nvme.admin, GET_FEATURES, cdw10=cdw10, cdw11=cdw11, nsid=nsid)
-        assert completion.status == status
-
-    def test_the_number_of_queues_is_set_before_there_are_any(self, nvme: Driver) -> None:
-        nvme.create_pair()
-        assert set_feature(nvme, 7, 1 << 16 | 1).status == SEQUENCE_ERROR
-
-
-class TestLogs:
-    def test_errors(self, nvme: Driver) -> None:
-        assert log_page(nvme, 1, 1024) == bytes(1024)
-        queue = nvme.create_pair(2)
-        cids = []
-        for i in range(20):
-            completion = nvme.run(queue, 0x02, nsid=1, prp1=nvme.allocate(), cdw10=5000 + i)
-            assert (completion.status, completion.flags) == (0x80, MORE | DO_NOT_RETRY)
-            cids.append(completion.cid)
-        page = log_page(nvme, 1, 1024)
-        for i in range(16):
-            entry = struct.unpack_from("<QHHHHQI", page, 64 * i)
-            assert entry == (20 - i, 2, cids[19 - i], (0x80 | 0x6000) << 1, 40, 5019 - i, 1)
-
-    def test_smart(self, nvme: Driver) -> None:
-        queue = nvme.create_pair()
-        buffer = nvme.allocate()
-        for _ in range(3):
-            nvme.run(queue, 0x01, nsid=1, prp1=buffer, cdw12=7)
-        nvme.run(queue, 0x02, nsid=1, prp1=buffer, cdw12=7)
-        page = log_page(nvme, 2)
-        assert page[0] == 0, "no warning"
-        temperature = struct.unpack_from("<H", page, 1)[0]
-        assert 273 < temperature < 343
-        assert tuple(page[3:6]) == (100, 10, 0)
-        counters = [int.from_bytes(page[i : i + 16], "little") for i in range(32, 192, 16)]
-        assert counters[:4] == [1, 1, 1, 3], "thousands of 512 bytes, rounded up, and commands: read, written"
-        assert counters[8:] == [0, 0]
-
-    def test_a_warning_of_the_temperature(self, nvme: Driver) -> None:
-        set_feature(nvme, 4, 300)
-        assert log_page(nvme, 2)[0] == 0b10, "too warm"
-        set_feature(nvme, 4, 400)
-        assert log_page(nvme, 2)[0] == 0
-        set_feature(nvme, 4, 1 << 20 | 390)
-        assert log_page(nvme, 2)[0] == 0b10, "too cold"
-
-    def test_a_warning_that_the_namespace_is_read_only(self, loop: Loop, tmp_path: Path) -> None:
-        with (
-            fuse_image(tmp_path / "fuse", is_read_only=True) as image,
-            driver(loop, drive=f"file:{image.path}") as nvme,
-        ):
-            nvme.enable()
-            assert log_page(nvme, 2)[0] == 0b1000
-            assert identify(nvme, 0, nsid=1)[99] == 1, "write-protected"
-
-    def test_firmware_slots(self, nvme: Driver) -> None:
-        page = log_page(nvme, 3)
-        assert page[0] == 1
-        assert page[8:16] == identify(nvme, 1)[64:72]
-
-    def test_command_effects_name_every_command(self, nvme: Driver) -> None:
-        page = log_page(nvme, 5, 4096)
-        supported = [i for i in range(512) if page[4 * i] & 1]
-        admin = [opcode for opcode in range(256) if is_known(nvme, opcode)]
-        assert [opcode for opcode in supported if opcode < 256] == admin
-        assert [opcode - 256 for opcode in supported if opcode >= 256] == [0, 1, 2, 8, 9]
-
-    def test_a_part(self, nvme: Driver) -> None:
-        whole = log_page(nvme, 5, 4096)
-        assert log_page(nvme, 5, 64, offset=1024) == whole[1024:1088]
-        assert log_page(nvme, 5, 64, offset=4064) == whole[4064:] + bytes(32)
-
-    @pytest.mark.parametrize(
-        ("cdw10", "cdw11", "cdw12", "cdw13", "nsid", "status"),
-        [
-            (127 << 16 | 0, 0, 0, 0, ALL, INVALID_LOG_PAGE),
-            (127 << 16 | 6, 0, 0, 0, ALL, INVALID_LOG_PAGE),
-            (127 << 16 | 2, 0, 2, 0, ALL, INVALID_FIELD),
-            (127 << 16 | 2, 0, 516, 0, ALL, INVALID_FIELD),
-            (127 << 16 | 2, 0, 0, 1, ALL, INVALID_FIELD),
-            (127 << 16 | 2, 0, 0, 0, 1, INVALID_FIELD),
-            (0 << 16 | 2, 2, 0, 0, ALL, INVALID_FIELD),
-            (0xFFFF << 16 | 2, 0xFFFF, 0, 0, ALL, INVALID_FIELD),
-        ],
-    )
-    def test_refused(
-        self, nvme: Driver, cdw10: int, cdw11: int, cdw12: int, cdw13: int, nsid: int, status: int
-    ) -> None:
-        dwords = {"cdw10": cdw10, "cdw11": cdw11, "cdw12": cdw12, "cdw13": cdw13}
-        completion = nvme.run(nvme.admin, GET_LOG, nsid=nsid, prp1=nvme.allocate(), **dwords)
-        assert completion.status == status
-
-
-class TestEvents:
-    def test_requests_wait_beside_other_commands(self, nvme: Driver) -> None:
-        cids = [nvme.submit(nvme.admin, ASYNC_EVENT) for _ in range(4)]
-        assert nvme.run_until_idle() == []
-        for _ in range(2 * nvme.admin.size):
-            assert get_feature(nvme, 6) == 1
-        one_more = nvme.run(nvme.admin, ASYNC_EVENT)
-        assert one_more.status == TOO_MANY_EVENTS
-        set_feature(nvme, 11, 0x02)
-        nvme.submit(nvme.admin, SET_FEATURES, cdw10=4, cdw11=300)
-        ended = [nvme.wait(nvme.admin) for _ in range(2)]
-        (event,) = (each for each in ended if each.cid in cids)
-        assert (event.cid, event.dword0) == (cids[0], 0x02_01_01), (
-            "the SMART log page, a temperature threshold"
-        )
-
-    def test_a_type_is_reported_again_when_its_log_page_was_read(self, nvme: Driver) -> None:
-        nvme.submit(nvme.admin, ASYNC_EVENT)
-        nvme.write(DOORBELLS + 8 * 9, 1)
-        assert nvme.wait(nvme.admin).dword0 == 0x01_00_00, "a doorbell of no queue"
-        cid = nvme.submit(nvme.admin, ASYNC_EVENT)
-        nvme.write(DOORBELLS + 8 * 9, 1)
-        assert nvme.run_until_idle() == []
-        log_page(nvme, 1, retain=True)
-        nvme.write(DOORBELLS + 8 * 9, 1)
-        assert nvme.run_until_idle() == []
-        log_page(nvme, 2)
-        nvme.write(DOORBELLS + 8 * 9, 1)
-        assert nvme.run_until_idle() == []
-        log_page(nvme, 1)
-        nvme.write(DOORBELLS + 4, 4000)
-        event = nvme.wait(nvme.admin)
-        assert (event.cid, event.dword0) == (cid, 0x01_01_00), "a doorbell with an impossible value"
-
-    def test_a_head_beyond_the_tail(self, nvme: Driver) -> None:
-        queue = nvme.create_pair()
-        assert nvme.run(queue, 0x00, nsid=1).status == 0
-        nvme.submit(nvme.admin, ASYNC_EVENT)
-        nvme.write(DOORBELLS + 8 * queue.number + 4, queue.head + 1)
-        assert nvme.wait(nvme.admin).dword0 == 0x01_01_00
-        for _ in range(2 * queue.size):
-            assert nvme.run(queue, 0x00, nsid=1).status == 0
-
-    def test_an_event_waits_for_a_request(self, nvme: Driver) -> None:
-        for _ in range(100):
-            nvme.write(DOORBELLS, 4000)
-        cid = nvme.submit(nvme.admin, ASYNC_EVENT)
-        event = nvme.wait(nvme.admin)
-        assert (event.cid, event.dword0) == (cid, 0x01_01_00)
-
-    def test_a_reset_forgets_requests(self, nvme: Driver) -> None:
-        for _ in range(4):
-            nvme.submit(nvme.admin, ASYNC_EVENT)
-        nvme.disable()
-        nvme.enable()
-        for _ in range(4):
-            nvme.submit(nvme.admin, ASYNC_EVENT)
-        assert nvme.run_until_idle() == []
-
-
-class TestAbort:
-    def test_of_an_event_request(self, nvme: Driver) -> None:
-        cids = [nvme.submit(nvme.admin, ASYNC_EVENT) for _ in range(2)]
-        abort = nvme.submit(nvme.admin, ABORT, cdw10=cids[1] << 16)
-        aborted, completion = nvme.wait(nvme.admin), nvme.wait(nvme.admin)
-        assert (aborted.cid, aborted.status) == (cids[1], ABORT_REQUESTED)
-        assert (completion.cid, completion.status, completion.dword0) == (abort, 0, 0)
-        assert nvme.run(nvme.admin, ABORT, cdw10=cids[1] << 16).dword0 == 1
-
-    @pytest.mark.parametrize("cdw10", [0, 1, 0xFFFFFFFF, 7 << 16 | 1])
-    def test_of_what_is_not_there(self, nvme: Driver, cdw10: int) -> None:
-        completion = nvme.run(nvme.admin, ABORT, cdw10=cdw10)
-        assert (completion.status, completion.dword0) == (0, 1)
-
-
-def is_known(nvme: Driver, opcode: int) -> bool:
-    """Whether an admin command of this opcode gets further than that."""
-    cid = nvme.submit(nvme.admin, opcode, cdw10=0xFFFF_FFFF)
-    if opcode == ASYNC_EVENT:
-        return nvme.run_until_idle() == []
-    completion = nvme.wait(nvme.admin)
-    assert completion.cid == cid
-    return completion.status != INVALID_OPCODE
 
 
 @pytest.mark.parametrize("flags", [0x01, 0x02, 0x40, 0x80, 0xC0])

@@ -24,6 +24,7 @@ from common.messages import Event
 from common.notifier import EventNotifier, adopt_pair
 from remoted.function import PciFunction
 from remoted.iohub import Line, Pirq
+from remoted.keptframelink import KeptFrameLink
 from remoted.keptlink import KeptLink
 from remoted.ramfiles import RamFiles
 from remoted.sharedmemory import SharedMemory, bar_memory_name
@@ -34,7 +35,7 @@ __all__ = ["Keeper", "as_shortage"]
 _LINK = ("link", "reply-read", "reply-write")
 _LASTING = ("state", "client")
 """what is of the device, not of its present client"""
-_Link = TypeVar("_Link", bound=KeptLink)
+_Link = TypeVar("_Link", bound=KeptFrameLink)
 
 
 class Keeper:
@@ -59,7 +60,7 @@ class Keeper:
         self._log = RateLimited(function.host.log)
         self._names: set[str] = set()
         """what the store holds for the present link"""
-        self._link: KeptLink | None = None
+        self._link: KeptFrameLink | None = None
         self._pipe: tuple[int, int] | None = None
         """of the socket that take_socket() has given"""
         self._amiss: list[str] = []
@@ -190,9 +191,9 @@ class Keeper:
         for name in self._state.ram_table[1]:
             self._ram_files.release(self._prefix, name)
         self._state.irqfds = self._state.ram = 0
-        self._state.consumed = self._state.sent = (
-            self._state.serial
-        )  # the next link owes no reply of this one
+        self._state.sent = self._state.serial  # the next link owes no reply of this one
+        for slot in range(2):
+            self._state.clear_slot(slot)
         self._remove(list(self._names))
 
     def discard(self) -> None:

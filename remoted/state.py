@@ -7,7 +7,7 @@ killed within a handler leaves the state from before it, so the request is execu
 and the reply to its request become valid together.
 
 The bytes before the banks tell how far a request, or an assertion, has come. Each changes by one store, which a
-kill can't divide.
+kill can't divide. Behind them are slots for requests that have been taken out of the socket: see remoted.keptlink.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from remoted.msi import VectorKind
 
 __all__ = ["FunctionState", "StateMismatch"]
 
-_MAGIC = b"iohub\x00\x00\x05"
+_MAGIC = b"iohub\x00\x00\x06"
 _ACTIVE = len(_MAGIC) + 4
-_CONSUMED = _ACTIVE + 1
-_SENT = _ACTIVE + 2
-_OWES_ASSERT = _ACTIVE + 3
-_IRQFDS = _ACTIVE + 4
-_RAM = _ACTIVE + 5
-_TABLES = 64
+_SENT = _ACTIVE + 1
+_OWES_ASSERT = _ACTIVE + 2
+_IRQFDS = _ACTIVE + 3
+_RAM = _ACTIVE + 4
+_SLOTS = 24
+_SLOT_SIZE = mpqemu.HEADER.size + mpqemu.BAR.size
+"""bytes of the longest request of mpqemu that has a reply"""
+_CLEARED = b"\xff" * _SLOT_SIZE
+_TABLES = _SLOTS + 2 * _SLOT_SIZE
 """where the payloads of two SYNC_SYSMEMs are, each with its files' names: one in use, one stored or dropped"""
 _NAME_SIZE = 32
 _TABLE_SIZE = mpqemu.SYSMEM.size + mpqemu.MAX_FDS * _NAME_SIZE
@@ -61,8 +64,6 @@ def _byte(offset: int) -> Any:
 class FunctionState:
     """One function's state file, mapped."""
 
-    consumed: int = _byte(_CONSUMED)
-    """serial number of the last request that was taken out of its socket"""
     sent: int = _byte(_SENT)
     """serial number of the last request whose reply is in the pipe, or has left it"""
     irqfds: int = _byte(_IRQFDS)
@@ -101,6 +102,9 @@ class FunctionState:
         self._map[: len(head)] = head
         self.owes_assert = memoryview(self._map)[_OWES_ASSERT : _OWES_ASSERT + 1]
         """see Pirq"""
+        even, odd = _SLOTS, _SLOTS + _SLOT_SIZE
+        self.slots = memoryview(self._map)[even:odd], memoryview(self._map)[odd:_TABLES]
+        """where a request is that was taken out of the socket, by the parity of its serial number"""
         self.fd = fd
         self._is_void = False
         self.serial = 0
@@ -112,11 +116,16 @@ class FunctionState:
 
     def close(self) -> None:
         """Unmaps and closes the file; a second call does nothing."""
-        self.owes_assert.release()
+        for view in (self.owes_assert, *self.slots):
+            view.release()
         self._map.close()
         fd, self.fd = self.fd, -1
         if fd != -1:
             os.close(fd)
+
+    def clear_slot(self, serial: int) -> None:
+        """Marks the slot of that serial number as one without a request: no command is -1."""
+        self.slots[serial & 1][:] = _CLEARED
 
     def commit(self) -> None:
         """Makes the function's present state valid.

@@ -29,6 +29,7 @@ _IRQS = Struct("<?3xII")
 _VECTOR = Struct("<HHI")
 """index of the kind, vector, identity plus 1 of its eventfd"""
 _COUNT = Struct("<I4x")
+_CONSUMED = HEADER.size
 _HALF = _NOTE.size + MAX_SIZE
 _HALVES = 64
 _IRQ_SIZE = _IRQS.size + _COUNT.size + sum(_VECTOR.size * count + count // 8 for count in _VECTORS.values())
@@ -80,6 +81,15 @@ class ClientState:
         self.received = self._view[: HEADER.size]
         """where the header of a request goes when that is taken out of its socket"""
         self.ram = RamTable(self._view[_RAM_TABLE:])
+
+    @property
+    def consumed(self) -> int:
+        """Serial number of the last request that was taken out of its socket, modulo 256."""
+        return self._map[_CONSUMED]
+
+    @consumed.setter
+    def consumed(self, serial: int) -> None:
+        self._map[_CONSUMED] = serial
 
     def close(self) -> None:
         """Unmaps the file."""

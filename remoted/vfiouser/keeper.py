@@ -72,6 +72,7 @@ class VfioUserKeeper(Keeper):
         """
         if self._pipe is None:
             self._client.note(self._state.serial, Request(), b"")
+            self._client.consumed = self._state.serial
             self._client.ram.clear()
         link, is_new = self._open_link(sock, self._make_link(sock))
         if not is_new:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A vfio-user link whose requests are done exactly once, whenever the process is killed: see remoted.keptlink.
+"""A vfio-user link whose requests are done exactly once, whenever the process is killed: compare remoted.keptlink.
 
-A client may send further requests before it has read a reply, and requests that have none. So what the socket
-holds after a kill doesn't tell whether the last request that was done has been taken out of it. Its header is
-received into memory that outlives the process, where its complement lay before: either of the two is found there.
-A reply that brings fds can't go through a pipe. If the process is killed when such a reply may or may not have
-been sent, the link ends.
+A request is taken out of the socket once it is done. A client may send further requests before it has read a
+reply, and requests that have none. So what the socket holds after a kill doesn't tell whether the last request
+that was done is still there. When it is taken out, its header is received into memory that outlives the process,
+where its complement lay before: either of the two is found there. A reply that brings fds can't go through a pipe.
+If the process is killed when such a reply may or may not have been sent, the link ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from common.disposal import ANCILLARY_SIZE, Disposal, count_unread, received_fds
 from common.errors import PeerGone, ProtocolError
 from common.splice_h import SPLICE_F_NONBLOCK
 from common.vfiouser import HEADER
-from remoted.keptlink import KeptLink
+from remoted.keptframelink import KeptFrameLink
 from remoted.state import FunctionState
 from remoted.vfiouser.clientstate import ClientState, Request
 
@@ -31,7 +31,7 @@ _FLAGS = socket.MSG_CMSG_CLOEXEC
 _COMPLEMENT = (1 << 8 * HEADER.size) - 1
 
 
-class KeptVfioUserLink(KeptLink):
+class KeptVfioUserLink(KeptFrameLink):
     """Receives requests and sends replies as VfioUserLink does."""
 
     HEADER_SIZE = HEADER.size
@@ -49,7 +49,7 @@ class KeptVfioUserLink(KeptLink):
         store_tables: Callable[[int, memoryview, Callable[[], None]], tuple[int, int] | None],
         disposal: Disposal,
     ) -> None:
-        """As KeptLink. ``client`` holds what is valid of the client.
+        """As KeptFrameLink. ``client`` holds what is valid of the client.
 
         ``store_tables(command, payload, done)`` notes what a request has changed of interrupts and RAM, and
         returns the numbers of the table and the change to be valid from then on; None if files are on their way
@@ -117,7 +117,7 @@ class KeptVfioUserLink(KeptLink):
         self._client.note(state.serial + 1, request, b"" if has_fds else message)
         state.commit_reply(0)
         self._consume()
-        state.consumed = state.serial
+        self._client.consumed = state.serial
         if has_fds:
             self._send_with_fds(message, fds)
             state.sent = state.serial
@@ -146,7 +146,7 @@ class KeptVfioUserLink(KeptLink):
     def _catch_up(self) -> None:
         state, client = self._state, self._client
         request = client.request(state.serial)
-        if state.consumed != state.serial:
+        if client.consumed != state.serial:
             if client.received == request.header:
                 if request.is_divided:
                     raise ProtocolError("the previous process was killed within a message")
@@ -156,7 +156,7 @@ class KeptVfioUserLink(KeptLink):
                 if self._view[: HEADER.size] != request.header:
                     raise ProtocolError("the socket doesn't hold the request of the previous process")
                 self._consume()
-            state.consumed = state.serial
+            client.consumed = state.serial
         if state.sent != state.serial:
             if request.has_fds:
                 raise ProtocolError("the previous process was killed while it sent a reply with an fd")

@@ -13,8 +13,6 @@ from select import EPOLLHUP, EPOLLIN, EPOLLOUT
 import pytest
 
 from common.loop import Loop
-from common.mpqemu import CONFIG, Command
-from remoted.keptlink import KeptLink
 from tests.support.fds import no_more_fds
 from tests.support.remotebench import Pair, Peer, RemoteBench
 from tests.unit.remoted.test_keeper import VALUE, KeptBench, bench, peer, write
@@ -122,28 +120,3 @@ def test_without_an_epoll_watch_a_session_ends_at_most(
     bench.store.remove("nothing")  # the next message notices that the queue has room
     survives(bench, peer, pair)
     pair.close()
-
-
-def test_the_next_client_gets_no_reply_that_an_earlier_process_owed(
-    bench: KeptBench, peer: Peer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Process and client were killed right after a request had been done, so the manager has dropped the link."""
-    with monkeypatch.context() as patch:
-        patch.setattr(KeptLink, "_consume", killed)
-        with pytest.raises(KeyboardInterrupt):
-            peer.config_read(0, 4)
-    peer.close()
-    for name in ("28.link", "28.reply-read", "28.reply-write"):
-        for fd in bench.manager.files.pop(name):
-            os.close(fd)
-    bench.restart()
-    with bench.connect("dev0") as again:
-        assert again.receive() is None
-        again.send(Command.PCI_CFGREAD, CONFIG.pack(0, 0, 2))
-        bench.settle()
-        assert again.receive() == 0x1234
-        assert again.receive() is None
-
-
-def killed(_link: KeptLink) -> None:
-    raise KeyboardInterrupt

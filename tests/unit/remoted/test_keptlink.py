@@ -5,25 +5,28 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import ClassVar, Self
 
 import pytest
 
 from common.disposal import Disposal
+from common.errors import ProtocolError
 from common.fields import buffer, register
 from common.mpqemu import BAR, CONFIG, HEADER, RET, Command, request_frame
-from remoted import keptlink, state
+from remoted import keptframelink, keptlink, state
 from remoted.device import Bar, BarKind, PciFunction
 from remoted.host import Host
 from remoted.keptlink import KeptLink
 from remoted.memory import GuestMemory
 from remoted.state import FunctionState
+from tests.support.fds import send_fds
 from tests.support.killing import killed_at
 from tests.support.remotebench import IO_BASE, Recorder
 
 COUNT, LAST = 0, 4
-SOURCES = (keptlink.__file__, state.__file__)
+SOURCES = (keptframelink.__file__, keptlink.__file__, state.__file__)
 """what must stand a kill at any line"""
 
 
@@ -52,6 +55,8 @@ class Process:
         self.function = Counter(Host("dev0", None, log, GuestMemory(), ignore), {})  # type: ignore[arg-type]
         self._fds = [os.dup(fd) for fd in files]
         self._socket = socket.socket(fileno=self._fds[1])
+        self.tables = 0
+        """how many requests without a reply have come"""
 
     def start(self) -> Self:
         self.state = FunctionState(self.function, self._fds[0], pytest.fail)
@@ -68,17 +73,24 @@ class Process:
         self.start().serve()
 
     def serve(self) -> None:
-        """Handles what is there."""
-        while (command := self.link.receive()) >= 0:
-            if command == Command.PCI_CFGWRITE:
-                addr, value, size = CONFIG.unpack_from(self.link.payload)
-                self.link.reply(not self.function.bus_config_write(addr, size, value))
-            elif command in (Command.BAR_READ, Command.BAR_WRITE):
-                addr, value, size, memory = BAR.unpack_from(self.link.payload)
-                if command == Command.BAR_READ:
-                    self.link.reply(self.function.bus_read(memory, addr, size))
-                else:
-                    self.link.reply(not self.function.bus_write(memory, addr, size, value))
+        """Handles what is there, and before it, once, what the process before has left."""
+        command, self.link.taken = self.link.taken, -1
+        while command >= 0 or (command := self.link.receive()) >= 0:
+            self._handle(command)
+            command = -1
+
+    def _handle(self, command: int) -> None:
+        if command == Command.PCI_CFGWRITE:
+            addr, value, size = CONFIG.unpack_from(self.link.payload)
+            self.link.reply(not self.function.bus_config_write(addr, size, value))
+        elif command in (Command.BAR_READ, Command.BAR_WRITE):
+            addr, value, size, memory = BAR.unpack_from(self.link.payload)
+            if command == Command.BAR_READ:
+                self.link.reply(self.function.bus_read(memory, addr, size))
+            else:
+                self.link.reply(not self.function.bus_write(memory, addr, size, value))
+        else:
+            self.tables += 1
 
     def vanish(self) -> None:
         """Closes what a kill closes."""
@@ -107,14 +119,29 @@ class Bench:
         assert len(frame) == HEADER.size + RET.size, "exactly one reply"
         return int(RET.unpack_from(frame, HEADER.size)[0])
 
+    def check_write(self, value: int) -> None:
+        """A process of its own does such a write, and nothing else."""
+        process = Process(self.files).start()
+        count = process.function.count
+        self.client.sendall(write_frame(value))
+        process.serve()
+        assert self.reply() == 0
+        assert (process.function.count, bytes(process.function.last)) == (count + 1, bytes((value,)))
+        process.vanish()
+
     def close(self) -> None:
         self.client.close()
         for fd in self.files:
             os.close(fd)
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
+def write_frame(value: int, last_byte: int = 0) -> bytes:
+    """A write of a byte to the counter. The frame's last byte is padding, which clients may fill as they like."""
+    return request_frame(Command.BAR_WRITE, BAR.pack(IO_BASE, value, 1, False))[:-1] + bytes((last_byte,))
+
+
+def new_bench() -> Bench:
+    """A bench whose function has its BAR, with a link on which the client waits for nothing."""
     bench = Bench()
     process = Process(bench.files).start()
     for addr, value in ((0x10, IO_BASE), (0x04, 1)):
@@ -122,32 +149,56 @@ def bench() -> Iterator[Bench]:
         process.serve()
         assert bench.reply() == 0
     process.vanish()
-    yield bench
-    bench.close()
+    return bench
 
 
-def test_kill_at_any_line(bench: Bench) -> None:
-    """A write counts once, and is answered once, wherever the first process was and wherever the second."""
-    count, line = 0, 1
-    was_killed = True
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with closing(new_bench()) as bench:
+        yield bench
+
+
+def kill_at_each_line(
+    bench: Bench, send: Callable[[], None], check: Callable[[Process, Process], None]
+) -> None:
+    """Sends, and kills the process that serves it at each line, after a write that it has served.
+
+    ``check(process, successor)`` is called after each.
+    """
+    line, was_killed = 1, True
     while was_killed:
         process = Process(bench.files).start()
-        bench.request(Command.BAR_WRITE, BAR.pack(IO_BASE, 0, 1, False))
+        bench.client.sendall(write_frame(0))
         process.serve()
         assert bench.reply() == 0
-        bench.request(Command.BAR_WRITE, BAR.pack(IO_BASE, 0xA0 + count % 16, 1, False))
-        count += 2
+        send()
         was_killed = killed_at(line, process.serve, SOURCES)
         process.vanish()
         successor = Process(bench.files).start()
         successor.serve()
-        assert bench.reply() == 0
-        assert successor.function.count == count, f"killed at line {line}"
-        assert successor.function.last == bytes((0xA0 + (count - 2) % 16,))
-        assert successor.function.intx_level is False
+        check(process, successor)
         successor.vanish()
         line += 1
     assert line > 20
+
+
+@pytest.mark.parametrize("last_byte", [0, 0xFF])
+def test_kill_at_any_line(bench: Bench, last_byte: int) -> None:
+    """A write counts once, and is answered once, wherever the process was."""
+    count = 0
+
+    def send() -> None:
+        nonlocal count
+        bench.client.sendall(write_frame(0xA0 + count % 16, last_byte))
+        count += 2
+
+    def check(_process: Process, successor: Process) -> None:
+        assert bench.reply() == 0
+        assert successor.function.count == count
+        assert successor.function.last == bytes((0xA0 + (count - 2) % 16,))
+        assert successor.function.intx_level is False
+
+    kill_at_each_line(bench, send, check)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 11])
@@ -172,3 +223,81 @@ def test_kill_of_the_successor_too(bench: Bench, stride: int) -> None:
         assert successor.function.count == count, f"killed at line {line}, then at {second}"
         successor.vanish()
         line += 1
+
+
+def test_what_has_no_reply_is_not_lost_behind_what_has(bench: Bench) -> None:
+    """Another thread of the client may send it while one waits for its reply."""
+    count = 0
+
+    def send() -> None:
+        nonlocal count
+        count += 2
+        bench.client.sendall(write_frame(count) + request_frame(Command.SET_IRQFD))
+
+    def check(process: Process, successor: Process) -> None:
+        assert bench.reply() == 0
+        assert successor.function.count == count
+        assert process.tables + successor.tables >= 1
+
+    kill_at_each_line(bench, send, check)
+
+
+def test_a_client_that_does_not_wait_for_replies(bench: Bench) -> None:
+    """Each of its requests is done once all the same."""
+    count = 0
+
+    def send() -> None:
+        nonlocal count
+        bench.client.sendall(write_frame(count) + write_frame(count + 1))
+        count += 3
+
+    def check(_process: Process, successor: Process) -> None:
+        assert len(bench.client.recv(1024)) == 2 * (HEADER.size + RET.size)
+        assert successor.function.count == count
+
+    kill_at_each_line(bench, send, check)
+
+
+@pytest.mark.parametrize("fds_at", [0, 16, 39])
+def test_a_request_that_brings_fds_by_mistake(fds_at: int) -> None:
+    """It is done once. If the process is killed between the reads that it takes, the link may end instead."""
+    line, was_killed, ends = 1, True, 0
+    while was_killed:
+        with closing(new_bench()) as bench:
+            process = Process(bench.files).start()
+            frame = write_frame(line % 256)
+            bench.client.sendall(frame[:fds_at])
+            send_fds(bench.client, frame[fds_at:], [0])
+            was_killed = killed_at(line, process.serve, SOURCES)
+            process.vanish()
+            successor = Process(bench.files)
+            try:
+                successor.start_and_serve()
+            except ProtocolError:
+                ends += 1
+                assert was_killed
+                assert successor.function.count == 0
+            else:
+                assert bench.reply() == 0
+                assert (successor.function.count, bytes(successor.function.last)) == (1, bytes((line % 256,)))
+            successor.vanish()
+        line += 1
+    assert ends < 10 if fds_at else not ends
+
+
+@pytest.mark.parametrize("cut", range(40))
+def test_a_copy_that_a_kill_has_cut_short(bench: Bench, cut: int) -> None:
+    """The kernel may wait for a page of the slot within its copy. The request is still in the socket then."""
+    bench.check_write(1)
+    process = Process(bench.files).start()
+    slot = process.state.slots[process.state.serial + 1 & 1]
+    slot[:cut] = write_frame(2)[:cut]
+    process.vanish()
+    count = process.function.count
+    bench.client.sendall(write_frame(2))
+    successor = Process(bench.files).start()
+    successor.serve()
+    assert bench.reply() == 0
+    assert (successor.function.count, bytes(successor.function.last)) == (count + 1, b"\2")
+    successor.vanish()
+    bench.check_write(3)

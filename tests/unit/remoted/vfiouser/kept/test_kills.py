@@ -6,11 +6,12 @@ from __future__ import annotations
 import gc
 import os
 import random
+import socket
 
 import pytest
 
-from common.vfiouser import IRQ_SET, REGION_ACCESS, Command
-from remoted import clientsession, keeper, keptlink, state
+from common.vfiouser import HEADER, IRQ_SET, REGION_ACCESS, Command
+from remoted import clientsession, keeper, keptframelink, state
 from remoted.vfiouser import clientstate, ramtable, session
 from remoted.vfiouser import keeper as vfiouser_keeper
 from remoted.vfiouser import keptlink as vfiouser_keptlink
@@ -31,7 +32,7 @@ from tests.support.killing import killed_at
 from tests.support.vfiouserbench import DISABLE, TRIGGER, UNMASK_BY, signals
 
 MODULES = (
-    *(clientsession, keeper, keptlink, state),
+    *(clientsession, keeper, keptframelink, state),
     *(clientstate, ramtable, session, vfiouser_keeper, vfiouser_keptlink),
 )
 SOURCES = tuple(str(module.__file__) for module in MODULES)
@@ -128,3 +129,32 @@ def test_an_eoi_counts_wherever_the_process_is_killed_while_its_eventfd_is_repla
         assert lives.peer.set_irqs(DISABLE, INTX, count=0) == 0
         number += 1
     assert number > 15
+
+
+def test_the_next_client_goes_on_whatever_the_one_before_has_left(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process and client were killed with a request in the socket that had been done, so the link was dropped."""
+    lives.write(COUNT, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(vfiouser_keptlink.KeptVfioUserLink, "_consume", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lives.process.settle()
+    lives.peer.sock.close()
+    for name in ("28.link", "28.reply-read", "28.reply-write"):
+        for fd in lives.manager.files.pop(name):
+            os.close(fd)
+    process = lives.restart()
+    process.listen()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(process.path("dev"))
+        client.setblocking(False)
+        payload = bytes(4) + b"{}\0"
+        client.send(HEADER.pack(1, Command.VERSION, HEADER.size + len(payload), 0, 0) + payload)
+        process.settle()
+        assert HEADER.unpack_from(client.recv(1024))[:2] == (1, Command.VERSION)
+        process.settle()
+
+
+def killed(_link: object) -> None:
+    raise KeyboardInterrupt

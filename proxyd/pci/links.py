@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from select import EPOLLRDHUP
 from typing import Protocol
 
@@ -56,29 +55,29 @@ class Linked(Protocol):
         """Closes a lost link, which the loop has forgotten, and one that couldn't be put into use."""
 
 
-@dataclass(eq=False)
 class _Link:
     """What is known of one function's link."""
 
-    end: Linked
-    fd: int = -1
-    """what the loop watches"""
-    connecting: threading.Thread | None = None
-    began: float = 0.0
-    """when the last attempt began"""
-    timer: Timer | None = None
-    """begins the next attempt"""
-    is_held: bool = False
-    """whether attempts are left to the timer, since the last link ended as soon as it was made"""
-    is_due: bool = False
-    """whether a socket has appeared while an attempt was under way"""
-    is_tried: bool = False
-    """whether an attempt has ended, either way"""
-    backoff: Backoff = field(default_factory=Backoff)
-    since: float = 0.0
-    """when it was attached last"""
-    is_told: bool = False
-    """whether it was logged that there is no link"""
+    def __init__(self, end: Linked) -> None:
+        self.end = end
+        self.fd = -1
+        """what the loop watches"""
+        self.connecting: threading.Thread | None = None
+        self.began = 0.0
+        """when the last attempt began"""
+        self.timer: Timer | None = None
+        """begins the next attempt"""
+        self.is_held = False
+        """whether attempts are left to the timer, since the last link ended as soon as it was made"""
+        self.is_due = False
+        """whether a socket has appeared while an attempt was under way"""
+        self.is_tried = False
+        """whether an attempt has ended, either way"""
+        self.backoff = Backoff()
+        self.since = 0.0
+        """when it was attached last"""
+        self.is_told = False
+        """whether it was logged that there is no link"""
 
 
 class LinkKeeper:

@@ -79,12 +79,21 @@ def test_no_module_of_a_daemon_compiles_a_regular_expression_that_may_never_be_u
     assert not [place for place in places if place.partition(".")[0] in ("common", "proxyd", "remoted")]
 
 
-@pytest.mark.parametrize("way", ["embedded.embedded", "pid.attached", "soft.soft"])
-def test_proxyd_loads_neither_asyncio_nor_what_answers_calls_unless_it_has_a_monitor(way: str) -> None:
+def loaded_by_proxyd(way: str) -> set[str]:
     code = f"import sys, proxyd.main, proxyd.vm.{way}; print(*sys.modules)"
     command = [sys.executable, "-S", "-c", code]
-    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert not set(loaded) & {"asyncio", "asyncvarlink", "json", "pyroute2", "shutil", "ssl", "subprocess"}
+    return {*subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()}
+
+
+@pytest.mark.parametrize("way", ["embedded.embedded", "pid.attached", "soft.soft"])
+def test_proxyd_loads_neither_asyncio_nor_what_answers_calls_unless_it_has_a_monitor(way: str) -> None:
+    unwanted = {"asyncio", "asyncvarlink", "json", "pyroute2", "shutil", "ssl", "subprocess"}
+    assert not loaded_by_proxyd(way) & unwanted
+
+
+@pytest.mark.parametrize("way", ["embedded.embedded", "pid.attached"])
+def test_proxyd_does_not_load_dataclasses_with_all_that_takes_code_apart(way: str) -> None:
+    assert not loaded_by_proxyd(way) & {"ast", "dataclasses", "dis", "inspect"}
 
 
 def loaded_by_python() -> set[str]:

@@ -26,8 +26,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from ctypes import Structure, c_int, c_size_t, c_uint64, sizeof
-from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from common.disposal import Disposal
 from common.errors import IohubError, UsageError
@@ -86,8 +85,7 @@ class rights(Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One GSI of the VM: write ``irqfd`` to assert it; ``resamplefd`` fires when the guest acknowledges."""
 
     gsi: int

@@ -9,7 +9,17 @@ import os
 import pytest
 
 from common import mpqemu
-from common.vfiouser import DEVICE_INFO, HEADER, IRQ_SET, MAX_SIZE, REGION_ACCESS, VERSION, Command, Flag
+from common.vfiouser import (
+    DEVICE_INFO,
+    DMA_MAP,
+    HEADER,
+    IRQ_SET,
+    MAX_SIZE,
+    REGION_ACCESS,
+    VERSION,
+    Command,
+    Flag,
+)
 from remoted.clientsession import HALF_MESSAGE_SECONDS
 from tests.support.fds import await_fds, count_fds, send_fds
 from tests.support.remotebench import LineDevice, RemoteBench
@@ -36,6 +46,7 @@ def test_version(bench: RemoteBench, text: bytes) -> None:
     [
         VERSION.pack(1, 0) + b"{}\0",
         VERSION.pack(0, 0) + b"{}",
+        VERSION.pack(0, 0) + b"{} ",
         VERSION.pack(0, 0) + b"{}\0\0",
         VERSION.pack(0, 0) + b"{\0",
         VERSION.pack(0, 0) + b"[]\0",
@@ -135,15 +146,21 @@ def test_requests_are_handled_in_order_however_they_are_cut(peer: VfioUserPeer) 
 
 
 def test_fds_belong_to_the_request_that_they_came_with(peer: VfioUserPeer, eventfds: list[int]) -> None:
-    """Between requests that carry none, all in the socket before the first is read."""
+    """Between requests that carry none, though one may, all in the socket before the first is read."""
     trigger = eventfds[0]
     peer.send(Command.DEVICE_RESET)
+    peer.send(Command.DMA_MAP, DMA_MAP.pack(DMA_MAP.size, 3, 0, 1 << 20, 4096))
     peer.send(Command.DEVICE_SET_IRQS, IRQ_SET.pack(20, TRIGGER, 0, 0, 1), [trigger])
     peer.send(Command.DEVICE_RESET)
     peer.post(0, 0, b"\1")
     peer.bench.settle()
     assert signals(trigger) == 1
-    assert [HEADER.unpack_from(peer.sock.recv(16))[1::3] for _ in range(3)] == [(13, 0), (8, 0), (13, 0)]
+    assert [HEADER.unpack_from(peer.sock.recv(16))[1::3] for _ in range(4)] == [
+        (13, 0),
+        (2, 0),
+        (8, 0),
+        (13, 0),
+    ]
 
 
 def test_a_malformed_request_does_not_cost_the_next_one_its_fds(

@@ -45,7 +45,8 @@ class TestLogs:
             completion = nvme.run(queue, 0x02, nsid=1, prp1=nvme.allocate(), cdw10=5000 + i)
             assert (completion.status, completion.flags) == (0x80, MORE | DO_NOT_RETRY)
             cids.append(completion.cid)
-        page = log_page(nvme, 1, 1024)
+        page = log_page(nvme, 1, 2048)
+        assert page[1024:] == bytes(1024), "16 are kept"
         for i in range(16):
             entry = struct.unpack_from("<QHHHHQI", page, 64 * i)
             assert entry == (20 - i, 2, cids[19 - i], (0x80 | 0x6000) << 1, 40, 5019 - i, 1)
@@ -96,6 +97,8 @@ class TestLogs:
         admin = [opcode for opcode in range(256) if is_known(nvme, opcode)]
         assert [opcode for opcode in supported if opcode < 256] == admin
         assert [opcode - 256 for opcode in supported if opcode >= 256] == [0, 1, 2, 8, 9]
+        changes_data = [i - 256 for i in range(256, 512) if page[4 * i] & 2]
+        assert changes_data == [1, 8, 9], "Write, Write Zeroes, Dataset Management"
 
     def test_a_part(self, nvme: Driver) -> None:
         whole = log_page(nvme, 5, 4096)

@@ -49,7 +49,8 @@ def test_with_one_thread_the_commands_wait_for_it(nvme: Driver, monkeypatch: pyt
     assert nvme.run(queue, FLUSH, nsid=1).status == 0
     monkeypatch.setattr(threading.Thread, "start", refuse)
     cids = [nvme.submit(queue, WRITE, nsid=1, prp1=buffer, cdw10=i) for i in range(10)]
-    assert sorted(nvme.wait(queue).cid for _ in cids) == cids
+    ended = [nvme.wait(queue) for _ in cids]
+    assert sorted((completion.cid, completion.status) for completion in ended) == [(cid, 0) for cid in cids]
 
 
 @pytest.mark.parametrize("method", ["flush", "read"])

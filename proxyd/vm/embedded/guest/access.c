@@ -29,7 +29,7 @@ const char *command_in(u32 argc, char **argv)
 		return bad_width;
 	if (!parse_number(argv[2], &port) || port > 0xffff)
 		return bad_number;
-	ok_value(bytes == 1 ? inb(port) : bytes == 2 ? inw(port) : inl(port));
+	ok_value(in(port, bytes));
 	return NULL;
 }
 
@@ -43,12 +43,7 @@ const char *command_out(u32 argc, char **argv)
 		return bad_width;
 	if (!parse_number(argv[2], &port) || port > 0xffff || !parse_number(argv[3], &value) || !fits(value, bytes))
 		return bad_number;
-	if (bytes == 1)
-		outb(port, value);
-	else if (bytes == 2)
-		outw(port, value);
-	else
-		outl(port, value);
+	out(port, bytes, value);
 	put_string("ok");
 	return NULL;
 }

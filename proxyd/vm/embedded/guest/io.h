@@ -44,6 +44,22 @@ static inline void outl(u16 port, u32 value)
 	asm volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
 }
 
+/* Ports of 1, 2 or 4 bytes. */
+static inline u32 in(u16 port, u8 bytes)
+{
+	return bytes == 1 ? inb(port) : bytes == 2 ? inw(port) : inl(port);
+}
+
+static inline void out(u16 port, u8 bytes, u32 value)
+{
+	if (bytes == 1)
+		outb(port, value);
+	else if (bytes == 2)
+		outw(port, value);
+	else
+		outl(port, value);
+}
+
 static inline u8 readb(u32 address)
 {
 	return *(volatile u8 *)address;

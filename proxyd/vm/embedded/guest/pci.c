@@ -37,23 +37,14 @@ static u32 io_next, memory_next;
 
 u32 config_read(u8 devfn, u8 offset, u8 bytes)
 {
-	u16 port = CONFIG_DATA + (offset & 3);
-
 	outl(CONFIG_ADDRESS, CONFIG_ENABLE | devfn << 8 | (offset & ~3));
-	return bytes == 1 ? inb(port) : bytes == 2 ? inw(port) : inl(port);
+	return in(CONFIG_DATA + (offset & 3), bytes);
 }
 
 void config_write(u8 devfn, u8 offset, u8 bytes, u32 value)
 {
-	u16 port = CONFIG_DATA + (offset & 3);
-
 	outl(CONFIG_ADDRESS, CONFIG_ENABLE | devfn << 8 | (offset & ~3));
-	if (bytes == 1)
-		outb(port, value);
-	else if (bytes == 2)
-		outw(port, value);
-	else
-		outl(port, value);
+	out(CONFIG_DATA + (offset & 3), bytes, value);
 }
 
 bool pci_present(u8 devfn)

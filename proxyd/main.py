@@ -77,8 +77,6 @@ def open_vm(config: VmConfig, loop: Loop, store: FdStore | None) -> Vm:
 
         return Soft(PROGRAM, config, loop)
     if kind == "qmp":
-        # Its part for traffic control, which nobody uses, warns where /proc/net is hidden.
-        logging.getLogger("pyroute2.netlink.rtnl.tcmsg").setLevel(logging.ERROR)
         from proxyd.vm.qmp.plugger import QemuPlugger
 
         return QemuPlugger(PROGRAM, config, loop, has_store=store is not None)

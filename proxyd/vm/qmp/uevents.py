@@ -3,9 +3,7 @@
 
 KVM sends a "change" event of its misc device for each (kvm_uevent_notify_change() of virt/kvm/kvm_main.c). The
 message is what lib/kobject_uevent.c builds: "ACTION@DEVPATH", then KEY=VALUE strings, each ended by a zero byte.
-
-pyroute2 takes it apart. Its socket isn't used: get() blocks until there is a message, and doesn't tell who sent
-it, while any process with CAP_NET_ADMIN may send to the group.
+Any process with CAP_NET_ADMIN may send to the group as well.
 """
 
 from __future__ import annotations
@@ -15,15 +13,18 @@ import socket
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from pyroute2.netlink import NETLINK_KOBJECT_UEVENT
-from pyroute2.netlink.uevent import MarshalUevent
+from common.text import DIGITS, consists_of
 
 __all__ = ["KvmEvent", "KvmEvents", "parse"]
 
+_NETLINK_KOBJECT_UEVENT = 15  # linux/netlink.h
 _GROUP_KERNEL = 1  # the other one is udev's
 _UEVENT_MAX = 8192  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE) and a path
 _MESSAGES_AT_ONCE = 64
+_MAX_PID_DIGITS = 9
 _KERNEL = 0  # as a netlink address
+_KINDS: dict[str, Literal["create", "destroy"]] = {"create": "create", "destroy": "destroy"}
+"""by what KVM calls them"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,12 @@ def parse(message: bytes) -> KvmEvent | None:
     """The event in one uevent message, None if it has nothing to do with KVM or isn't understood."""
     if message.startswith(b"libudev\0"):
         return None
-    try:
-        fields = next(iter(MarshalUevent().parse(message)))
-    except (ValueError, KeyError, TypeError):  # a field named as one of its own
-        return None
-    kind, pid = fields.get("EVENT"), fields.get("PID", "")
+    variables = message.decode("ascii", "replace").split("\0")[1:]
+    fields = {name: value for name, _, value in (variable.partition("=") for variable in variables)}
+    kind, pid = _KINDS.get(fields.get("EVENT", "")), fields.get("PID", "")
     if fields.get("SUBSYSTEM") != "misc" or not fields.get("DEVPATH", "").endswith("/kvm"):
         return None
-    if kind not in ("create", "destroy") or not (pid.isascii() and pid.isdigit() and len(pid) < 10):
+    if kind is None or not consists_of(pid, DIGITS, _MAX_PID_DIGITS):
         return None
     return KvmEvent(kind, int(pid))
 
@@ -59,7 +58,7 @@ class KvmEvents:
     def __init__(self) -> None:
         """Raises OSError."""
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_KOBJECT_UEVENT)
+        self._socket = socket.socket(socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT)
         try:
             self._socket.bind((0, _GROUP_KERNEL))
         except BaseException:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pytest
 
 from common.config import Transport
 from common.vfiouser import DEVICE_INFO, HEADER, MAX_DATA, REGION_INFO, Command, RegionFlag, RegionIndex
+from tests.support.fds import count_fds
+from tests.support.listenbench import STRANGER, as_user
 from tests.support.remotebench import LineDevice, RemoteBench
 from tests.support.vfiouserbench import VfioUserPeer
 
@@ -42,6 +45,40 @@ def mapped(
     with mmap.mmap(fd, size) as memory:
         os.close(fd)
         yield data[HEADER.size + REGION_INFO.size :], memory
+
+
+def fill(sock: socket.socket) -> None:
+    """Sends fds until the kernel refuses to."""
+    try:
+        while True:
+            socket.send_fds(sock, [b"x"], [0] * 50)
+    except OSError as error:
+        assert error.errno == errno.ETOOMANYREFS
+
+
+@contextmanager
+def too_many_fds_under_way() -> Iterator[None]:
+    """As many as a user may have open are sent and not received: the kernel lets none but root send more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, as_user(STRANGER):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count_fds(), hard))
+        try:
+            fill(ours)
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_can_not_be_sent_costs_the_session_and_is_called_a_shortage(
+    client: VfioUserPeer, bench: RemoteBench
+) -> None:
+    with too_many_fds_under_way():
+        client.send(Command.DEVICE_GET_REGION_INFO, REGION_INFO.pack(32, 0, 3, 0, 0, 0))
+        assert client.has_ended()
+    assert "a reply's fd can't be sent: Too many references" in bench.log.messages[-1]
+    with VfioUserPeer(bench, "vectors") as again, mapped(again, 3, 8192):
+        pass
 
 
 def test_device_info(peer: VfioUserPeer) -> None:

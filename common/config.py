@@ -6,7 +6,7 @@ The file, read by both daemons:
     name = "vm1"
     vm = "embedded"                 # proxyd's way to the VM
     allow-users = ["libvirt-qemu"]  # trusted besides root and the daemon's own user
-    poll-max-us = 50                # remoted's, as --poll-max-us
+    poll-max-us = 50                # as --poll-max-us
     [[device]]
     id = "com1"
     model = "pci-serial"            # remoted's
@@ -32,6 +32,8 @@ from common.errors import UntrustedError, UsageError
 from common.journal import printable
 from common.options import (
     COMMON_KEYS,
+    DEFAULT_POLL_US,
+    LONGEST_POLL_US,
     PROXYD,
     REMOTED,
     Keys,
@@ -60,9 +62,6 @@ __all__ = [
 ]
 
 _MAX_FD = (1 << 31) - 1
-_POLL_MAX_US = 50
-"""by measurement (tests/bench/README.md)"""
-_LONGEST_POLL_US = 1000
 _MAX_GSI = 4095
 """the last of KVM_MAX_IRQ_ROUTES (linux/kvm_host.h)"""
 
@@ -121,8 +120,8 @@ class VmConfig(NamedTuple):
     """uids that are trusted besides root and the daemon's own user (common.trust)"""
     unplug_on_exit: bool = False
     """for proxyd with ``qmp:``: whether the devices leave QEMU together with it"""
-    poll_max_us: int = _POLL_MAX_US
-    """for remoted: for how many microseconds the loop polls at most before it sleeps (common.polling); 0: never"""
+    poll_max_us: int = DEFAULT_POLL_US
+    """for how many microseconds remoted's loop, or a vCPU of proxyd's, polls at most before it sleeps; 0: never"""
     verbose: bool = False
     """whether messages for debugging are logged as well"""
     is_from_file: bool = False
@@ -179,18 +178,14 @@ def parse_proxyd(argv: Sequence[str] | None = None) -> VmConfig:
     config = _load(PROXYD, options)._replace(unplug_on_exit=options.unplug_on_exit)
     if config.unplug_on_exit and not config.vm.startswith("qmp:"):
         raise UsageError(f"--unplug-on-exit: only for --vm qmp:SOCKET, this is {config.vm}")
+    if options.poll_max_us is not None and ":" in config.vm:
+        raise UsageError(f"--poll-max-us: only for --vm embedded and soft, this is {config.vm}")
     return config
 
 
 def remoted_parser(*, has_models: bool = True) -> Parser:
     """The options of iohub-remoted, with --models if ``has_models``."""
     parser = make_parser(REMOTED)
-    parser.add_argument(
-        "--poll-max-us",
-        metavar="N",
-        help="poll for the next message for at most N microseconds before sleeping, adapted to the traffic; "
-        f"0 to {_LONGEST_POLL_US}, 0 turns polling off (default: {_POLL_MAX_US})",
-    )
     if has_models:
         parser.add_argument(
             "--models", action="store_true", help="list the models with their options and exit"
@@ -266,7 +261,9 @@ def _load(role: Role, options: argparse.Namespace) -> VmConfig:
         vm,
         _build(role, devices),
         allow_users=tuple(_user(user) for user in users),
-        poll_max_us=top["poll-max-us"].number("", _LONGEST_POLL_US) if "poll-max-us" in top else _POLL_MAX_US,
+        poll_max_us=top["poll-max-us"].number("", LONGEST_POLL_US)
+        if "poll-max-us" in top
+        else DEFAULT_POLL_US,
         verbose=options.verbose,
         is_from_file=options.config is not None,
     )

@@ -25,6 +25,7 @@ from common.errors import PeerGone, PeerTooSlow, ProtocolError, UntrustedError
 from common.framelink import FrameLink
 from common.mpqemu import HEADER, Command
 from common.peer import peer_credentials
+from common.polling import Events, Polling
 from common.trust import TRUST
 
 __all__ = ["Client", "Link"]
@@ -84,11 +85,19 @@ class Client:
     _disposals: ClassVar[defaultdict[str, Disposal]] = defaultdict(Disposal)
     """by the path of a device's socket"""
 
-    def __init__(self, sock: socket.socket, deadline: float, disposal: Disposal, path: str = "") -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        deadline: float,
+        disposal: Disposal,
+        path: str = "",
+        poll_limit: float = 0.0,
+    ) -> None:
         """Takes ownership of a connected UNIX stream socket; ``deadline`` in seconds bounds a round trip.
 
         ``disposal`` closes it, and fds that came over it. ``path`` is the device's socket, for the error of one
-        that hangs up before it has answered anything.
+        that hangs up before it has answered anything. For at most ``poll_limit`` seconds a request looks for its
+        answer before it sleeps (common.polling); 0: never.
         """
         sock.setblocking(False)
         refuse_fds(sock)
@@ -107,10 +116,12 @@ class Client:
         self._send = sock.send
         self._recvmsg_into = sock.recvmsg_into
         self._is_readable = self._poll.poll
+        self.polling = Polling(self._look, time.monotonic, poll_limit)
+        self._await = self.polling.wait if poll_limit else self._look
 
     @classmethod
-    def connect(cls, path: str, deadline: float) -> Client:
-        """Connects to a device's socket.
+    def connect(cls, path: str, deadline: float, poll_limit: float = 0.0) -> Client:
+        """Connects to a device's socket; ``poll_limit`` as above.
 
         Raises PeerGone when nobody listens there, or an untrusted user may, when no fd is left, or too many from
         there are still to be closed.
@@ -123,7 +134,7 @@ class Client:
             try:
                 sock.settimeout(deadline)
                 TRUST.connect(sock, path)
-                return cls(sock, deadline, disposal, path)
+                return cls(sock, deadline, disposal, path, poll_limit)
             except BaseException:
                 sock.close()
                 raise
@@ -187,7 +198,7 @@ class Client:
         expires = time.monotonic() + self.deadline
         self.send(command, payload)
         remaining = expires - time.monotonic()
-        if remaining <= 0 or not self._is_readable(remaining * 1000):
+        if remaining <= 0 or not self._await(remaining):
             raise self._too_slow(command, payload)
         have = self._read(self._whole)
         if have == _RET_SIZE and self._buffer.startswith(_RET_HEADER):  # nearly always
@@ -246,6 +257,9 @@ class Client:
             raise self._gone("the peer closed the link")
         if count > 0:
             raise ProtocolError("the peer sent an unexpected message")
+
+    def _look(self, seconds: float | None) -> Events:
+        return self._is_readable(None if seconds is None else seconds * 1000)
 
     def _gone(self, text: str) -> PeerGone:
         if self._path:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 __all__ = [
+    "DEFAULT_POLL_US",
     "DEVICE_OPTIONS",
+    "LONGEST_POLL_US",
     "PROXYD",
     "REMOTED",
     "Keys",
@@ -57,6 +59,9 @@ _WORD = LETTERS | DIGITS | {"-", "_"}
 _MAX_KEY = 64
 _MAX_ID = 32
 _MAX_DIGITS = 10
+DEFAULT_POLL_US = 50
+"""by measurement (tests/bench/README.md)"""
+LONGEST_POLL_US = 1000
 _LEAST_LIKENESS = 0.7
 """as difflib counts it: ``adr`` and ``address`` are meant to be ``addr``"""
 
@@ -97,6 +102,8 @@ class Role(NamedTuple):
     device: str
     """the syntax of ``--device``"""
     device_help: str
+    polling: str
+    """what ``--poll-max-us`` is about"""
     epilog: str
     """ends with an example"""
     keys: frozenset[str]
@@ -113,6 +120,7 @@ REMOTED = Role(
     "the connected socket that was inherited as fd N; addr defaults to the first slot from 02.0 upward that no "
     "other device given here or in the file has; transport is what its clients speak (default: mpqemu); "
     "msix=off hides MSI-X from the guest; repeat for more; ,, is a comma in a value",
+    "poll for the next message",
     """\
 models:
   NAME            edu, irq-line, nvme, pci-serial, or a model of an installed
@@ -142,6 +150,7 @@ PROXYD = Role(
     "defaults to the first slot from 02.0 upward that no other device given here or in the file has, even if "
     "QEMU has a device there; transport is as for iohub-remoted (default: mpqemu); gsi is required with pid:PID; "
     "repeat for more; ,, is a comma in a value",
+    "with embedded and soft only: poll for a device's answer",
     """\
 exit status: 0 after SIGTERM or SIGINT, or when the process of pid:PID has
 exited; 1 when the embedded guest died, or for a failure that may pass, such
@@ -229,6 +238,12 @@ def make_parser(role: Role) -> Parser:
         default=[],
         help="another user, by name or number, whose processes and directories are trusted besides root's and "
         "the daemon's own; repeat for more; replaces the file's allow-users",
+    )
+    parser.add_argument(
+        "--poll-max-us",
+        metavar="N",
+        help=f"{role.polling} for at most N microseconds before sleeping, adapted to the traffic; 0 to "
+        f"{LONGEST_POLL_US}, 0 turns polling off (default: {DEFAULT_POLL_US})",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="also log debug messages")
     parser.add_argument("--device", metavar=role.device, action="append", default=[], help=role.device_help)

@@ -86,6 +86,8 @@ def _make_status(proxy: FunctionState, remote: PeerCredentials | None) -> Functi
     times = proxy.answer_times
     if times is not None:
         status.answer_mean_us, status.answer_max_us = (round(seconds * 1e6) for seconds in times)
+    if proxy.polled_seconds is not None:
+        status.polled_ms = round(proxy.polled_seconds * 1e3)
     if remote is None:
         status.reason = one_line(proxy.reason or "not connected yet")
     else:

@@ -30,6 +30,9 @@ class FunctionState(Protocol):
     def answer_times(self) -> tuple[float, float] | None: ...
 
     @property
+    def polled_seconds(self) -> float | None: ...
+
+    @property
     def is_decoded(self) -> bool | None: ...
 
     @property

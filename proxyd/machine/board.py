@@ -98,6 +98,7 @@ class Board:
             self._keeper.lost,
             deadline=ROUND_TRIP_SECONDS,
             hung=self._hung,
+            poll_limit=self._config.poll_max_us / 1e6,
             ram=self._ram,
         )
 

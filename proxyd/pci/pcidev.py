@@ -65,11 +65,12 @@ class PciProxy:
         *,
         deadline: float,
         hung: set[int] | None = None,
+        poll_limit: float = 0.0,
         ram: Ram | None = None,
         is_powered_on: bool = False,
     ) -> None:
         """``path`` is the device's socket. A round trip lasts ``deadline`` seconds at most; ``hung`` is for
-        WaitBudget. The function may reach ``ram``.
+        WaitBudget, ``poll_limit`` for Client. The function may reach ``ram``.
 
         ``on_lost`` is called, by whichever thread notices, when an established link is lost. The link's fd
         stays open, and its number taken, until the control thread has forgotten it and calls reap().
@@ -88,6 +89,8 @@ class PciProxy:
         self.amiss = Amiss()
         self.path = path
         self._deadline = deadline
+        self._poll_limit = poll_limit
+        self._polled = 0.0  # seconds, over links that have ended
         self._ram = ram
         self.log = RateLimited(log)
         self._on_lost = on_lost
@@ -140,6 +143,12 @@ class PciProxy:
         """
         return self._budget.times
 
+    @property
+    def polled_seconds(self) -> float:
+        """For how long the guest's CPU has looked for answers before it slept."""
+        client = self._client  # the vCPU's thread may lose it at any time
+        return self._polled + (0.0 if client is None else client.polling.seconds)
+
     def fileno(self) -> int:
         """The link's fd; readable without a request under way it has ended, or should."""
         client = self._client  # the vCPU's thread may lose it at any time
@@ -155,7 +164,7 @@ class PciProxy:
         with self._lock:
             generation, reset_due, shadow = self._generation, self._reset_due, self._shadow[:]
         self._budget.check()
-        client = Client.connect(self.path, self._deadline)
+        client = Client.connect(self.path, self._deadline, self._poll_limit)
         self._connecting = client
         if self._aborted:
             raise PeerGone("the daemon ends")
@@ -330,6 +339,7 @@ class PciProxy:
         event = Event.REMOTE_TOO_SLOW if isinstance(error, PeerTooSlow) else Event.LINK_LOST
         self.log.warning("%s", self.reason, event=event, peer=self._peer)
         self._pair.close()
+        self._polled = self.polled_seconds
         self._lost, self._client = self._client, None
         self._on_lost(self)
 

@@ -42,7 +42,7 @@ _LONG_STOP_SECONDS = 0.01
 class _Function:
     """One device at remoted and its GSI."""
 
-    answer_times = None
+    answer_times = polled_seconds = None
     is_decoded = None
     """the guest asks a device nothing"""
 

@@ -38,7 +38,7 @@ class Function:
 
     pin = None
     gsi = None
-    answer_times = None
+    answer_times = polled_seconds = None
     is_decoded = None
     """all of them are QEMU's to know"""
 

@@ -34,10 +34,11 @@ LONG = 60.0
 class Asker:
     """A Client, and a peer that does something in its own thread."""
 
-    def __init__(self, deadline: float = LONG) -> None:
+    def __init__(self, deadline: float = LONG, poll_limit: float = 0.0) -> None:
         self.peer, sock = socket.socketpair()
         self.peer.settimeout(LONG)
-        self.client = Client(sock, deadline, Disposal())
+        self.client = Client(sock, deadline, Disposal(), poll_limit=poll_limit)
+        self.client.polling.window = poll_limit
         self._threads: list[threading.Thread] = []
 
     def peer_does(self, action: Callable[[], None]) -> None:
@@ -62,9 +63,9 @@ class Asker:
 
 
 @contextlib.contextmanager
-def open_asker(deadline: float = LONG) -> Iterator[Asker]:
+def open_asker(deadline: float = LONG, poll_limit: float = 0.0) -> Iterator[Asker]:
     before = count_fds()
-    asker = Asker(deadline)
+    asker = Asker(deadline, poll_limit)
     try:
         yield asker
     finally:
@@ -76,6 +77,34 @@ def open_asker(deadline: float = LONG) -> Iterator[Asker]:
 def asker() -> Iterator[Asker]:
     with open_asker() as asker:
         yield asker
+
+
+class Looking(Client):
+    """Counts how often it has looked for an answer without sleeping."""
+
+    looks = 0
+
+    def _look(self, seconds: float | None) -> list[tuple[int, int]]:
+        self.looks += seconds == 0
+        return super()._look(seconds)
+
+
+def test_an_answer_is_looked_for_before_it_sleeps() -> None:
+    peer, sock = socket.socketpair()
+    with peer, contextlib.closing(Looking(sock, LONG, Disposal(), poll_limit=LONG)) as client:
+        client.polling.window = LONG
+
+        def answer() -> None:
+            try:
+                wait_until(lambda: client.looks > 1, "it looks again and again")
+            finally:
+                peer.sendall(reply_frame(7))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert client.request(Command.PCI_CFGREAD, CONFIG.pack(0, 0, 4)) == 7
+        thread.join()
+        assert client.polling.found + client.polling.missed == 1
 
 
 @pytest.mark.parametrize("is_read", [True, False], ids=["end", "reset"])
@@ -275,8 +304,9 @@ def test_ret_that_nobody_asked_for_stops_a_message_without_reply(asker: Asker) -
         asker.client.send(Command.SYNC_SYSMEM, SYNC[16:])
 
 
-def test_silent_peer_costs_the_deadline() -> None:
-    with open_asker(deadline=0.02) as asker, pytest.raises(PeerGone, match=r"within 0\.02 s"):
+@pytest.mark.parametrize("poll_limit", [0.0, LONG], ids=["sleeps", "polls"])
+def test_silent_peer_costs_the_deadline(poll_limit: float) -> None:
+    with open_asker(0.02, poll_limit) as asker, pytest.raises(PeerGone, match=r"within 0\.02 s"):
         asker.client.request(Command.DEVICE_RESET)
 
 

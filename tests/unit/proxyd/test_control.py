@@ -142,6 +142,7 @@ def test_functions_without_a_remote(bench: Bench) -> None:
             "remote_name": None,
             "answer_mean_us": None,
             "answer_max_us": None,
+            "polled_ms": 0,
             "reason": f"no link: {bench.directory}/{name}.sock: No such file or directory",
         }
         for name, addr in ADDRESSES.items()
@@ -205,7 +206,7 @@ class Unlinked:
     def __init__(self, reason: str) -> None:
         self.reason = reason
         self.amiss = Amiss()
-        self.answer_times = None
+        self.answer_times = self.polled_seconds = None
         self.is_decoded = None
 
 

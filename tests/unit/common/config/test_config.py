@@ -67,9 +67,9 @@ def test_a_devices_msix_can_be_off(tmp_path: Path) -> None:
 def test_the_limit_of_polling_is_the_files_or_the_command_lines(tmp_path: Path, given: str) -> None:
     path = tmp_path / "vm1.toml"
     path.write_text(f'name = "vm1"\npoll-max-us = {given}\n')
-    assert parse_remoted(["--config", str(path)]).poll_max_us == int(given)
-    assert parse_remoted(["--config", str(path), "--poll-max-us", "70"]).poll_max_us == 70
-    assert parse_proxyd(["--config", str(path)]).vm == "embedded"
+    for parse in (parse_remoted, parse_proxyd):
+        assert parse(["--config", str(path)]).poll_max_us == int(given)
+        assert parse(["--config", str(path), "--poll-max-us", "70"]).poll_max_us == 70
 
 
 @pytest.mark.parametrize("given", ["-1", "1001", "5us", "", "1e2"])

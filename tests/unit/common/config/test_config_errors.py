@@ -278,6 +278,22 @@ def test_unplug_on_exit_is_for_qmp_alone() -> None:
             parse_proxyd([*argv, "--vm", vm])
 
 
+def test_polling_is_for_a_guest_of_proxyds_own(tmp_path: Path) -> None:
+    argv = ["--name", "vm1", "--poll-max-us", "20"]
+    for vm in ("embedded", "soft"):
+        assert parse_proxyd([*argv, "--vm", vm]).poll_max_us == 20
+    for vm in ("qmp:/x", "pid:1"):
+        with pytest.raises(
+            UsageError, match=rf"^--poll-max-us: only for --vm embedded and soft, this is {vm}$"
+        ):
+            parse_proxyd([*argv, "--vm", vm])
+    path = tmp_path / "vm1.toml"
+    path.write_text('name = "vm1"\npoll-max-us = 20\n')
+    assert parse_proxyd(["--config", str(path), "--vm", "qmp:/x"]).poll_max_us == 20, (
+        "it is remoted's as well"
+    )
+
+
 def test_runtime_dir_is_made_or_named_with_the_reason(tmp_path: Path) -> None:
     def make(path: Path) -> None:
         parse_remoted(["--name", "vm1", "--runtime-dir", str(path)]).make_runtime_dir()

@@ -88,7 +88,7 @@ class Bench:
         self.remote.start()
         return function
 
-    def proxy(self, *, is_powered_on: bool = False) -> PciProxy:
+    def proxy(self, *, is_powered_on: bool = False, poll_limit: float = 0.0) -> PciProxy:
         return PciProxy(
             "line",
             DEVFN,
@@ -97,6 +97,7 @@ class Bench:
             logging.getLogger("test"),
             self.lost.append,
             deadline=20.0,
+            poll_limit=poll_limit,
             is_powered_on=is_powered_on,
         )
 
@@ -341,6 +342,38 @@ def test_what_a_guest_has_programmed_is_there_after_a_reconnect(bench: Bench) ->
     bench.serve()
     link(proxy)
     assert {where: proxy.config_read(*where) for where in programmed} == programmed
+    proxy.close()
+    bench.remote.close()
+
+
+def test_the_time_of_polling_is_counted_over_all_links(bench: Bench) -> None:
+    bench.serve()
+    proxy = bench.proxy()
+    assert proxy.polled_seconds == 0
+    for seconds, total in ((1.5, 1.5), (2.0, 3.5)):
+        link(proxy)
+        assert proxy._client is not None
+        proxy._client.polling.seconds = seconds
+        assert proxy.polled_seconds == total
+        lose(proxy)
+        assert proxy.polled_seconds == total
+    proxy.close()
+    bench.remote.close()
+
+
+def test_each_link_polls_as_long_as_the_proxy_may(bench: Bench) -> None:
+    bench.serve()
+    proxy = bench.proxy(poll_limit=20.0)
+    link(proxy)
+    assert proxy._client is not None
+    polling = proxy._client.polling
+    for _ in range(1000):
+        polling.window = 20.0
+        assert proxy.config_read(0, 2) == LineDevice.VENDOR_ID
+        if polling.found or polling.missed:
+            break
+    else:
+        pytest.fail("each answer was there at the first look")
     proxy.close()
     bench.remote.close()
 

@@ -46,7 +46,7 @@ from common.options import (
     parse_device,
 )
 from common.output import emit
-from common.text import DIGITS, LETTERS, consists_of
+from common.text import DIGITS, LETTERS, consists_of, is_number
 from common.trust import MAX_SOCKET_PATH, TRUST, find_user
 
 __all__ = [
@@ -73,7 +73,6 @@ _LONGEST_NAME = "remoted.varlink"
 
 _NAME = LETTERS | DIGITS | {"_", ".", "-"}
 _MAX_NAME = 64
-_MAX_PID_DIGITS = 10
 
 
 class Transport(StrEnum):
@@ -298,7 +297,7 @@ def _is_vm(text: str) -> bool:
     if kind == "qmp":
         return rest != ""
     if kind == "pid":
-        return not rest.startswith("0") and consists_of(rest, DIGITS, _MAX_PID_DIGITS)
+        return not rest.startswith("0") and is_number(rest)
     return text in ("embedded", "soft")
 
 

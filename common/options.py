@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from common.errors import UsageError
 from common.journal import printable
 from common.output import emit
-from common.text import DIGITS, LETTERS, consists_of
+from common.text import DIGITS, LETTERS, consists_of, is_number
 from common.version import package_version
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ COMMON_KEYS = BOOLEAN_KEYS | INTEGER_KEYS | STRING_KEYS
 _WORD = LETTERS | DIGITS | {"-", "_"}
 _MAX_KEY = 64
 _MAX_ID = 32
-_MAX_DIGITS = 10
 DEFAULT_POLL_US = 50
 """by measurement (tests/bench/README.md)"""
 LONGEST_POLL_US = 1000
@@ -74,7 +73,7 @@ class Value(NamedTuple):
 
     def number(self, key: str, maximum: int) -> int:
         """An integer from 0 to the maximum. Raises UsageError, which begins with where and ``key``."""
-        if not consists_of(self.text, DIGITS, _MAX_DIGITS) or int(self.text) > maximum:
+        if not is_number(self.text) or int(self.text) > maximum:
             raise UsageError(f"{self.where}: {key}{self.text!r} is not an integer from 0 to {maximum}")
         return int(self.text)
 

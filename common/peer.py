@@ -7,14 +7,13 @@ import socket
 import struct
 from typing import NamedTuple
 
-from common.text import DIGITS, consists_of
+from common.text import is_number
 
 __all__ = ["PeerCredentials", "is_dying", "parse_pid", "peer_credentials"]
 
 _PF_EXITING = 0x4  # include/linux/sched.h
 _SIGKILL_BIT = 1 << 8
 """of a signal mask in /proc/PID/status"""
-_MAX_PID_DIGITS = 10
 
 
 class PeerCredentials(NamedTuple):
@@ -58,7 +57,7 @@ def parse_pid(peer: str) -> int | None:
     elif peer.startswith("pid "):
         start = len("pid ")
     number = peer[start:].removesuffix("]")
-    return int(number) if start and consists_of(number, DIGITS, _MAX_PID_DIGITS) else None
+    return int(number) if start and is_number(number) else None
 
 
 def is_dying(pid: int) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from common.errors import UntrustedError, UsageError
 from common.journal import printable
 from common.peer import peer_credentials
-from common.text import DIGITS, consists_of
+from common.text import is_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,6 @@ _MAX_LINKS = 40
 MAX_SOCKET_PATH = 107
 """bytes of sun_path (unix(7)) less its terminating null"""
 _MAX_UID = (1 << 32) - 2
-_MAX_UID_DIGITS = 10
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -151,7 +150,7 @@ TRUST = Trust()
 
 def find_user(name: str) -> int:
     """The uid of a user, given by name or number. Raises UsageError for one that doesn't exist."""
-    if consists_of(name, DIGITS, _MAX_UID_DIGITS) and int(name) <= _MAX_UID:
+    if is_number(name) and int(name) <= _MAX_UID:
         return int(name)
     try:
         return pwd.getpwnam(name).pw_uid

@@ -13,7 +13,7 @@ import socket
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from common.text import DIGITS, consists_of
+from common.text import is_number
 
 __all__ = ["KvmEvent", "KvmEvents", "parse"]
 
@@ -21,7 +21,6 @@ _NETLINK_KOBJECT_UEVENT = 15  # linux/netlink.h
 _GROUP_KERNEL = 1  # the other one is udev's
 _UEVENT_MAX = 8192  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE) and a path
 _MESSAGES_AT_ONCE = 64
-_MAX_PID_DIGITS = 9
 _KERNEL = 0  # as a netlink address
 _KINDS: dict[str, Literal["create", "destroy"]] = {"create": "create", "destroy": "destroy"}
 """by what KVM calls them"""
@@ -47,7 +46,7 @@ def parse(message: bytes) -> KvmEvent | None:
     kind, pid = _KINDS.get(fields.get("EVENT", "")), fields.get("PID", "")
     if fields.get("SUBSYSTEM") != "misc" or not fields.get("DEVPATH", "").endswith("/kvm"):
         return None
-    if kind is None or not consists_of(pid, DIGITS, _MAX_PID_DIGITS):
+    if kind is None or not is_number(pid):
         return None
     return KvmEvent(kind, int(pid))
 

@@ -7,13 +7,14 @@ import os
 import socket
 import statistics
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from common import mpqemu
 from common.disposal import Disposal
 from common.link import Client
 from common.mpqemu import Command
+from common.options import DEFAULT_POLL_US
 from tests.bench.candidates import Candidate, Remote
 from tests.bench.exchanges import exchange_times
 from tests.support.matrix import OURS, STOCK, Cell
@@ -45,22 +46,29 @@ def raise_to_handler(rounds: int, directory: Path) -> dict[str, float]:
 
 
 def measure_client(candidate: Candidate, rounds: int, count: int, directory: Path) -> dict[str, float]:
-    """Microseconds of a config read (p50): by common.link.Client, and by the C client, in turns."""
-    times: dict[str, list[float]] = {"Client": [], "C client": []}
-    with Remote(candidate, directory) as remote:
-        copy = socket.socket(fileno=os.dup(remote.link.fileno()))
-        client = Client(copy, 20.0, Disposal())
-        payload = mpqemu.CONFIG.pack(0, 0, 4)
+    """Microseconds of a config read (p50), by common.link.Client as proxyd has it, and others in turns with it."""
+    times: dict[str, list[float]] = {"Client": [], "Client, polling off": [], "C client": []}
+    with Remote(candidate, directory) as remote, ExitStack() as stack:
+        clients = []
+        for limit in (DEFAULT_POLL_US / 1e6, 0.0):
+            copy = socket.socket(fileno=os.dup(remote.link.fileno()))
+            clients.append(Client(copy, 20.0, Disposal(), poll_limit=limit))
+            stack.callback(clients[-1].close_own_copy)
         for _ in range(rounds):
-            own = []
             remote.link.setblocking(False)  # of the shared description
-            for _ in range(count):
-                begin = time.perf_counter()
-                client.request(Command.PCI_CFGREAD, payload)
-                own.append(time.perf_counter() - begin)
+            for name, client in zip(times, clients, strict=False):
+                times[name].append(_median_of_requests(client, count))
             remote.link.setblocking(True)
-            times["Client"].append(statistics.median(own) * 1e6)
             theirs = exchange_times(remote, "config-read", 200, count, -1)
             times["C client"].append(statistics.median(theirs) / 1000)
-        client.close_own_copy()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _median_of_requests(client: Client, count: int) -> float:
+    payload = mpqemu.CONFIG.pack(0, 0, 4)
+    own = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        client.request(Command.PCI_CFGREAD, payload)
+        own.append(time.perf_counter() - begin)
+    return statistics.median(own) * 1e6

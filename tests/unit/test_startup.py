@@ -87,13 +87,29 @@ def loaded_by_proxyd(way: str) -> set[str]:
 
 @pytest.mark.parametrize("way", ["embedded.embedded", "pid.attached", "soft.soft"])
 def test_proxyd_loads_neither_asyncio_nor_what_answers_calls_unless_it_has_a_monitor(way: str) -> None:
-    unwanted = {"asyncio", "asyncvarlink", "json", "shutil", "ssl", "subprocess"}
+    unwanted = {"asyncio", "asyncvarlink", "json", "pyroute2", "shutil", "ssl", "subprocess"}
     assert not loaded_by_proxyd(way) & unwanted
 
 
 @pytest.mark.parametrize("way", ["embedded.embedded", "pid.attached"])
 def test_proxyd_does_not_load_dataclasses_with_all_that_takes_code_apart(way: str) -> None:
     assert not loaded_by_proxyd(way) & {"ast", "dataclasses", "dis", "inspect"}
+
+
+EVENTS = """
+import sys
+from proxyd.vm.qmp import plugger, uevents
+for message in sys.argv[1:]:
+    event = uevents.parse(message.replace(" ", "\\0").encode())
+    print(event and event.kind, "pyroute2" in sys.modules)
+"""
+
+
+def test_proxyd_loads_pyroute2_with_the_first_of_kvms_events() -> None:
+    kvm = "change@/devices/virtual/misc/kvm DEVPATH=/devices/virtual/misc/kvm SUBSYSTEM=misc EVENT=create PID=42 "
+    command = [sys.executable, "-c", EVENTS, kvm.replace("kvm", "fuse"), kvm]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == ["None False", "create True"]
 
 
 def loaded_by_python() -> set[str]:

@@ -45,6 +45,8 @@ class TestLogs:
             completion = nvme.run(queue, 0x02, nsid=1, prp1=nvme.allocate(), cdw10=5000 + i)
             assert (completion.status, completion.flags) == (0x80, MORE | DO_NOT_RETRY)
             cids.append(completion.cid)
+        media_errors, entries = struct.unpack_from("<Q8xQ8x", log_page(nvme, 2), 160)
+        assert (media_errors, entries) == (0, 20)
         page = log_page(nvme, 1, 2048)
         assert page[1024:] == bytes(1024), "16 are kept"
         for i in range(16):

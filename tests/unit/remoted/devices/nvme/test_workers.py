@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
@@ -11,6 +13,7 @@ import pytest
 
 from common.loop import Loop
 from remoted.devices.nvme.workers import Workers
+from tests.support.checkout import ROOT
 from tests.support.steploop import run_until
 from tests.support.wait import wait_until
 
@@ -72,8 +75,13 @@ def test_more_jobs_than_threads_wait_for_one(pool: Pool) -> None:
         pool.submit(number)
     wait_until(lambda: len(pool.begun) == MOST, "each thread has a job")
     assert pool.workers._alive == MOST
-    pool.finish(MOST + 2)
+    pool.may_end.release(MOST)
+    wait_until(lambda: len(pool.workers._results) == MOST, "results wait to be delivered together")
+    run_until(pool.loop, lambda: pool.results)
+    assert not pool.workers.is_idle
+    pool.finish(2)
     assert sorted(pool.results) == list(range(MOST + 2))
+    assert pool.workers.is_idle
 
 
 def test_a_thread_that_can_not_be_started_is_missed_only_without_any(
@@ -111,3 +119,12 @@ def test_close_is_over_after_the_last_present_job_and_no_other_begins(pool: Pool
     wait_until(lambda: pool.ends, "all threads have ended")
     pool.loop.step(0)
     assert (pool.ends, len(pool.begun), pool.results) == ([0], MOST, [])
+
+
+def test_a_process_does_not_wait_for_a_job_when_it_ends() -> None:
+    script = (
+        "import threading\n"
+        "from remoted.devices.nvme.workers import Workers\n"
+        "Workers(lambda call: None).submit(threading.Event().wait, lambda result, error: None)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], timeout=20, check=True, cwd=ROOT)

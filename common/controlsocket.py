@@ -24,14 +24,13 @@ from select import EPOLLET, EPOLLIN, EPOLLOUT
 from typing import TYPE_CHECKING
 
 from common.disposal import Disposal
-from common.errors import ProtocolError, UntrustedError, UsageError
+from common.errors import ProtocolError, UsageError
 from common.journal import RateLimited
 from common.listen import UnixListener
 from common.loop import Loop
 from common.messages import Event
 from common.peer import peer_credentials
 from common.socketpath import SocketInUse
-from common.trust import TRUST
 
 if TYPE_CHECKING:
     from asyncvarlink import VarlinkInterface
@@ -103,12 +102,11 @@ class ControlServer:
         For another thread to call while the loop's thread is busy. Clients that were accepted before have to wait.
         """
         for _ in range(_MAX_CLIENTS):
-            with contextlib.suppress(OSError, UntrustedError):
+            with contextlib.suppress(OSError):
                 sock = self._listener.accept()
-                if sock is None:
-                    return
+                if sock is None:  # nobody waits, or who did is not trusted
+                    continue
                 with sock:
-                    TRUST.check_peer(sock)
                     sock.settimeout(_REFUSAL_SECONDS)
                     if sock.recv(MAX_MESSAGE):
                         sock.sendall(make_reply())

@@ -94,21 +94,22 @@ class Peer:
             self._bench.loop.step()
 
     def replies(self) -> list[dict[str, object]]:
-        """The replies that are here."""
+        """The replies that are here and that reply() has not returned."""
         with contextlib.suppress(BlockingIOError):
             while data := self.sock.recv(1 << 16):
                 self._received += data
         *whole, self._received = self._received.split(b"\0")
-        return [json.loads(reply) for reply in whole]
+        replies = [*self._pending, *(json.loads(reply) for reply in whole)]
+        self._pending = []
+        return replies
 
     def reply(self) -> dict[str, object]:
         """The next reply, for which the loop is stepped."""
-        self._pending += self.replies()
-        while not self._pending:
+        while not (replies := self.replies()):
             assert not self.is_hung_up(), "the server hung up instead of replying"
             self._bench.wait()
-            self._pending += self.replies()
-        return self._pending.pop(0)
+        first, *self._pending = replies
+        return first
 
     def is_hung_up(self) -> bool:
         try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UntrustedError, UsageError
-from common.trust import Trust, find_user
+from common.trust import Trust, _private_group, find_user
 from tests.support.fds import no_fd_is_left
 
 STRANGER = 54321
@@ -118,6 +119,22 @@ def test_a_group_with_no_other_member_is_no_reason(place: Path) -> None:
         Trust().check_directory(place)
 
 
+@pytest.mark.parametrize(
+    ("name", "members"), [("root", ["somebody"]), ("wheel", [])], ids=["a member", "not the user's own"]
+)
+def test_a_group_that_others_may_be_in_is_a_reason(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, members: list[str]
+) -> None:
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, members)))
+    place.chmod(0o775)
+    _private_group.cache_clear()
+    try:
+        with pytest.raises(UntrustedError, match="can be written by group 0"):
+            Trust().check_directory(place)
+    finally:
+        _private_group.cache_clear()
+
+
 def test_a_user_whom_an_acl_lets_write_counts_also_where_the_group_does_not(place: Path) -> None:
     user = pwd.getpwuid(0)
     if grp.getgrgid(user.pw_gid).gr_mem or grp.getgrgid(user.pw_gid).gr_name != user.pw_name:
@@ -150,6 +167,39 @@ def test_symbolic_links_in_a_circle_and_files_that_are_missing_are_errors_of_the
     for path in (place / "circle", place / "missing" / "s", place / "missing"):
         with pytest.raises(OSError, match=path.name[0]):
             Trust().check_socket(path)
+
+
+@pytest.mark.parametrize("links", [40, 41])
+def test_as_many_symbolic_links_are_followed_as_the_kernel_follows(place: Path, links: int) -> None:
+    os.symlink("inner", place / "link0")
+    for number in range(1, links):
+        os.symlink(f"link{number - 1}", place / f"link{number}")
+    path = place / f"link{links - 1}"
+    errors = []
+    for look in (os.stat, Trust().check_directory):
+        try:
+            look(path)
+            errors.append(0)
+        except OSError as error:
+            errors.append(error.errno or -1)
+    assert errors == [0 if links == 40 else errno.ELOOP] * 2
+
+
+@pytest.mark.parametrize("length", [107, 108])
+def test_a_path_that_is_too_long_for_a_socket_is_told_by_its_errno(length: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory, socket.socket(socket.AF_UNIX) as sock:
+        path = directory + "/" + "x" * (length - len(directory) - 1)
+        with pytest.raises(OSError, match=r"No such|too long") as error:
+            Trust().connect(sock, path)
+    assert error.value.errno == (errno.ENOENT if length == 107 else errno.ENAMETOOLONG)
+
+
+def test_root_and_oneself_are_trusted_and_nobody_else() -> None:
+    os.seteuid(STRANGER)
+    try:
+        assert [Trust().includes(uid) for uid in (0, STRANGER, STRANGER + 1)] == [True, True, False]
+    finally:
+        os.seteuid(0)
 
 
 LISTENER = """

@@ -79,6 +79,13 @@ def test_the_longest_message_is_answered(bench: Bench) -> None:
             assert "parameters" in peer.reply()
 
 
+def test_parameters_may_be_null(bench: Bench) -> None:
+    """As in what some clients send for a method that has none."""
+    with bench.connect() as peer:
+        peer.send(STATUS[:-2] + b', "parameters": null}\0')
+        assert "parameters" in peer.reply()
+
+
 def test_a_one_way_call_has_no_reply_be_it_an_error(bench: Bench) -> None:
     one_way = b'{"method": "org.iohub.Remoted.%s", "oneway": true%s}\0'
     with bench.connect() as peer:

@@ -53,14 +53,23 @@ def test_an_answer_that_is_no_reply_is_an_error(tmp_path: Path, answer: bytes) -
         loop.close()
 
 
-def test_a_daemon_that_hangs_up_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("is_read", "line"), [(True, "it closed the connection without an answer"), (False, "Connection reset")]
+)
+def test_a_daemon_that_hangs_up_is_gone(tmp_path: Path, is_read: bool, line: str) -> None:
     path = str(tmp_path / "fake")
     loop = Loop()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        loop.add(listener.fileno(), lambda _events: listener.accept()[0].close())
-        with running(loop), pytest.raises(PeerGone, match="fake: "):
+
+        def on_connect(_events: int) -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(4096 if is_read else 1)
+
+        loop.add(listener.fileno(), on_connect)
+        with running(loop), pytest.raises(PeerGone, match=f"fake: {line}"):
             call(path, f"{Remoted.name}.Status")
         loop.close()
 

@@ -134,6 +134,7 @@ def test_a_caller_that_hangs_up_while_its_call_waits_does_not_keep_the_loop_busy
 
 def test_loading_leaves_collector_and_interpreter_as_they_were(bench: Bench) -> None:
     before = sys.getswitchinterval(), gc.isenabled()
+    assert before[1], "no test before has left it off"
     with bench.connect() as sock:
         sock.sendall(CALL)
         bench.step_until(lambda: bench.loads)
@@ -169,6 +170,23 @@ def test_what_cannot_be_loaded_costs_its_callers_the_connection_and_is_tried_aga
         silent.sendall(CALL)
         bench.step_until(lambda: received(silent))
     assert bench.loads == 2
+
+
+def test_without_a_thread_to_load_it_in_the_caller_loses_the_connection_and_may_come_again(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    bench.may_load.set()
+    with monkeypatch.context() as patch, bench.connect() as caller:
+        patch.setattr(threading.Thread, "start", refuse)
+        caller.sendall(CALL)
+        bench.step_until(lambda: received(caller) == b"")
+    assert caplog.messages == ["control socket: no call can be answered: can't start new thread"]
+    with bench.connect() as caller:
+        caller.sendall(CALL)
+        bench.step_until(lambda: received(caller))
 
 
 def test_a_server_may_be_closed_while_it_loads(bench: Bench) -> None:

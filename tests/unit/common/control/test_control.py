@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -33,45 +35,50 @@ def test_call_to_nobody_names_the_path_and_keeps_the_cause(tmp_path: Path) -> No
     assert isinstance(error.value.__cause__, FileNotFoundError)
 
 
+class FakeDaemon:
+    """What listens where a daemon would, and what it does with a client."""
+
+    def __init__(self, directory: Path, serve: Callable[[Loop, socket.socket], None]) -> None:
+        self._path = directory / "fake"
+        self._loop = Loop()
+        self._serve = serve
+        self._stack = contextlib.ExitStack()
+        self._listener = self._stack.enter_context(socket.socket(socket.AF_UNIX))
+        self._listener.bind(str(self._path))
+        self._listener.listen()
+        self._loop.add(self._listener.fileno(), self._on_connect)
+
+    def call(self) -> None:
+        """Raises what a call to it raises."""
+        with self._stack, closing(self._loop), running(self._loop):
+            call(self._path, f"{Remoted.name}.Status")
+
+    def _on_connect(self, _events: int) -> None:
+        self._serve(self._loop, self._stack.enter_context(self._listener.accept()[0]))
+
+
 @pytest.mark.parametrize("answer", [b"junk\0", b"5\0", b"[]\0", b"[" * 50_000 + b"\0"])
 def test_an_answer_that_is_no_reply_is_an_error(tmp_path: Path, answer: bytes) -> None:
-    path = str(tmp_path / "fake")
-    loop = Loop()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
+    def serve(_loop: Loop, sock: socket.socket) -> None:
+        sock.recv(4096)
+        sock.sendall(answer)
 
-        def on_connect(_events: int) -> None:
-            sock, _ = listener.accept()
-            with sock:
-                sock.recv(4096)
-                sock.sendall(answer)
-
-        loop.add(listener.fileno(), on_connect)
-        with running(loop), pytest.raises(ProtocolError, match="not a reply to"):
-            call(path, f"{Remoted.name}.Status")
-        loop.close()
+    with pytest.raises(ProtocolError, match="not a reply to"):
+        FakeDaemon(tmp_path, serve).call()
 
 
 @pytest.mark.parametrize(
-    ("is_read", "line"), [(True, "it closed the connection without an answer"), (False, "Connection reset")]
+    ("size", "line"), [(4096, "it closed the connection without an answer"), (1, "Connection reset")]
 )
-def test_a_daemon_that_hangs_up_is_gone(tmp_path: Path, is_read: bool, line: str) -> None:
-    path = str(tmp_path / "fake")
-    loop = Loop()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
+def test_a_daemon_that_hangs_up_is_gone(tmp_path: Path, size: int, line: str) -> None:
+    """After the whole call, or a part of it, was read."""
 
-        def on_connect(_events: int) -> None:
-            sock, _ = listener.accept()
-            with sock:
-                sock.recv(4096 if is_read else 1)
+    def serve(_loop: Loop, sock: socket.socket) -> None:
+        sock.recv(size)
+        sock.close()
 
-        loop.add(listener.fileno(), on_connect)
-        with running(loop), pytest.raises(PeerGone, match=f"fake: {line}"):
-            call(path, f"{Remoted.name}.Status")
-        loop.close()
+    with pytest.raises(PeerGone, match=f"fake: {line}"):
+        FakeDaemon(tmp_path, serve).call()
 
 
 DISHONEST = {
@@ -86,24 +93,15 @@ def test_a_reply_without_an_end_is_waited_for_no_longer_than_a_call_may_take(
 ) -> None:
     if len(piece) == 1:
         monkeypatch.setattr("common.control._CALL_SECONDS", 0.3)
-    loop = Loop()
-    with contextlib.ExitStack() as stack, socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "fake"))
-        listener.listen()
 
-        def on_connect(_events: int) -> None:
-            send(stack.enter_context(listener.accept()[0]))
+    def serve(loop: Loop, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.send(piece)
+            loop.call_later(0.01 if len(piece) == 1 else 0, lambda: serve(loop, sock))
 
-        def send(sock: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                sock.setblocking(False)
-                with contextlib.suppress(BlockingIOError):
-                    sock.send(piece)
-                loop.call_later(0.01 if len(piece) == 1 else 0, lambda: send(sock))
-
-        loop.add(listener.fileno(), on_connect)
-        started = time.monotonic()
-        with running(loop), pytest.raises((ProtocolError, PeerGone), match=f"fake: {line}"):
-            call(tmp_path / "fake", "org.iohub.Remoted.Status")
-        assert time.monotonic() - started < 4
-        loop.close()
+    started = time.monotonic()
+    with pytest.raises((ProtocolError, PeerGone), match=f"fake: {line}"):
+        FakeDaemon(tmp_path, serve).call()
+    assert time.monotonic() - started < 4

@@ -83,7 +83,8 @@ and the kernel's KVM about the VM's process. With ADDR only those of the daemons
 
 T is a time, such as 2026-01-31, '2026-01-31 12:00' or 2026-01-31T12:00:00Z, or how long ago: 90s, 10m, 2h, 1d.
 
---explain needs iohub's message catalog, which `make install` puts into place: `journalctl --update-catalog`.
+--explain needs iohub's message catalog. It is installed with the programs, and `journalctl --update-catalog` has
+the journal read it.
 
 exit status:
   0    done
@@ -190,7 +191,9 @@ def make_ctl_parser(argv: Sequence[str]) -> Parser:
     )
     log.add_argument("--follow", action="store_true", help="go on with new lines until Ctrl+C")
     log.add_argument(
-        "--since", metavar="T", help="begin at this time (default: with the journal; with --follow, now)"
+        "--since",
+        metavar="T",
+        help="begin at this time (default: the journal's first line; with --follow, now)",
     )
     log.add_argument(
         "--explain", action="store_true", help="print the catalog's explanation below each line that has one"

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 import pytest
 
-from common.disposal import Disposal
+from common.disposal import Disposal, count_unread
 from common.errors import ProtocolError
 from common.fields import buffer, register
 from common.mpqemu import BAR, CONFIG, HEADER, RET, Command, request_frame
@@ -76,10 +76,11 @@ class Process:
         """Handles what is there, and before it, once, what the process before has left."""
         command, self.link.taken = self.link.taken, -1
         while command >= 0 or (command := self.link.receive()) >= 0:
-            self._handle(command)
+            self.handle(command)
             command = -1
 
-    def _handle(self, command: int) -> None:
+    def handle(self, command: int) -> None:
+        """Handles the request that was received."""
         if command == Command.PCI_CFGWRITE:
             addr, value, size = CONFIG.unpack_from(self.link.payload)
             self.link.reply(not self.function.bus_config_write(addr, size, value))
@@ -223,6 +224,33 @@ def test_kill_of_the_successor_too(bench: Bench, stride: int) -> None:
         assert successor.function.count == count, f"killed at line {line}, then at {second}"
         successor.vanish()
         line += 1
+
+
+def test_a_request_has_left_the_socket_before_it_is_handled(bench: Bench) -> None:
+    """A client that sleeps in recvmsg(2) wakes up meanwhile."""
+    process = Process(bench.files).start()
+    for value in range(3):
+        bench.client.sendall(write_frame(value))
+        command = process.link.receive()
+        assert count_unread(process.link.fileno()) == 0
+        process.handle(command)
+        assert bench.reply() == 0
+    process.vanish()
+
+
+def test_what_has_no_reply_is_in_the_socket_until_it_has_been_handled(bench: Bench) -> None:
+    """Its files may not be in the fd store before."""
+    process = Process(bench.files).start()
+    bench.request(Command.SET_IRQFD, b"")
+    for _ in range(2):
+        assert process.link.receive() == Command.SET_IRQFD
+        assert count_unread(process.link.fileno()) == HEADER.size
+        process.vanish()
+        process = Process(bench.files).start()
+    assert process.link.receive() == Command.SET_IRQFD
+    assert process.link.receive() == -1
+    assert count_unread(process.link.fileno()) == 0
+    process.vanish()
 
 
 def test_what_has_no_reply_is_not_lost_behind_what_has(bench: Bench) -> None:

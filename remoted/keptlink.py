@@ -5,20 +5,22 @@ The state file (remoted.state) has room for two requests, a slot for even serial
 request goes these steps:
 
 1. It is looked at (MSG_PEEK): bytes and fds stay in the socket.
-2. It is taken out of the socket, by a single read into the slot of its number.
-3. The function handles it.
+2. The function handles it.
+3. It is taken out of the socket, by a single read into the slot of its number.
 4. The slot of the next number is cleared.
 5. State, reply and serial number become valid together (FunctionState.commit_reply()).
 6. The reply is written into the pipe, and from there spliced into the socket.
 
-A successor finds out how far its predecessor came. Up to step 2 the socket still has the request. From there up to
+A successor finds out how far its predecessor came. Up to step 3 the socket still has the request. From there up to
 step 5 it is in the slot of the number after the valid one: the successor does it again, before it receives
 anything or judges an EOI. After that, a socket can't tell whether the reply was sent; the pipe is empty exactly
 when it was.
 
-The request is taken before it is handled because its sender may sleep in recvmsg(2). When a buffer is freed, the
-kernel wakes whoever sleeps at the socket that it was sent from, also a reader (sock_wfree() in net/core/sock.c,
-unix_write_space() in net/unix/af_unix.c). So the sender's CPU wakes up while the request is handled.
+Step 3 is where it is for speed. The sender may sleep in recvmsg(2). When a buffer is freed, the kernel wakes
+whoever sleeps at the socket that it was sent from, also a reader (sock_wfree() in net/core/sock.c,
+unix_write_space() in net/unix/af_unix.c). If the request is taken after step 5, the sender's CPU wakes up too late
+for the reply. If it is taken before step 2, the wake-up delays the interrupts of the function, and the CPU may be
+idle again when the reply comes.
 
 What has no reply (SYNC_SYSMEM, SET_IRQFD) may be done twice. It is taken out of the socket, into no slot, once the
 fd store has its files.
@@ -67,28 +69,14 @@ class KeptLink(KeptFrameLink):
         self._reply = bytearray(mpqemu.reply_frame(0))
         super().__init__(sock, pipe, state, disposal)
 
-    def receive(self) -> int:
-        """As KeptFrameLink; a request that has a reply is taken out of the socket."""
-        command = super().receive()
-        if command in _SIZES:
-            state, length, self._frame = self._state, self._frame, 0
-            slot = state.slots[state.serial + 1 & 1]
-            count = 0
-            if self._is_bare:
-                try:
-                    count = self._recv_into(slot, length)
-                except OSError as error:
-                    raise PeerGone(f"reading the link: {error.strerror}") from error
-            if count < length:
-                self._read(slot[count:length])
-        return command
-
     def reply(self, value: int) -> None:
         """Makes the function's state valid, and sends a RET with a u64.
 
         Raises PeerGone; ProtocolError when the peer floods without reading its replies.
         """
         state = self._state
+        if self._frame:
+            self._take()
         state.clear_slot(state.serial + 2)
         state.commit_reply(value)
         self._fill_pipe()
@@ -145,6 +133,19 @@ class KeptLink(KeptFrameLink):
     def _consume(self) -> None:
         length, self._frame = self._frame, 0
         self._read(self._view[:length])
+
+    def _take(self) -> None:
+        """As _consume(), into the slot."""
+        length, self._frame = self._frame, 0
+        slot = self._state.slots[self._state.serial + 1 & 1]
+        count = 0
+        if self._is_bare:
+            try:
+                count = self._recv_into(slot, length)
+            except OSError as error:
+                raise PeerGone(f"reading the link: {error.strerror}") from error
+        if count < length:
+            self._read(slot[count:length])
 
     def _read(self, content: memoryview) -> None:
         """Reads so many bytes, which are in the socket, and closes the fds that come with them."""

@@ -226,15 +226,27 @@ def test_kill_of_the_successor_too(bench: Bench, stride: int) -> None:
         line += 1
 
 
-def test_a_request_has_left_the_socket_before_it_is_handled(bench: Bench) -> None:
-    """A client that sleeps in recvmsg(2) wakes up meanwhile."""
+def test_when_a_request_is_taken_out_of_the_socket(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the function has handled it, and before its state becomes valid: see keptlink."""
     process = Process(bench.files).start()
+    unread = []
+
+    def write(function: Counter, *access: int) -> None:
+        unread.append(count_unread(process.link.fileno()))
+        bar_write(function, *access)
+
+    def commit(state: FunctionState, reply: int) -> None:
+        unread.append(count_unread(process.link.fileno()))
+        commit_reply(state, reply)
+
+    bar_write, commit_reply = Counter.bar_write, FunctionState.commit_reply
+    monkeypatch.setattr(Counter, "bar_write", write)
+    monkeypatch.setattr(FunctionState, "commit_reply", commit)
     for value in range(3):
         bench.client.sendall(write_frame(value))
-        command = process.link.receive()
-        assert count_unread(process.link.fileno()) == 0
-        process.handle(command)
+        process.serve()
         assert bench.reply() == 0
+    assert unread == [len(write_frame(0)), 0] * 3
     process.vanish()
 
 

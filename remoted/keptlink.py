@@ -63,7 +63,7 @@ class KeptLink(KeptFrameLink):
         self.taken = -1
         """the command of a request that an earlier process has taken, but not done; -1: there is none
 
-        Its payload is that of a received one. It is to be handled before the first receive().
+        ``payload`` is its payload. It is to be handled before the first receive().
         """
         self._recv_into = sock.recv_into
         self._reply = bytearray(mpqemu.reply_frame(0))

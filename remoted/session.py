@@ -59,7 +59,8 @@ class Session(ClientSession):
         self._payload = self._link.payload
         self._order_eoi(pirq.resamplefd)
         if not isinstance(self._link, Link) and self._link.taken >= 0:
-            # In the loop, where a device that hangs is noticed. Nothing overtakes it: see remoted.keptlink.
+            # In the loop, as any other request: a device that hangs in it doesn't hang the start. It comes before
+            # further requests and before EOIs: see remoted.keptlink.
             self._hold()
             loop.call_later(0, partial(self._redo, self._link.taken))
 
@@ -76,7 +77,7 @@ class Session(ClientSession):
         }
 
     def _redo(self, command: int) -> None:
-        """Handles the request that the process before this one was killed in."""
+        """Handles the request that the process before this one had taken out of the socket, but not done."""
         if self._link.closed:
             return
         try:

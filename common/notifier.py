@@ -21,6 +21,7 @@ from common.eventsignal import EventSignal
 __all__ = ["EventNotifier", "adopt_eventfd", "adopt_pair", "is_eventfd"]
 
 _EVENTFD = "anon_inode:[eventfd]"
+_preadv, _RWF_NOWAIT = os.preadv, os.RWF_NOWAIT
 
 
 class EventNotifier:
@@ -65,7 +66,7 @@ class EventNotifier:
     def test_and_clear(self) -> bool:
         """Whether events were pending, any number of them; none is afterwards."""
         try:
-            os.preadv(self._fd, self._buffers, -1, os.RWF_NOWAIT)
+            _preadv(self._fd, self._buffers, -1, _RWF_NOWAIT)
         except BlockingIOError:
             return False
         return True

@@ -95,13 +95,13 @@ class Pirq(Line):
         if asserted:
             self.level += 1
             if self.level == 1:
-                self.raised += 1
                 if self._irqfd is not None and self._resamplefd is not None:
                     # An EOI from before the rise is consumed here. Otherwise it would assert the line a second
                     # time, perhaps after the guest has served the first assertion.
                     if self._resamplefd.is_set():
                         self.resamples += self._resamplefd.test_and_clear()
                     self._irqfd.set()
+                self.raised += 1
         elif self.level:
             self.level -= 1
 
@@ -154,15 +154,15 @@ class Pirq(Line):
         if resamplefd is not None:
             self.owes_assert[0] = 1
             if resamplefd.test_and_clear():
-                self.resamples += 1
                 if self.level:
                     self._reassert()
+                self.resamples += 1
             self.owes_assert[0] = 0
 
     def _reassert(self) -> None:
         if self._irqfd is not None:
-            self.reasserts += 1
             self._irqfd.set()
+            self.reasserts += 1
 
 
 def _close_now(fds: Iterable[int]) -> None:

@@ -94,6 +94,17 @@ class TestEvents:
         log_page(nvme, 1)
         assert nvme.run_until_idle() == []
 
+    def test_another_event_of_a_type_waits_until_the_log_page_was_read(self, nvme: Driver) -> None:
+        nvme.write(DOORBELLS + 8 * 9, 1)
+        nvme.write(DOORBELLS, 4000)
+        cids = [nvme.submit(nvme.admin, ASYNC_EVENT) for _ in range(2)]
+        event = nvme.wait(nvme.admin)
+        assert (event.cid, event.dword0) == (cids[0], 0x01_00_00)
+        assert nvme.run_until_idle() == []
+        log_page(nvme, 1)
+        event = nvme.wait(nvme.admin)
+        assert (event.cid, event.dword0) == (cids[1], 0x01_01_00)
+
     def test_a_reset_forgets_requests(self, nvme: Driver) -> None:
         for _ in range(4):
             nvme.submit(nvme.admin, ASYNC_EVENT)

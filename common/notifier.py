@@ -27,7 +27,7 @@ _preadv, _RWF_NOWAIT = os.preadv, os.RWF_NOWAIT
 class EventNotifier:
     """Owner of an eventfd; ``fd`` is -1 once closed."""
 
-    __slots__ = ("_buffers", "_fd", "_look", "_send", "_signal", "identity")
+    __slots__ = ("_buffers", "_fd", "_look", "_signal", "_submit", "identity")
 
     def __init__(self, fd: int, identity: str | None = None) -> None:
         """Takes ownership of an eventfd. Raises OSError, upon which it stays the caller's; see EventSignal."""
@@ -36,7 +36,7 @@ class EventNotifier:
         """the eventfd's number in the kernel, the same for all its fds; None if the eventfd isn't a peer's"""
         self._fd = fd
         self._buffers = [bytearray(8)]
-        self._send = self._signal.send
+        self._submit = self._signal.submit
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         self._look = poll.poll
@@ -57,7 +57,8 @@ class EventNotifier:
 
     def set(self) -> None:
         """Adds one event; a full counter stays at its maximum. Raises OSError after close()."""
-        self._send()
+        if self._submit() != 1:
+            self._signal.retry()
 
     def is_set(self) -> bool:
         """Whether events are pending; cheaper than a test_and_clear() that finds none."""

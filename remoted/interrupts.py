@@ -302,13 +302,13 @@ class Interrupts:
             messages.may_be_pending = any(messages.pending)
 
     def _update_line(self) -> None:
-        """Sets the status bit, and hands the line's level to the transport when it has changed."""
-        if self.level or self._raised:
-            self._config[_STATUS] |= _INTERRUPT
-            is_asserted = self._may_drive
-        else:
-            self._config[_STATUS] &= _NO_INTERRUPT
-            is_asserted = False
+        """Hands the line's level to the transport when it has changed, and sets the status bit."""
+        is_high = self.level or self._raised > 0
+        is_asserted = is_high and self._may_drive
         if is_asserted is not self.is_asserted:
             self.is_asserted = is_asserted
-            self._set_irq(is_asserted)
+            self._set_irq(is_asserted)  # first of all: somebody waits for it
+        if is_high:
+            self._config[_STATUS] |= _INTERRUPT
+        else:
+            self._config[_STATUS] &= _NO_INTERRUPT

@@ -104,7 +104,7 @@ class ControlServer:
         for _ in range(_MAX_CLIENTS):
             with contextlib.suppress(OSError):
                 sock = self._listener.accept()
-                if sock is None:  # nobody waits, or who did is not trusted
+                if sock is None:  # nobody waits, or who did is not trusted: it doesn't tell which
                     continue
                 with sock:
                     sock.settimeout(_REFUSAL_SECONDS)

@@ -100,16 +100,11 @@ class EventSignal:
         self._requests = (ctypes.c_void_p * 1)(ctypes.addressof(self._request))
         self._arguments = (ctypes.c_long(_IO_SUBMIT), context.number, ctypes.c_long(1), self._requests)
         self.submit = partial(_syscall_without_errno, *self._arguments)
-        """as send(), but for retry(), which is to follow if the result is not 1"""
+        """adds 1 to the counter, unless that is at its maximum; retry() is to follow if the result is not 1"""
         self._reap = context.reap
 
-    def send(self) -> None:
-        """Adds 1 to the counter, unless that is at its maximum. Raises OSError after disarm()."""
-        if self.submit() != 1:
-            self.retry()
-
     def retry(self) -> None:
-        """Makes room for results, and sends. Raises OSError."""
+        """Makes room for results, and does it once more. Raises OSError, also after disarm()."""
         self._reap()
         if _syscall(*self._arguments) != 1:
             code = ctypes.get_errno()

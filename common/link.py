@@ -51,6 +51,8 @@ class Link(FrameLink):
     COMMAND_AND_SIZE = HEADER
     SIZES: ClassVar[Mapping[int, int]] = {command: rule.size for command, rule in mpqemu.RULES.items()}
     EXTRA = HEADER.size
+    taken: ClassVar[int] = -1
+    """no request was taken by an earlier process"""
 
     def __init__(self, sock: socket.socket, disposal: Disposal) -> None:
         """Takes ownership of a connected UNIX stream socket; ``disposal`` closes it, and fds that came over it."""

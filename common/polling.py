@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Adaptive polling: looking for the next event for a while before the loop sleeps.
+"""Adaptive polling: looking for the next event for a while before a thread sleeps.
 
-To wake a sleeping process costs more than most requests do. So the loop calls epoll_wait(2) without a timeout
-again and again, for a window that follows what came of it, as the halt polling of KVM does
-(Documentation/virt/kvm/halt-polling.rst in Linux). The window is closed, half the limit, or the limit. The rule:
+To wake a sleeping thread costs more than most requests do. So the daemons' loop, and a vCPU of proxyd's that waits
+for an answer, look for it without a timeout again and again, for a window that follows what came of it, as the
+halt polling of KVM does (Documentation/virt/kvm/halt-polling.rst in Linux). The window is closed, half the limit,
+or the limit. The rule:
 
 - An event that polling finds opens the window wholly. One that ends a sleep within twice the limit of the wait's
   beginning opens it by a half: a longer window would have found it, once no wake-up delays the peer.
 - An event that takes longer closes it by a half. One that takes longer than a millisecond closes it: an idle
   process doesn't poll.
 - A poll of the whole limit that found nothing, although the event came soon after it, closes the window for a
-  pause. So does a gap between two looks, in which another task had the CPU: on a busy CPU polling uses up the time
-  that the scheduler would give this process at once when an event wakes it. Each pause is twice as long as the one
-  before it, from 0.25 to 100 ms. When polling has found 16 events after a pause, the next one is of 0.25 ms again.
-  So a vCPU that is interrupted now and then causes a pause of a few accesses, and a CPU that stays busy long ones.
+  pause. So does a gap between two looks, in which another task had the CPU, whether an event has come meanwhile or
+  not: on a busy CPU polling uses up the time that the scheduler would give this process at once when an event
+  wakes it. Each pause is twice as long as the one before it, from 0.25 to 100 ms. When polling has found 16 events
+  after a pause, the next one is of 0.25 ms again. So a peer that is late now and then causes pauses of a few
+  accesses, and a CPU that stays busy long ones.
 - An event that is there at the first look says nothing.
 
-All fds are looked at, as by a sleep. A timer ends the poll when it is due.
+All fds of a loop are looked at, as by a sleep. A timer, or a deadline, ends the poll when it is due.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ Events = list[tuple[int, int]]
 
 
 class Polling:
-    """The window of one loop, and what it has cost."""
+    """The window of one loop, or of one link, and what it has cost."""
 
     __slots__ = (
         "_clock",
@@ -109,11 +111,11 @@ class Polling:
             if not self.window:
                 return poll(timeout)
         events = poll(timeout)
-        self._slept(begin, bool(events))
+        self._slept(begin, bool(events), window)
         return events
 
-    def _slept(self, begin: float, has_events: bool) -> None:
-        """Adapts the window after a sleep."""
+    def _slept(self, begin: float, has_events: bool, polled: float) -> None:
+        """Adapts the window after a sleep that followed ``polled`` seconds of polling."""
         now = self._clock()
         waited = now - begin
         half = self._limit / 2
@@ -121,7 +123,7 @@ class Polling:
             self.window = 0.0
         elif not has_events or waited > 2 * self._limit:
             self.window = half if self.window > half else 0.0
-        elif self.window > half:
+        elif polled > half:
             self._close(now)
         else:
             self.window = self._limit if self.window else half

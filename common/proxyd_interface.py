@@ -71,7 +71,8 @@ class Proxyd(VarlinkInterface, name="org.iohub.Proxyd"):
     reason: why it is not connected, in words; null while it is.
     answer_mean_us, answer_max_us: for how long the guest's CPU has waited for an answer in the last minute or two,
     in microseconds; null if it has asked nothing, and where QEMU asks.
-    polled_ms: milliseconds of CPU time that it has polled for answers before it slept; null where QEMU asks.
+    polled_ms: milliseconds for which it has looked for answers before it slept; null where QEMU asks, and with
+    pid:.
     amiss: what else an operator should act on, in words; empty if nothing.
     """
 

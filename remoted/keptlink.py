@@ -18,9 +18,9 @@ when it was.
 
 Step 3 is where it is for speed. The sender may sleep in recvmsg(2). When a buffer is freed, the kernel wakes
 whoever sleeps at the socket that it was sent from, also a reader (sock_wfree() in net/core/sock.c,
-unix_write_space() in net/unix/af_unix.c). If the request is taken after step 5, the sender's CPU wakes up too late
-for the reply. If it is taken before step 2, the wake-up delays the interrupts of the function, and the CPU may be
-idle again when the reply comes.
+unix_write_space() in net/unix/af_unix.c); a sender in poll(2), as proxyd, isn't woken. If the request is taken
+after step 5, the sender's CPU wakes up too late for the reply. If it is taken before step 2, the wake-up delays
+the interrupts of the function, and the CPU may be idle again when the reply comes.
 
 What has no reply (SYNC_SYSMEM, SET_IRQFD) may be done twice. It is taken out of the socket, into no slot, once the
 fd store has its files.

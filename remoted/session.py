@@ -58,7 +58,7 @@ class Session(ClientSession):
         self._reply = self._link.reply
         self._payload = self._link.payload
         self._order_eoi(pirq.resamplefd)
-        if not isinstance(self._link, Link) and self._link.taken >= 0:
+        if self._link.taken >= 0:
             # In the loop, as any other request: a device that hangs in it doesn't hang the start. It comes before
             # further requests and before EOIs: see remoted.keptlink.
             self._hold()

@@ -145,7 +145,7 @@ class PciProxy:
 
     @property
     def polled_seconds(self) -> float:
-        """For how long the guest's CPU has looked for answers before it slept."""
+        """For how long the guest's CPU has looked for answers before it slept; more while a link is being lost."""
         client = self._client  # the vCPU's thread may lose it at any time
         return self._polled + (0.0 if client is None else client.polling.seconds)
 

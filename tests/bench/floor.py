@@ -3,8 +3,8 @@
 
     python floor.py LINK POLL_US
 
-What remoted takes beyond it is the price of what it checks, keeps and tells; what this takes beyond floor.c is
-the price of Python. It imports modules of C only.
+What CPU time remoted takes beyond it is the price of what it checks, keeps and tells. What this takes beyond
+floor.c is the price of Python. It imports modules of C only.
 """
 
 import _socket

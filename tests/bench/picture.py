@@ -15,9 +15,7 @@ Points = Sequence[tuple[float, float]]
 Panels = Mapping[str, Mapping[str, Points]]
 """curves by candidate by the panel's name"""
 
-_COLOURS = (
-    *("#888888", "#bbbbbb", "#dda000", "#c9b88a", "#996633", "#3366cc", "#cc2222", "#22883c", "#7733aa"),
-)
+_COLOURS = ("#888888", "#bbbbbb", "#dda000", "#c9b88a", "#996633", "#3366cc", "#cc2222", "#22883c", "#7733aa")
 _WIDTH, _HEIGHT = 360, 220
 _LEFT, _TOP, _GAP = 46, 60, 54
 _LEAST, _MOST = 2.0, 1000.0

@@ -90,9 +90,11 @@ def exchange_verdicts(setup: str, summaries: Summaries) -> Iterator[Verdict]:
                 tails = _where({PEER: peer, candidate: own, **floors}, "p99")
                 yield ratio_verdict(f"{name}, p99, {candidate}", own["p99"], peer["p99"], _P99[number], tails)
         if setup == OWN_CORE:
-            own, least = by_candidate[ADAPTIVE], by_candidate[FLOOR]
-            where = _where({FLOOR: least, ADAPTIVE: own})
-            yield ratio_verdict(f"{name}, p50, {ADAPTIVE} to floor", own["p50"], least["p50"], _FLOOR, where)
+            own, polling = by_candidate[ADAPTIVE], by_candidate[FLOOR]
+            where = _where({FLOOR: polling, ADAPTIVE: own})
+            yield ratio_verdict(
+                f"{name}, p50, {ADAPTIVE} to floor", own["p50"], polling["p50"], _FLOOR, where
+            )
 
 
 def _where(summaries: Mapping[str, Mapping[str, float]], figure: str = "p50") -> str:

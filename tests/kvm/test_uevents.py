@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -110,3 +111,9 @@ def test_a_flood_is_survived_and_told(events: KvmEvents) -> None:
 )
 def test_other_messages_are_not_events(message: bytes) -> None:
     assert parse(message) is None
+
+
+def test_an_event_that_cannot_be_taken_apart_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyroute2 is being replaced when it is loaded."""
+    monkeypatch.setitem(sys.modules, "pyroute2.netlink.uevent", None)
+    assert parse(CREATE) == KvmEvent("lost", 0)

@@ -32,7 +32,8 @@ _KERNEL = 0  # as a netlink address
 class KvmEvent:
     """One VM made or gone. ``pid`` is the process that made it, as the initial pid namespace counts.
 
-    "lost" means that there were more events than the socket could hold, with pid 0: look for yourself.
+    "lost" means that there were more events than the socket could hold, or that they can't be taken apart, with
+    pid 0: look for yourself.
     """
 
     kind: Literal["create", "destroy", "lost"]
@@ -45,8 +46,10 @@ def parse(message: bytes) -> KvmEvent | None:
         return None
     # Its part for traffic control, which nobody uses, warns where /proc/net is hidden.
     logging.getLogger("pyroute2.netlink.rtnl.tcmsg").setLevel(logging.ERROR)
-    from pyroute2.netlink.uevent import MarshalUevent
-
+    try:
+        from pyroute2.netlink.uevent import MarshalUevent
+    except (ImportError, OSError):  # it is being replaced, or no fd is left
+        return KvmEvent("lost", 0)
     try:
         fields = next(iter(MarshalUevent().parse(message)))
     except (ValueError, KeyError, TypeError):  # a field named as one of its own

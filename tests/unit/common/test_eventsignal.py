@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from common.eventsignal import EventSignal
+from common.notifier import EventNotifier
 from tests.support.checkout import ROOT
 from tests.support.unsendable import returns_soon
 
@@ -43,17 +43,17 @@ def eventfd() -> Iterator[int]:
 
 def test_each_signal_adds_one(eventfd: int) -> None:
     """More than the kernel keeps results for."""
-    event = EventSignal(eventfd)
+    event = EventNotifier(eventfd)
     for _ in range(10_000):
-        event.send()
+        event.set()
     assert os.eventfd_read(eventfd) == 10_000
 
 
 def test_signals_of_several_threads_all_arrive(eventfd: int) -> None:
     def send() -> None:
-        event = EventSignal(eventfd)
+        event = EventNotifier(eventfd)
         for _ in range(5_000):
-            event.send()
+            event.set()
 
     threads = [threading.Thread(target=send) for _ in range(4)]
     for thread in threads:
@@ -64,12 +64,12 @@ def test_signals_of_several_threads_all_arrive(eventfd: int) -> None:
 
 
 def test_a_counter_at_its_maximum_stays_there(eventfd: int) -> None:
-    event = EventSignal(eventfd)
+    event = EventNotifier(eventfd)
     os.eventfd_write(eventfd, FULL)
-    event.send()
-    event.send()
+    event.set()
+    event.set()
     assert os.eventfd_read(eventfd) == FULL + 1
-    event.send()
+    event.set()
     assert os.eventfd_read(eventfd) == 1
 
 
@@ -94,12 +94,12 @@ def filled_all_the_time(eventfd: int) -> Iterator[None]:
 
 
 def test_a_peer_that_fills_the_counter_at_that_very_moment_holds_nobody(eventfd: int) -> None:
-    event = EventSignal(eventfd)
+    event = EventNotifier(eventfd)
 
     def send() -> None:
         for _ in range(1000):
             for _ in range(40):
-                event.send()
+                event.set()
             with contextlib.suppress(BlockingIOError):
                 os.preadv(eventfd, [bytearray(8)], -1, os.RWF_NOWAIT)
 
@@ -108,10 +108,10 @@ def test_a_peer_that_fills_the_counter_at_that_very_moment_holds_nobody(eventfd:
 
 
 def test_disarmed_signal_touches_no_file(eventfd: int) -> None:
-    event = EventSignal(eventfd)
-    event.disarm()
+    event = EventNotifier(eventfd)
+    assert event.release() == eventfd
     with pytest.raises(OSError, match="io_submit") as error:
-        event.send()
+        event.set()
     assert error.value.errno == errno.EBADF
     with pytest.raises(BlockingIOError):
         os.eventfd_read(eventfd)

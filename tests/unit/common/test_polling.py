@@ -211,6 +211,14 @@ def test_a_timer_after_the_window_is_not_delayed(open_bench: Bench) -> None:
     assert open_bench.kernel.now - begin == pytest.approx(80 * US, abs=1.5 * US)
 
 
+def test_a_poll_that_a_timer_has_cut_short_closes_nothing(open_bench: Bench) -> None:
+    """The event comes between its last look and the sleep, which is of no time."""
+    open_bench.kernel.due = open_bench.kernel.now + 5.3 * US
+    assert open_bench.polling.wait(4.8 * US) == EVENTS
+    assert open_bench.polling.missed == 2
+    assert open_bench.window == 50
+
+
 def test_the_cost_is_counted(open_bench: Bench) -> None:
     before, looks = open_bench.polling.seconds, open_bench.kernel.looks
     open_bench.wait(SOON, LATE)

@@ -148,8 +148,6 @@ def _details(views: _Views) -> Iterator[str]:
         if proxy["answer_mean_us"] is not None:
             mean, most = (_microseconds(proxy[name]) for name in ("answer_mean_us", "answer_max_us"))
             yield f"answers in {mean} on average (max {most})"
-        if proxy["polled_ms"]:
-            yield f"has polled for {proxy['polled_ms']} ms"
         if proxy["reconnects"]:
             yield f"{proxy['reconnects']} reconnects"
     if remote := views.get("remoted"):

@@ -12,6 +12,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.control import call
 from common.ctl.guestconsole import GuestConsole, Reply
 from tests.support.bootedsystem import BootedSystem
@@ -103,6 +105,11 @@ class HostBench:
 
     def resume(self) -> None:
         """Lets a guest run that is started paused; called when its console has a reader."""
+
+    def require(self, program: str) -> None:
+        """Skips the test if the host can't see a program of this machine: what is in /tmp, for instance."""
+        if not (self.root / program.lstrip("/")).exists():
+            pytest.skip(f"{program} is not on the booted system's filesystem")
 
     def drop_in(self, unit: str, text: str, name: str = "test.conf") -> None:
         """Overrides settings of a unit."""

@@ -26,6 +26,7 @@ def host(installed: Path, requires_systemd: None, requires_kvm: None) -> Iterato
     if qemu is None:
         pytest.skip("no QEMU with vfio-user-pci: make qemu brings it")
     with closing(HostBench(installed)) as bench:
+        bench.require(qemu)
         # As root, since a checkout may be where nobody else can look.
         service = (bench.root / f"etc/systemd/system/{QEMU_UNIT.replace('vm1', '')}").read_text()
         command = service[service.index("ExecStart=") : service.index("KillMode=")]

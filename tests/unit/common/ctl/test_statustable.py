@@ -154,7 +154,6 @@ def test_lines(remote: dict[str, object], line: str) -> None:
         ({}, {"connected": False}, "link down"),
         ({}, {"decoded": False}, "BARs not decoded"),
         ({}, {"answer_mean_us": 80, "answer_max_us": 12_345}, "answers in 80 us on average (max 12.3 ms)"),
-        ({}, {"polled_ms": 7}, "has polled for 7 ms"),
     ],
 )
 def test_details(remote: dict[str, object], proxy: dict[str, object], detail: str) -> None:

@@ -208,7 +208,11 @@ class HostBench:
                 shutil.copytree(directory, self.root / directory.name, symlinks=True, dirs_exist_ok=True)
             self.system.run("systemd-sysusers", "iohub.conf")
             self.system.run("systemd-tmpfiles", "--create", "iohub.conf")
-        shutil.copy(ROOT / "systemd/examples/qemu@.service", self.root / "etc/systemd/system")
+        units = self.root / "etc/systemd/system"
+        shutil.copy(ROOT / "systemd/examples/qemu@.service", units)
+        # Tests start it more often than an operator would.
+        (units / "qemu@.service.d").mkdir()
+        (units / "qemu@.service.d/limit.conf").write_text("[Unit]\nStartLimitIntervalSec=0\n")
         self.system.run("groupadd", "--force", "--system", "kvm")
         self.system.run("chgrp", "kvm", "/dev/kvm")
         self.system.run("useradd", "--system", "--user-group", "--no-create-home", "qemu")

@@ -100,6 +100,7 @@ def test_a_flood_is_survived_and_told(events: KvmEvents) -> None:
         CREATE.replace(b"PID=4242\0", b""),
         CREATE.replace(b"PID=4242", b"PID=-1"),
         CREATE.replace(b"PID=4242", b"PID="),
+        CREATE.replace(b"PID=4242", b"PID=1234567890"),
         CREATE.replace(b"PID=4242", b"PID=12345678901234567890"),
         CREATE.replace(b"PID=4242", "PID=\u0664\u0662".encode()),
         CREATE.replace(b"PID=4242", b"PID=\xff"),

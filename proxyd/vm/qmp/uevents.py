@@ -17,7 +17,7 @@ import socket
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from common.text import is_number
+from common.text import DIGITS, consists_of
 
 __all__ = ["KvmEvent", "KvmEvents", "parse"]
 
@@ -25,6 +25,7 @@ _NETLINK_KOBJECT_UEVENT = 15  # linux/netlink.h
 _GROUP_KERNEL = 1  # the other one is udev's
 _UEVENT_MAX = 8192  # the kernel's own limit is 2 KiB of variables (UEVENT_BUFFER_SIZE) and a path
 _MESSAGES_AT_ONCE = 64
+_MAX_PID_DIGITS = 9
 _KERNEL = 0  # as a netlink address
 
 
@@ -57,7 +58,7 @@ def parse(message: bytes) -> KvmEvent | None:
     kind, pid = fields.get("EVENT"), fields.get("PID", "")
     if fields.get("SUBSYSTEM") != "misc" or not fields.get("DEVPATH", "").endswith("/kvm"):
         return None
-    if kind not in ("create", "destroy") or not is_number(pid):
+    if kind not in ("create", "destroy") or not consists_of(pid, DIGITS, _MAX_PID_DIGITS):
         return None
     return KvmEvent(kind, int(pid))
 
